@@ -1,0 +1,43 @@
+"""Side Adapter Network: label every pixel of a picture with any words.
+
+The public names load on first use, so that `import modeling_san` stays cheap.
+"""
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+BUILTIN_MODEL = Path(__file__).parent / "builtin_model"
+"""Folder of the small model that ships with the package; `from_pretrained(BUILTIN_MODEL)` loads it."""
+
+_HOMES = {
+    "SANConfig": "modeling_san.configuration_san",
+    "SANForOpenVocabSegmentation": "modeling_san.modeling_san",
+    "SANImageProcessor": "modeling_san.processing",
+    "SANOutput": "modeling_san.modeling_san",
+    "SANPreTrainedModel": "modeling_san.modeling_san",
+    "SANProcessor": "modeling_san.processing",
+}
+
+__all__ = ["BUILTIN_MODEL", *sorted(_HOMES)]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from modeling_san.configuration_san import SANConfig
+    from modeling_san.modeling_san import SANForOpenVocabSegmentation, SANOutput, SANPreTrainedModel
+    from modeling_san.processing import SANImageProcessor, SANProcessor
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home module on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Names for completion, loaded or not."""
+    return sorted([*globals(), *_HOMES])

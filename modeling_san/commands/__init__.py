@@ -1,0 +1,1 @@
+"""Open-vocabulary segmentation from the command line."""

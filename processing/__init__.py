@@ -1,0 +1,1 @@
+"""Pictures and words in, tensors out, and back again."""

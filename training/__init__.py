@@ -1,0 +1,1 @@
+"""Training: the small drawn world, the built-in model, fine-tuning."""

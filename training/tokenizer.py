@@ -12,7 +12,6 @@ from transformers import CLIPTokenizer
 
 from .world import CLASS_NAMES, ON_BACKGROUND_TEMPLATES, SEVERAL_TEMPLATES, SINGLE_TEMPLATES
 
-
 BOS_TOKEN = "<|startoftext|>"
 EOS_TOKEN = "<|endoftext|>"
 WORD_END = "</w>"

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
-
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.84, 0.15, 0.18),
@@ -255,9 +255,9 @@ def world_iterable_dataset(
     return IterableDataset.from_generator(
         _rows,
         features=_features(),
-        # `datasets` shares out lists among workers, and lists only: the options travel as a dictionary.
+        # `datasets` shares lists out among workers, and lists only: the options travel as a dictionary.
         gen_kwargs={
-            "ranges": list(zip(edges[:-1], edges[1:], strict=True)),
+            "ranges": list(pairwise(edges)),
             "seed": seed,
             "scene_options": scene_options,
         },

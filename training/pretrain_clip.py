@@ -1,0 +1,447 @@
+"""Contrastive pre-training of a tiny CLIP on the drawn world, and the two gates that it has to pass.
+
+The model is transformers' own `CLIPModel` and the objective CLIP's own, with one difference: in a world of 38 names
+many captions of a batch are true of many of its pictures. Every true caption counts as a positive, not only the one
+that was written for the picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, get_cosine_schedule_with_warmup
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from .device import pick_device_and_dtype
+from .tokenizer import build_tokenizer
+from .world import (
+    BACKGROUNDS,
+    CLASS_NAMES,
+    COMBINATIONS,
+    Caption,
+    Scene,
+    draw_scene,
+    draw_texture,
+    write_caption,
+)
+
+PICTURE_SIZE = 128
+"""Height and width of a drawn picture, in pixels."""
+
+CLIP_RESIZE_FACTOR = 0.5
+"""CLIP sees pictures shrunk by this factor, as it does inside SAN."""
+
+TRAINING_SEED = 1
+"""The world that CLIP is pre-trained on."""
+
+GATE_SEED = 90_001
+"""The world that the gates draw from; training never sees it."""
+
+GATE_TEMPLATES = ("a photo of {}", "a photo of a {}.", "there is a {} in the scene")
+
+
+@dataclass(frozen=True)
+class ScenePool:
+    """Pictures drawn in advance, as CLIP sees them.
+
+    Attributes:
+        images: `uint8` tensor `(pictures, 3, 64, 64)`.
+        regions: names of each picture's regions.
+        backgrounds: name of each picture's background, or `None`.
+    """
+
+    images: torch.Tensor
+    regions: list[tuple[str, ...]]
+    backgrounds: list[str | None]
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        return len(self.regions)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A training step's input.
+
+    Attributes:
+        pixel_values: `(batch, 3, 64, 64)`, normalised.
+        input_ids: `(batch, tokens)`.
+        attention_mask: `(batch, tokens)`.
+        is_true: `(batch, batch)`, whether the caption of the column is true of the picture of the row.
+    """
+
+    pixel_values: torch.Tensor
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    is_true: torch.Tensor
+
+
+def demo_clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
+    """The tiny CLIP: 2.3 million parameters, 64 x 64 pixels in 8 x 8 patches, six vision and three text layers."""
+    special_tokens = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return CLIPConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": tokenizer.model_max_length,
+            "projection_dim": 96,
+            **special_tokens,
+        },
+        vision_config={
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "image_size": round(PICTURE_SIZE * CLIP_RESIZE_FACTOR),
+            "patch_size": 8,
+            "projection_dim": 96,
+        },
+        projection_dim=96,
+    )
+
+
+def draw_pool(num_pictures: int, seed: int = TRAINING_SEED, *, workers: int = 2, progress: bool = True) -> ScenePool:
+    """Draw the pictures of CLIP's pre-training: an exact function of `seed` and `num_pictures`.
+
+    A third shows one texture only, so that a patch alone says what it is; the others one to three regions.
+
+    Args:
+        num_pictures: number of pictures; each takes 12 kB of memory.
+        seed: which world.
+        workers: number of processes that draw; 0 draws in this one.
+        progress: whether to show a progress bar.
+    """
+    draw = partial(_draw_for_clip, seed)
+    bar = partial(tqdm, total=num_pictures, desc="drawing pictures", unit="picture", disable=not progress)
+    if workers == 0:
+        drawn = list(bar(map(draw, range(num_pictures))))
+    else:
+        with ProcessPoolExecutor(workers) as executor:
+            drawn = list(bar(executor.map(draw, range(num_pictures), chunksize=64)))
+    images, regions, backgrounds = zip(*drawn, strict=True)
+    return ScenePool(torch.from_numpy(np.stack(images)), list(regions), list(backgrounds))
+
+
+def make_batch(
+    pool: ScenePool, positions: np.ndarray, tokenizer: CLIPTokenizer, rng: np.random.Generator, device: torch.device
+) -> Batch:
+    """Put pictures of the pool, half of them mirrored, together with freshly written captions."""
+    images = pool.images[torch.from_numpy(positions)]
+    mirrored = torch.from_numpy(rng.random(len(positions)) < 0.5)
+    images = torch.where(mirrored[:, None, None, None], images.flip(-1), images).to(device)
+    captions = [_draw_caption(rng, pool.regions[position], pool.backgrounds[position]) for position in positions]
+    tokens = tokenizer([caption.text for caption in captions], padding=True, return_tensors="pt").to(device)
+    present = _multi_hot([{*pool.regions[position], pool.backgrounds[position]} for position in positions])
+    mentioned = _multi_hot([caption.names for caption in captions])
+    return Batch(
+        pixel_values=normalize(images.float() / 255),
+        input_ids=tokens["input_ids"],
+        attention_mask=tokens["attention_mask"],
+        # A caption is true of a picture if nothing that it mentions is absent there.
+        is_true=((1 - present) @ mentioned.T == 0).to(device),
+    )
+
+
+def contrastive_loss(logits_per_image: torch.Tensor, is_true: torch.Tensor) -> torch.Tensor:
+    """CLIP's symmetric cross-entropy with the target shared out evenly among all true pairs.
+
+    Args:
+        logits_per_image: `(pictures, captions)`.
+        is_true: `(pictures, captions)`, with at least one true pair in each row and column.
+    """
+    targets = is_true.to(logits_per_image.dtype)
+    per_image = F.cross_entropy(logits_per_image, targets / targets.sum(1, keepdim=True))
+    per_text = F.cross_entropy(logits_per_image.T, targets.T / targets.T.sum(1, keepdim=True))
+    return (per_image + per_text) / 2
+
+
+def pretrain_clip(
+    output_dir: str | Path,
+    *,
+    steps: int = 1500,
+    batch_size: int = 128,
+    num_pictures: int = 24_000,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.05,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    workers: int = 2,
+    progress: bool = True,
+) -> CLIPModel:
+    """Pre-train the tiny CLIP and save it with its tokenizer, as a folder that `from_pretrained` reads.
+
+    Args:
+        output_dir: folder for the result.
+        steps: number of optimisation steps.
+        batch_size: pictures, and captions, a step.
+        num_pictures: size of the pool of drawn pictures.
+        learning_rate: AdamW's, at the end of the warm-up.
+        weight_decay: AdamW's, on matrices only.
+        seed: of the weights, the order of pictures and the captions.
+        device: see [`pick_device_and_dtype`].
+        workers: processes that draw the pool.
+        progress: whether to show progress bars.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: if the pool is smaller than a batch.
+    """
+    if num_pictures < batch_size:
+        raise ValueError(f"num_pictures={num_pictures}: expected at least batch_size={batch_size}.")
+    device, dtype = pick_device_and_dtype(device)
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    tokenizer = build_tokenizer()
+    model = CLIPModel(demo_clip_config(tokenizer)).to(device).train()
+    pool = draw_pool(num_pictures, workers=workers, progress=progress)
+    optimizer = torch.optim.AdamW(_parameter_groups(model, weight_decay), lr=learning_rate, betas=(0.9, 0.98))
+    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
+
+    bar = tqdm(range(steps), desc="pre-training CLIP", unit="step", disable=not progress)
+    running_loss, running_accuracy = float("nan"), float("nan")
+    order = rng.permutation(len(pool))
+    for _ in bar:
+        if len(order) < batch_size:
+            order = rng.permutation(len(pool))
+        positions, order = order[:batch_size], order[batch_size:]
+        batch = make_batch(pool, positions, tokenizer, rng, device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            image_embeds = embed_images(model, batch.pixel_values)
+            text_embeds = embed_tokens(model, batch.input_ids, batch.attention_mask)
+        logits = model.logit_scale.exp() * image_embeds.float() @ text_embeds.float().T
+        loss = contrastive_loss(logits, batch.is_true)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(100))
+            hits = batch.is_true.gather(1, logits.argmax(1, keepdim=True)).float().mean()
+        running_loss = _running(running_loss, loss.item())
+        running_accuracy = _running(running_accuracy, hits.item())
+        bar.set_postfix(loss=f"{running_loss:.3f}", accuracy=f"{running_accuracy:.3f}", refresh=False)
+
+    model.eval()
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------------- gates
+
+
+@torch.no_grad()
+def zero_shot_accuracy(
+    model: CLIPModel, tokenizer: CLIPTokenizer, *, num_pictures: int = 640, seed: int = GATE_SEED
+) -> float:
+    """Gate 1: the share of fresh one-region pictures whose combination, of all 32, CLIP names.
+
+    Args:
+        model: the pre-trained CLIP.
+        tokenizer: its tokenizer.
+        num_pictures: how many pictures, with every combination equally often up to one.
+        seed: which world to draw from.
+    """
+    scenes = [
+        draw_scene(seed, index, combinations=[COMBINATIONS[index % len(COMBINATIONS)]], max_regions=1)
+        for index in range(num_pictures)
+    ]
+    classes = embed_names(model, tokenizer, COMBINATIONS)
+    hits = 0
+    for chunk in _chunks(scenes, 128):
+        predicted = (embed_images(model, _pixel_values(chunk, model.device)) @ classes.T).argmax(1).tolist()
+        hits += sum(COMBINATIONS[label] == scene.regions[0] for label, scene in zip(predicted, chunk, strict=True))
+    return hits / num_pictures
+
+
+@torch.no_grad()
+def masked_recognition_accuracy(
+    model: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    *,
+    first_layer: int = 4,
+    num_pictures: int = 400,
+    seed: int = GATE_SEED + 1,
+) -> dict[str, float]:
+    """Gate 2: recognition of each region from its true mask, in pictures of two and three regions, among all names.
+
+    In layers after `first_layer` a copy of [CLS] attends to itself and to the patches that its region touches, which
+    is what SAN's attention bias has to bring about.
+
+    Args:
+        model: the pre-trained CLIP.
+        tokenizer: its tokenizer.
+        first_layer: number of layers before the copies start (SAN's K).
+        num_pictures: how many pictures.
+        seed: which world to draw from.
+
+    Returns:
+        `regions` and `backgrounds`: share of them that are named right; `unmasked`: the share of regions that [CLS]
+        itself, which attends to everything, names right.
+    """
+    scenes = [draw_scene(seed, index, min_regions=2, max_regions=3) for index in range(num_pictures)]
+    classes = embed_names(model, tokenizer, CLASS_NAMES)
+    right: dict[str, list[bool]] = {"regions": [], "backgrounds": [], "unmasked": []}
+    for chunk in _chunks(scenes, 64):
+        labels = [[CLASS_NAMES.index(name) for name in scene.names] for scene in chunk]
+        longest = max(map(len, labels))
+        masks = torch.zeros(len(chunk), longest, PICTURE_SIZE, PICTURE_SIZE)
+        for position, (scene, present) in enumerate(zip(chunk, labels, strict=True)):
+            masks[position, : len(present)] = torch.from_numpy(
+                np.stack([scene.label_map == label for label in present])
+            )
+        pixel_values = _pixel_values(chunk, model.device)
+        embeds = embed_regions(model, pixel_values, masks.to(model.device), first_layer)
+        predicted = (embeds @ classes.T).argmax(-1).tolist()
+        unmasked = (embed_images(model, pixel_values) @ classes.T).argmax(-1).tolist()
+        for position, present in enumerate(labels):
+            for query, label in enumerate(present):
+                is_background = CLASS_NAMES[label] in BACKGROUNDS
+                right["backgrounds" if is_background else "regions"].append(predicted[position][query] == label)
+                if not is_background:
+                    right["unmasked"].append(unmasked[position] == label)
+    return {kind: float(np.mean(hits)) for kind, hits in right.items()}
+
+
+def embed_regions(model: CLIPModel, pixel_values: torch.Tensor, masks: torch.Tensor, first_layer: int) -> torch.Tensor:
+    """Embed regions with one copy of [CLS] each that attends, after `first_layer`, to its region only.
+
+    Args:
+        model: a CLIP.
+        pixel_values: `(batch, 3, height, width)` as CLIP sees them.
+        masks: `(batch, regions, any height, any width)`, 1 inside a region and 0 outside.
+        first_layer: number of layers before the copies start.
+
+    Returns:
+        `(batch, regions, projection_dim)`, of unit length. A mask without any pixel attends to the copy itself alone.
+    """
+    vision = model.vision_model
+    hidden_states = vision.pre_layrnorm(vision.embeddings(pixel_values))
+    for layer in vision.encoder.layers[:first_layer]:
+        hidden_states = layer(hidden_states, attention_mask=None)
+    number = masks.shape[1]
+    attention_mask = _region_attention_mask(masks, side=round((hidden_states.shape[1] - 1) ** 0.5))
+    hidden_states = torch.cat([hidden_states[:, :1].expand(-1, number, -1), hidden_states], dim=1)
+    for layer in vision.encoder.layers[first_layer:]:
+        hidden_states = layer(hidden_states, attention_mask=attention_mask)
+    embeds = model.visual_projection(vision.post_layernorm(hidden_states[:, :number]))
+    return F.normalize(embeds, dim=-1)
+
+
+def _region_attention_mask(masks: torch.Tensor, side: int) -> torch.Tensor:
+    """What may attend to what among copies, [CLS] and patches, to be added to attention logits.
+
+    Returns `(batch, 1, tokens, tokens)` with 0 where a row's token may attend to a column's and the least number of
+    the format elsewhere.
+    """
+    batch, number = masks.shape[:2]
+    patches = F.adaptive_max_pool2d(masks, side).flatten(2) > 0.5
+    tokens = number + 1 + side * side
+    allowed = torch.zeros(batch, tokens, tokens, dtype=torch.bool, device=masks.device)
+    allowed[:, number:, number:] = True
+    allowed[:, :number, :number] = torch.eye(number, dtype=torch.bool, device=masks.device)
+    allowed[:, :number, number + 1 :] = patches
+    return torch.where(allowed, 0.0, torch.finfo(masks.dtype).min)[:, None]
+
+
+# -------------------------------------------------------------------------------------------------------- embeddings
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """Normalise `(..., 3, height, width)` in 0 ... 1 with CLIP's mean and spread of each colour."""
+    mean = images.new_tensor(OPENAI_CLIP_MEAN)[:, None, None]
+    std = images.new_tensor(OPENAI_CLIP_STD)[:, None, None]
+    return (images - mean) / std
+
+
+def shrink(images: torch.Tensor) -> torch.Tensor:
+    """Shrink `(batch, 3, height, width)` as SAN does before its CLIP."""
+    return F.interpolate(images, scale_factor=CLIP_RESIZE_FACTOR, mode="bilinear", align_corners=False)
+
+
+def embed_images(model: CLIPModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Embed `(batch, 3, 64, 64)` pictures: `(batch, projection_dim)`, of unit length."""
+    return F.normalize(model.get_image_features(pixel_values=pixel_values).pooler_output, dim=-1)
+
+
+def embed_tokens(model: CLIPModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Embed tokenized `(batch, tokens)` sentences: `(batch, projection_dim)`, of unit length."""
+    features = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
+    return F.normalize(features.pooler_output, dim=-1)
+
+
+def embed_names(
+    model: CLIPModel, tokenizer: CLIPTokenizer, names: Sequence[str], templates: Sequence[str] = GATE_TEMPLATES
+) -> torch.Tensor:
+    """Embed class names, averaged over prompt templates: `(names, projection_dim)`, of unit length."""
+    sentences = [template.format(name) for name in names for template in templates]
+    tokens = tokenizer(sentences, padding=True, truncation=True, return_tensors="pt").to(model.device)
+    embeds = embed_tokens(model, tokens["input_ids"], tokens["attention_mask"])
+    return F.normalize(embeds.unflatten(0, (len(names), len(templates))).mean(1), dim=-1)
+
+
+# ----------------------------------------------------------------------------------------------------------- helpers
+
+
+def _draw_for_clip(seed: int, index: int) -> tuple[np.ndarray, tuple[str, ...], str | None]:
+    """Picture number `index` as CLIP sees it, `uint8` `(3, 64, 64)`, with its regions and background."""
+    scene = draw_texture(seed, index) if index % 3 == 0 else draw_scene(seed, index)
+    # Half the size, bilinear and without antialias, is the mean of two by two pixels.
+    image = scene.image.astype(np.float32).reshape(PICTURE_SIZE // 2, 2, PICTURE_SIZE // 2, 2, 3).mean((1, 3))
+    return np.rint(image).astype(np.uint8).transpose(2, 0, 1), scene.regions, scene.background
+
+
+def _draw_caption(rng: np.random.Generator, regions: Sequence[str], background: str | None) -> Caption:
+    """A caption that names everything, only the regions, or one thing, each a third of the time."""
+    if background is None or not regions:
+        return write_caption(rng, regions, background)
+    kind = int(rng.integers(3))
+    if kind == 0:
+        return write_caption(rng, regions, background)
+    if kind == 1:
+        return write_caption(rng, regions, None)
+    names = [*regions, background]
+    single = names[int(rng.integers(len(names)))]
+    return write_caption(rng, [single] if single in regions else [], background if single == background else None)
+
+
+def _multi_hot(name_sets: Sequence[set[str | None] | frozenset[str]]) -> torch.Tensor:
+    return torch.tensor([[float(name in names) for name in CLASS_NAMES] for names in name_sets])
+
+
+def _parameter_groups(model: CLIPModel, weight_decay: float) -> list[dict]:
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _pixel_values(scenes: Sequence[Scene], device: torch.device) -> torch.Tensor:
+    images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).to(device)
+    return shrink(normalize(images.float() / 255))
+
+
+def _chunks(items: Sequence, size: int) -> list:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _running(average: float, value: float) -> float:
+    return value if math.isnan(average) else 0.95 * average + 0.05 * value

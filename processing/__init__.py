@@ -1,1 +1,39 @@
 """Pictures and words in, tensors out, and back again."""
+
+from .drawing import label_colors, label_png, overlay, palette, summarize
+from .image_processing_san import SANImageProcessor, SANImageProcessorKwargs
+from .labels import normalize_labels, parse_labels, split_synonyms
+from .processing_san import DEFAULT_TEMPLATES, SANProcessor
+from .vocabulary import (
+    EXTENSIONS,
+    OTHER_LABEL,
+    Vocabulary,
+    extend_labels,
+    load_vocabulary,
+    prompt_templates,
+    template_names,
+    vocabulary_names,
+)
+
+__all__ = [
+    "DEFAULT_TEMPLATES",
+    "EXTENSIONS",
+    "OTHER_LABEL",
+    "SANImageProcessor",
+    "SANImageProcessorKwargs",
+    "SANProcessor",
+    "Vocabulary",
+    "extend_labels",
+    "label_colors",
+    "label_png",
+    "load_vocabulary",
+    "normalize_labels",
+    "overlay",
+    "palette",
+    "parse_labels",
+    "prompt_templates",
+    "split_synonyms",
+    "summarize",
+    "template_names",
+    "vocabulary_names",
+]

@@ -1,0 +1,309 @@
+"""Whatever people pass as pictures and label maps, turned into numpy arrays of one form.
+
+Pictures become (height, width, 3) arrays of uint8, or of float32 where floats were given; label maps become
+(height, width) arrays of int32. Everything that cannot be such an array is refused here, with a sentence that says
+which one it is, what it is, and what to pass.
+"""
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+_EXIF_ORIENTATION = 0x0112
+_CHANNELS = (1, 3, 4)
+_ACCEPTED = "a PIL image, a path, a numpy array or a torch tensor"
+
+
+def flatten_pictures(images: Any) -> list[Any]:
+    """One picture, a batch array (batch, ...), or lists of either, nested at will, as a flat list of pictures.
+
+    Raises:
+        ValueError: there is no picture at all.
+    """
+    pictures = _flatten(images, batch_ndim=4)
+    if not pictures:
+        raise ValueError(f"images is empty: pass at least one picture, each {_ACCEPTED}")
+    return pictures
+
+
+def flatten_maps(maps: Any, pictures: int) -> list[Any]:
+    """Label maps as a flat list, one for each of `pictures` pictures.
+
+    Args:
+        maps: one label map, a batch array (batch, height, width), or lists of either.
+        pictures: how many maps there have to be.
+
+    Raises:
+        ValueError: there are more or fewer maps than pictures.
+    """
+    # An array of three axes is a batch, unless there is one picture: then it is one map with a channel axis.
+    flat = _flatten(maps, batch_ndim=3 if pictures > 1 and not isinstance(maps, (list, tuple)) else 4)
+    if len(flat) != pictures:
+        raise ValueError(
+            f"there are {len(flat)} segmentation maps for {pictures} images: pass one map for each image, in order"
+        )
+    return flat
+
+
+def read_picture(image: Any, name: str, *, to_rgb: bool = True, channels_first: bool | None = None) -> np.ndarray:
+    """One picture as an array (height, width, 3): uint8 in 0 ... 255, or float32 with the values given.
+
+    Files and PIL images are turned upright by their EXIF orientation. Grey becomes three equal channels, palettes are
+    looked up, and transparency is dropped as PIL's `convert("RGB")` and the reference implementation do: the colour
+    stored under transparent pixels shows. Values of 16 bits (PIL's `I;16`, uint16, or integers above 255) are scaled
+    to 8 bits by 255 / 65535, so that nothing is clipped.
+
+    Args:
+        image: a PIL image, a path or an address, a numpy array or a torch tensor: (height, width),
+            (height, width, channels) or (channels, height, width) with 1, 3 or 4 channels.
+        name: what an error calls it, for example "image 2".
+        to_rgb: make three channels out of one or four; false refuses what does not have three.
+        channels_first: layout of an array; None finds out (if both ends could be channels: arrays have them last,
+            tensors first).
+
+    Raises:
+        ValueError: the picture cannot be read, has no pixels, the wrong axes or channels, or values that are not
+            numbers.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        image = _open(image, name)
+    if isinstance(image, Image.Image):
+        array = _pil_pixels(_decoded(image, name), name, to_rgb)
+        channels_first = False
+    elif isinstance(image, torch.Tensor):
+        array = _tensor_array(image)
+        channels_first = _infer_channels_first(array, True) if channels_first is None else channels_first
+    elif isinstance(image, np.ndarray):
+        array = image
+        channels_first = _infer_channels_first(array, False) if channels_first is None else channels_first
+    else:
+        raise ValueError(f"{name} is a {type(image).__name__}: pass {_ACCEPTED}")
+    if array.size == 0:
+        raise ValueError(f"{name} has no pixels (shape {_shape(array)}): pass a picture of at least 1 x 1")
+    return _to_values(_to_three_channels(array, name, to_rgb, channels_first), name)
+
+
+def read_map(segmentation_map: Any, name: str) -> np.ndarray:
+    """One label map as an array (height, width) of int32.
+
+    A palette image counts by its indices, not by its colours.
+
+    Args:
+        segmentation_map: a PIL image, a path, a numpy array or a torch tensor of class indices, (height, width) or
+            with one channel before or behind.
+        name: what an error calls it, for example "segmentation map 2".
+
+    Raises:
+        ValueError: it cannot be read, is empty, has several channels, or holds anything but indices in 0 ... 65535.
+    """
+    if isinstance(segmentation_map, (str, os.PathLike)):
+        segmentation_map = _open(segmentation_map, name)
+    if isinstance(segmentation_map, Image.Image):
+        array = np.asarray(_decoded(segmentation_map, name))
+    elif isinstance(segmentation_map, torch.Tensor):
+        array = _tensor_array(segmentation_map)
+    elif isinstance(segmentation_map, np.ndarray):
+        array = segmentation_map
+    else:
+        raise ValueError(f"{name} is a {type(segmentation_map).__name__}: pass {_ACCEPTED}")
+    if array.size == 0:
+        raise ValueError(f"{name} has no pixels (shape {_shape(array)}): pass one class index per pixel")
+    return _to_indices(_without_channel_axis(array, name), name)
+
+
+def to_byte_scale(picture: np.ndarray, name: str) -> np.ndarray:
+    """Bring a picture of floats to 0 ... 255, the scale of bytes; bytes are returned as they are.
+
+    Floats that lie within 0 ... 1 are taken to be on that scale already, so that they are not rescaled twice.
+
+    Args:
+        picture: (height, width, 3), uint8 or float32.
+        name: what an error calls it.
+
+    Raises:
+        ValueError: values lie outside 0 ... 255.
+    """
+    if picture.dtype == np.uint8:
+        return picture
+    low, high = float(picture.min()), float(picture.max())
+    if low < 0 or high > 255:
+        raise ValueError(
+            f"{name} holds floats from {low:g} to {high:g}, expected 0 ... 1 or 0 ... 255: scale it, or pass "
+            "do_rescale=False (and do_normalize=False if it is normalised already)"
+        )
+    return picture * np.float32(255) if high <= 1 else picture
+
+
+def resize_picture(picture: np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:
+    """Resize with PIL's filters: bytes as bytes (rounded, like the reference), floats as floats.
+
+    Args:
+        picture: (height, width, 3), uint8 or float32.
+        size: height and width to reach, in pixels.
+        resample: one of `PIL.Image.Resampling`.
+    """
+    height, width = size
+    if picture.shape[:2] == (height, width):
+        return picture
+    if picture.dtype == np.uint8:
+        return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling(resample)))
+    resized = np.empty((height, width, picture.shape[2]), dtype=np.float32)
+    for channel in range(picture.shape[2]):
+        plane = Image.fromarray(np.ascontiguousarray(picture[..., channel]))
+        resized[..., channel] = np.asarray(plane.resize((width, height), Image.Resampling(resample)))
+    return resized
+
+
+def resize_map(segmentation_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize a label map (height, width) of int32 by picking the nearest pixel."""
+    height, width = size
+    if segmentation_map.shape == (height, width):
+        return segmentation_map
+    return np.asarray(Image.fromarray(segmentation_map).resize((width, height), Image.Resampling.NEAREST))
+
+
+def _flatten(items: Any, batch_ndim: int) -> list[Any]:
+    """Unpack nested lists, and arrays that have a batch axis."""
+    if isinstance(items, (list, tuple)):
+        return [item for nested in items for item in _flatten(nested, batch_ndim)]
+    if isinstance(items, (np.ndarray, torch.Tensor)) and items.ndim == batch_ndim:
+        return list(items)
+    return [items]
+
+
+def _open(path: str | os.PathLike, name: str) -> Image.Image:
+    """Open a picture file; PIL reads its pixels later."""
+    try:
+        return Image.open(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{name}: there is no file {os.fspath(path)!r}: check the path") from error
+    except (OSError, Image.DecompressionBombError, ValueError) as error:
+        raise ValueError(
+            f"{name}: {os.fspath(path)!r} cannot be opened as a picture ({error}): pass an image file"
+        ) from error
+
+
+def _decoded(image: Image.Image, name: str) -> Image.Image:
+    """The pixels of a PIL image, turned upright by its EXIF orientation."""
+    if 0 in image.size:
+        raise ValueError(f"{name} has no pixels (size {image.size}): pass a picture of at least 1 x 1")
+    try:
+        image.load()
+        # exif_transpose copies what is upright already, which most pictures are
+        turned = image.getexif().get(_EXIF_ORIENTATION, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{name} cannot be decoded ({error}): the file may be damaged or cut off") from error
+
+
+def _pil_pixels(image: Image.Image, name: str, to_rgb: bool) -> np.ndarray:
+    """Pixels of a PIL image with their axes (height, width) or (height, width, channels)."""
+    # PIL clips these modes when it converts them, their values are scaled with those of arrays instead
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return np.asarray(image)
+    if not to_rgb:
+        return np.asarray(image)
+    try:
+        return np.asarray(image.convert("RGB"))
+    except ValueError as error:
+        raise ValueError(
+            f"{name} has mode {image.mode}, which PIL cannot convert to RGB: convert it before"
+        ) from error
+
+
+def _tensor_array(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as an array; numpy has no bfloat16."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _infer_channels_first(array: np.ndarray, if_both: bool) -> bool:
+    """Whether the channels of a three-axis array come first."""
+    if array.ndim != 3:
+        return False
+    first, last = array.shape[0] in _CHANNELS, array.shape[-1] in _CHANNELS
+    return if_both if first and last else first
+
+
+def _to_three_channels(array: np.ndarray, name: str, to_rgb: bool, channels_first: bool) -> np.ndarray:
+    """(height, width), (height, width, channels) or (channels, height, width) -> (height, width, 3)."""
+    if array.ndim == 2:
+        array = array[..., None]
+    elif array.ndim != 3:
+        raise ValueError(
+            f"{name} has shape {_shape(array)}: expected (height, width), (height, width, channels) or "
+            "(channels, height, width)"
+        )
+    elif channels_first:
+        array = np.moveaxis(array, 0, -1)
+    channels = array.shape[-1]
+    if channels not in _CHANNELS:
+        raise ValueError(
+            f"{name} has {channels} channels (shape {_shape(array)}): expected 1 (grey), 3 (RGB) or 4 (RGBA)"
+        )
+    if channels == 3:
+        return array
+    if not to_rgb:
+        raise ValueError(f"{name} has {channels} channels, expected 3: leave do_convert_rgb=True")
+    return np.repeat(array, 3, axis=-1) if channels == 1 else array[..., :3]
+
+
+def _to_values(array: np.ndarray, name: str) -> np.ndarray:
+    """uint8 out of integers and truth values, finite float32 out of floats."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array.astype(np.uint8) * np.uint8(255)
+    if np.issubdtype(array.dtype, np.integer):
+        return _integers_to_bytes(array, name)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"{name} holds values of type {array.dtype}: expected integers or floats")
+    array = array.astype(np.float32, copy=False)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds values that are NaN or infinite: replace them before")
+    return array
+
+
+def _integers_to_bytes(array: np.ndarray, name: str) -> np.ndarray:
+    """Integers of 8 or 16 bits as bytes."""
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"{name} holds integers from {low} to {high}: expected 0 ... 255 or 0 ... 65535")
+    if array.dtype == np.uint16 or high > 255:
+        # 65535 = 257 * 255, and 128 rounds to the nearest
+        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return array.astype(np.uint8)
+
+
+def _without_channel_axis(array: np.ndarray, name: str) -> np.ndarray:
+    """(height, width), (1, height, width) or (height, width, 1) -> (height, width)."""
+    if array.ndim == 3 and array.shape[0] == 1:
+        return array[0]
+    if array.ndim == 3 and array.shape[-1] == 1:
+        return array[..., 0]
+    if array.ndim != 2:
+        raise ValueError(
+            f"{name} has shape {_shape(array)}, expected (height, width): pass one class index per pixel; colours "
+            "have to be turned into indices before"
+        )
+    return array
+
+
+def _to_indices(array: np.ndarray, name: str) -> np.ndarray:
+    """Class indices as int32."""
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"{name} holds values of type {array.dtype}: expected class indices")
+    if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
+        raise ValueError(f"{name} holds floats that are no whole numbers: pass one class index per pixel")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"{name} holds indices from {low} to {high}: expected 0 ... 65535")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _shape(array: np.ndarray) -> str:
+    """A shape for an error message."""
+    return " x ".join(map(str, array.shape))

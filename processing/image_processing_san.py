@@ -1,0 +1,391 @@
+"""Image processor of SAN on transformers' PIL backend: pictures in, padded batches out, and segmentations back."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, SizeDict
+from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import TensorType
+
+from .image_arrays import (
+    flatten_maps,
+    flatten_pictures,
+    read_map,
+    read_picture,
+    resize_map,
+    resize_picture,
+    to_byte_scale,
+)
+from .post_processing import MaskGeometry, score_map, segment
+
+_SIZE_FORMS = '{"shortest_edge": 640, "longest_edge": 2560}, {"shortest_edge": 640} or {"height": 640, "width": 640}'
+
+
+class SANImageProcessorKwargs(ImagesKwargs, total=False):
+    """Options of `SANImageProcessor` beside those of every image processor.
+
+    Attributes:
+        size_divisor: heights and widths are padded to a multiple of this many pixels.
+        mask_stride: pixels of the network's input per cell of its mask map, in each direction.
+        ignore_index: value of segmentation maps that stands for "no class".
+        do_reduce_labels: take 1 off every value of segmentation maps and make 0 the ignored one, as data sets need
+            that count classes from 1 and have background at 0.
+    """
+
+    size_divisor: int
+    mask_stride: int
+    ignore_index: int
+    do_reduce_labels: bool
+
+
+class SANImageProcessor(PilBackend):
+    """Prepares pictures for SAN, and turns SAN's output into segmentations.
+
+    A picture is resized with PIL's bilinear filter so that its short side is 640 pixels, unless its long side would
+    then pass 2560; normalised with CLIP's mean and standard deviation; and padded at the right and at the bottom with
+    0, after normalisation, to a multiple of 32 (the inference recipe of the reference implementation). In a batch, all
+    are padded to the largest padded size, and `image_sizes` says what is picture, so that a model can run each one on
+    the size it would have alone.
+
+    Every option can be set when the processor is made, is saved with it, and can be overridden in a call:
+    `do_resize`, `size`, `resample`, `do_rescale`, `rescale_factor`, `do_normalize`, `image_mean`, `image_std`,
+    `do_pad`, `pad_size`, `do_convert_rgb`, `input_data_format`, and those of `SANImageProcessorKwargs`.
+    """
+
+    valid_kwargs = SANImageProcessorKwargs
+    model_input_names = ["pixel_values", "image_sizes"]  # noqa: RUF012 (a plain list, as the library's loaders expect)
+
+    do_convert_rgb = True
+    do_resize = True
+    size = {"shortest_edge": 640, "longest_edge": 2560}  # noqa: RUF012
+    default_to_square = False
+    resample = Image.Resampling.BILINEAR
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    do_pad = True
+    size_divisor = 32
+    mask_stride = 16
+    ignore_index = 255
+    do_reduce_labels = False
+
+    def __init__(self, **kwargs: Unpack[SANImageProcessorKwargs]) -> None:
+        """Take the options; what is not given has the default of the class."""
+        super().__init__(**kwargs)
+
+    def __call__(
+        self, images: Any, segmentation_maps: Any = None, **kwargs: Unpack[SANImageProcessorKwargs]
+    ) -> BatchFeature:
+        """Prepare pictures, see `preprocess`."""
+        return self.preprocess(images, segmentation_maps, **kwargs)
+
+    def preprocess(  # type: ignore[override]
+        self, images: Any, segmentation_maps: Any = None, **kwargs: Unpack[SANImageProcessorKwargs]
+    ) -> BatchFeature:
+        """Prepare one picture or many, of any sizes, for the model.
+
+        Args:
+            images: PIL images, paths or addresses, numpy arrays or torch tensors, one or a list. RGB, grey, RGBA
+                (transparency is dropped), palettes, 16 bits and EXIF-rotated files all work; floats count as 0 ... 1
+                if they lie in there, else as 0 ... 255. With `do_rescale=False` values are taken as they are.
+            segmentation_maps: class indices, one map (height, width) for each picture and of the size it has
+                upright. A map is turned only by EXIF data of its own.
+            **kwargs: overrides of the processor's options, and `return_tensors` ("pt", "np" or None for numpy).
+
+        Returns:
+            `pixel_values` (batch, 3, height, width) float32 and `image_sizes` (batch, 2) int64, height and width of
+            each picture inside `pixel_values` before padding. With segmentation maps also two lists with one entry
+            per picture: `mask_labels`, (n, height, width) float32 at the padded size, one 0 / 1 mask for each class
+            present, 0 where padded or ignored; and `class_labels`, (n,) int64. A map without any class gives
+            (0, height, width) and (0,).
+
+        Raises:
+            ValueError: a picture, map or option cannot be used; the message says which, and what to do.
+        """
+        return super().preprocess(images, segmentation_maps, **kwargs)
+
+    @overload
+    def post_process_semantic_segmentation(
+        self, outputs: Any, target_sizes: Any = None, *, return_scores: Literal[False] = False
+    ) -> list[torch.Tensor]: ...
+
+    @overload
+    def post_process_semantic_segmentation(
+        self, outputs: Any, target_sizes: Any = None, *, return_scores: Literal[True]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]: ...
+
+    def post_process_semantic_segmentation(
+        self, outputs: Any, target_sizes: Any = None, *, return_scores: bool = False
+    ) -> list[torch.Tensor] | tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Label every pixel with its best class (SAN paper, section 3).
+
+        Memory stays small whatever the number of classes: 847 classes on 1024 x 1024 pixels take tens of megabytes
+        beside the result.
+
+        Args:
+            outputs: the model's output with `masks_queries_logits` (batch, queries, h, w), `class_queries_logits`
+                (batch, queries, classes + 1), the last being "no object", and `image_sizes` (batch, 2) or None if
+                the whole map is picture. Any float type; computed in float32.
+            target_sizes: (height, width) wanted for each picture, for example `[image.size[::-1]]` (of a picture that
+                is upright; otherwise of `ImageOps.exif_transpose(image)`). None gives the size the network saw.
+            return_scores: also return the score that the best class has at every pixel.
+
+        Returns:
+            A list of maps (height, width) int64 with class indices. With `return_scores`, that list and a list of
+            maps (height, width) float32 with the winning scores.
+
+        Raises:
+            ValueError: the sizes do not fit the outputs.
+        """
+        results = [segment(*arguments) for arguments in self._pictures_of(outputs, target_sizes)]
+        maps = [best for best, _ in results]
+        return (maps, [score for _, score in results]) if return_scores else maps
+
+    def post_process_semantic_scores(self, outputs: Any, target_sizes: Any = None) -> list[torch.Tensor]:
+        """Scores of all classes at every pixel, for heat maps, ensembles and tests.
+
+        This holds (classes, height, width) floats for each picture, 3.5 GB for 847 classes on 1024 x 1024 pixels;
+        `post_process_semantic_segmentation` does not.
+
+        Args:
+            outputs: as for `post_process_semantic_segmentation`.
+            target_sizes: as for `post_process_semantic_segmentation`.
+
+        Returns:
+            A list of (classes, height, width) float32.
+
+        Raises:
+            ValueError: the sizes do not fit the outputs.
+        """
+        return [score_map(*arguments) for arguments in self._pictures_of(outputs, target_sizes)]
+
+    def resized_size(self, height: int, width: int, size: SizeDict | dict[str, int] | None = None) -> tuple[int, int]:
+        """Height and width that a picture of `height` x `width` pixels is resized to.
+
+        Args:
+            height: of the picture.
+            width: of the picture.
+            size: a size option; None takes the processor's own.
+
+        Raises:
+            ValueError: the size has none of the forms known.
+        """
+        size = self.size if size is None else size
+        if size.get("height") and size.get("width"):
+            return int(size["height"]), int(size["width"])
+        if not size.get("shortest_edge"):
+            raise ValueError(f"size is {dict(size)}: pass {_SIZE_FORMS}")
+        scale = size["shortest_edge"] / min(height, width)
+        longest = size.get("longest_edge")
+        if longest and scale * max(height, width) > longest:
+            scale = longest / max(height, width)
+        # A very long and thin picture would lose its short side altogether
+        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]
+        """Refuse options that contradict each other or that this processor does not have."""
+        super()._validate_preprocess_kwargs(**kwargs)
+        if kwargs.get("do_center_crop"):
+            raise ValueError("do_center_crop=True is not supported, SAN takes whole pictures: crop them before")
+        divisor, stride = kwargs["size_divisor"], kwargs["mask_stride"]
+        if divisor < 1 or stride < 1 or divisor % stride:
+            raise ValueError(
+                f"size_divisor is {divisor} and mask_stride is {stride}: size_divisor has to be a multiple of "
+                "mask_stride, and both at least 1"
+            )
+
+    def _preprocess_image_like_inputs(  # type: ignore[override]
+        self,
+        images: Any,
+        segmentation_maps: Any = None,
+        *,
+        do_convert_rgb: bool,
+        do_resize: bool,
+        size: SizeDict,
+        resample: int,
+        do_rescale: bool,
+        ignore_index: int,
+        do_reduce_labels: bool,
+        return_tensors: str | TensorType | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Read, resize, and hand over to `_batch`; options come complete and checked from `preprocess`."""
+        channels_first = None if input_data_format is None else str(_value(input_data_format)) == "channels_first"
+        items = flatten_pictures(images)
+        maps = None if segmentation_maps is None else flatten_maps(segmentation_maps, len(items))
+        pictures, label_maps = [], []
+        for index, item in enumerate(items):
+            name = f"image {index}"
+            picture = read_picture(item, name, to_rgb=do_convert_rgb, channels_first=channels_first)
+            if do_rescale:
+                picture = to_byte_scale(picture, name)
+            height, width = picture.shape[:2]
+            new_size = self.resized_size(height, width, size) if do_resize else (height, width)
+            pictures.append(resize_picture(picture, new_size, resample))
+            if maps is not None:
+                label_map = read_map(maps[index], f"segmentation map {index}")
+                _check_same_size(label_map, picture, index)
+                label_maps.append(resize_map(label_map, new_size))
+        pixel_values = _padded_batch(pictures, do_rescale=do_rescale, **kwargs)
+        sizes = np.array([picture.shape[:2] for picture in pictures], dtype=np.int64)
+        batch = BatchFeature({"pixel_values": pixel_values, "image_sizes": sizes}, tensor_type=return_tensors)
+        if maps is not None:
+            canvas = pixel_values.shape[-2:]
+            labels = [_masks(label_map, canvas, ignore_index, do_reduce_labels) for label_map in label_maps]
+            # After the conversion: they have a length each and stay lists
+            as_tensors = _value(return_tensors) == "pt"
+            batch["mask_labels"] = [torch.from_numpy(masks) if as_tensors else masks for masks, _ in labels]
+            batch["class_labels"] = [torch.from_numpy(classes) if as_tensors else classes for _, classes in labels]
+        return batch
+
+    def _pictures_of(self, outputs: Any, target_sizes: Any) -> list[tuple[torch.Tensor, torch.Tensor, MaskGeometry]]:
+        """Mask logits, class logits and geometry of each picture in a batch of outputs."""
+        masks, classes = outputs.masks_queries_logits, outputs.class_queries_logits
+        if classes.shape[-1] < 2:
+            raise ValueError(
+                f"class_queries_logits has shape {tuple(classes.shape)}: expected (batch, queries, classes + 1) with "
+                "at least one class beside the last, which is no object"
+            )
+        batch, _, height, width = masks.shape
+        sizes = _size_list(getattr(outputs, "image_sizes", None), batch, "image_sizes of the outputs")
+        targets = _size_list(target_sizes, batch, "target_sizes")
+        geometries = [self._geometry((height, width), sizes[i], targets[i]) for i in range(batch)]
+        return [(masks[i], classes[i], geometry) for i, geometry in enumerate(geometries)]
+
+    def _geometry(
+        self, mask_size: tuple[int, int], picture: tuple[int, int] | None, target: tuple[int, int] | None
+    ) -> MaskGeometry:
+        """Find a picture in its mask map (height, width)."""
+        whole = (mask_size[0] * self.mask_stride, mask_size[1] * self.mask_stride)
+        if picture is None:
+            return MaskGeometry(own=mask_size, padded=whole, picture=whole, target=target or whole)
+        padded = (_round_up(picture[0], self.size_divisor), _round_up(picture[1], self.size_divisor))
+        own = (padded[0] // self.mask_stride, padded[1] // self.mask_stride)
+        if own[0] > mask_size[0] or own[1] > mask_size[1]:
+            raise ValueError(
+                f"a picture of {picture[0]} x {picture[1]} pixels needs masks of {own[0]} x {own[1]} cells, the "
+                f"outputs have {mask_size[0]} x {mask_size[1]}: image_sizes, size_divisor={self.size_divisor} and "
+                f"mask_stride={self.mask_stride} have to be those the model ran with"
+            )
+        return MaskGeometry(own=own, padded=padded, picture=picture, target=target or picture)
+
+
+def _padded_batch(
+    pictures: list[np.ndarray],
+    *,
+    do_rescale: bool,
+    rescale_factor: float,
+    do_normalize: bool,
+    image_mean: float | Sequence[float],
+    image_std: float | Sequence[float],
+    do_pad: bool,
+    pad_size: SizeDict | None,
+    size_divisor: int,
+    **_: Any,
+) -> np.ndarray:
+    """Rescale, normalise, and write each picture (height, width, 3) into its corner of one batch of zeros."""
+    height, width = _canvas_size([picture.shape[:2] for picture in pictures], do_pad, pad_size, size_divisor)
+    # (value * factor - mean) / std, as one product and one difference
+    factor, shift = np.full(3, rescale_factor if do_rescale else 1.0), np.zeros(3)
+    if do_normalize:
+        mean, std = _per_channel(image_mean, "image_mean"), _per_channel(image_std, "image_std")
+        if not std.all():
+            raise ValueError(f"image_std is {image_std}: it may not hold 0")
+        factor, shift = factor / std, mean / std
+    batch = np.zeros((len(pictures), 3, height, width), dtype=np.float32)
+    for picture, canvas in zip(pictures, batch, strict=True):
+        corner = canvas[:, : picture.shape[0], : picture.shape[1]]
+        np.multiply(np.moveaxis(picture, -1, 0), factor.astype(np.float32)[:, None, None], out=corner)
+        corner -= shift.astype(np.float32)[:, None, None]
+    return batch
+
+
+def _canvas_size(
+    sizes: list[tuple[int, ...]], do_pad: bool, pad_size: SizeDict | None, size_divisor: int
+) -> tuple[int, int]:
+    """Height and width of the batch that holds pictures of these sizes."""
+    height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
+    if not do_pad:
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                f"pictures of {len(set(sizes))} sizes cannot share a batch without padding: leave do_pad=True, or "
+                "pass them one by one"
+            )
+        return height, width
+    height, width = _round_up(height, size_divisor), _round_up(width, size_divisor)
+    if pad_size is None:
+        return height, width
+    wanted = (pad_size.get("height") or 0, pad_size.get("width") or 0)
+    if wanted[0] < height or wanted[1] < width or wanted[0] % size_divisor or wanted[1] % size_divisor:
+        raise ValueError(
+            f"pad_size is {dict(pad_size)}: expected a height of at least {height} and a width of at least {width}, "
+            f"both multiples of {size_divisor}"
+        )
+    return wanted
+
+
+def _masks(
+    label_map: np.ndarray, canvas: tuple[int, int], ignore_index: int, do_reduce_labels: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """One mask (n, *canvas) float32 and one index (n,) int64 for each class in a map (height, width)."""
+    if do_reduce_labels:
+        ignored = (label_map == 0) | (label_map == ignore_index)
+        label_map = np.where(ignored, ignore_index, label_map - 1)
+    classes = np.unique(label_map)
+    classes = classes[classes != ignore_index].astype(np.int64)
+    height, width = label_map.shape
+    masks = np.zeros((len(classes), *canvas), dtype=np.float32)
+    np.equal(label_map, classes[:, None, None], out=masks[:, :height, :width], casting="unsafe")
+    return masks, classes
+
+
+def _check_same_size(label_map: np.ndarray, picture: np.ndarray, index: int) -> None:
+    """A map has to fit the picture it belongs to, pixel for pixel."""
+    if label_map.shape != picture.shape[:2]:
+        (map_height, map_width), (height, width) = label_map.shape, picture.shape[:2]
+        raise ValueError(
+            f"segmentation map {index} has {map_height} x {map_width} pixels (height x width) and image {index}, "
+            f"upright, has {height} x {width}: pass a map of the picture's own size"
+        )
+
+
+def _size_list(sizes: Any, batch: int, name: str) -> list[tuple[int, int] | None]:
+    """Sizes given as pairs, a tensor or None, as a list with one pair or None per picture."""
+    if sizes is None:
+        return [None] * batch
+    pairs = sizes.tolist() if isinstance(sizes, (torch.Tensor, np.ndarray)) else list(sizes)
+    if len(pairs) != batch:
+        raise ValueError(f"{name} holds {len(pairs)} sizes for {batch} pictures: pass one (height, width) for each")
+    checked: list[tuple[int, int] | None] = []
+    for pair in pairs:
+        values = pair.tolist() if isinstance(pair, (torch.Tensor, np.ndarray)) else pair
+        if not isinstance(values, (tuple, list)) or len(values) != 2 or min(values) < 1:
+            raise ValueError(f"{name} holds {pair!r}: expected (height, width), both at least 1")
+        checked.append((int(values[0]), int(values[1])))
+    return checked
+
+
+def _per_channel(value: float | Sequence[float], name: str) -> np.ndarray:
+    """A number, or one for each of three channels, as an array (3,)."""
+    array = np.asarray(value, dtype=np.float64)
+    if array.shape not in {(), (1,), (3,)}:
+        raise ValueError(f"{name} is {value}: pass one number, or three for red, green and blue")
+    return np.broadcast_to(array, (3,))
+
+
+def _round_up(length: int, divisor: int) -> int:
+    """The smallest multiple of `divisor` that is at least `length`."""
+    return -(-length // divisor) * divisor
+
+
+def _value(option: Any) -> Any:
+    """The string behind an option that may be a member of an enumeration."""
+    return getattr(option, "value", option)

@@ -21,7 +21,15 @@ _HOMES = {
     "SANProcessor": "modeling_san.processing",
 }
 
-__all__ = ["BUILTIN_MODEL", *sorted(_HOMES)]  # noqa: PLE0604
+__all__ = [
+    "BUILTIN_MODEL",
+    "SANConfig",
+    "SANForOpenVocabSegmentation",
+    "SANImageProcessor",
+    "SANOutput",
+    "SANPreTrainedModel",
+    "SANProcessor",
+]
 
 if TYPE_CHECKING:
     from modeling_san.configuration_san import SANConfig

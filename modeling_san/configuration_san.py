@@ -1,0 +1,271 @@
+"""Configuration of the Side Adapter Network."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
+
+SLS_TOKEN_FORMATS = ("cls_token", "learnable_token", "pos_embedding")
+ATTENTION_BIAS_POOLINGS = ("max", "avg", "bilinear", "bicubic", "nearest")
+
+
+@strict
+class SANConfig(PreTrainedConfig):
+    r"""
+    Everything that shapes a [`SANForOpenVocabSegmentation`]. The defaults are the released ViT-B/16 model.
+
+    Args:
+        vision_config (`dict` or `CLIPVisionConfig`, *optional*):
+            CLIP's image encoder; ViT-B/16 when omitted.
+        text_config (`dict` or `CLIPTextConfig`, *optional*):
+            CLIP's text encoder; the one of ViT-B/16 when omitted.
+        projection_dim (`int`, defaults to 512):
+            Width D of the joint embedding of pictures and words.
+        logit_scale_init_value (`float`, defaults to 4.6052):
+            Logarithm of the factor between cosine similarities and class logits; 4.6052 is ln 100, CLIP's own.
+        asymmetric_input (`bool`, defaults to `True`):
+            Whether CLIP sees a smaller picture than the side adapter (paper, section 3.1).
+        clip_input_scale (`float`, defaults to 0.5):
+            Side length of CLIP's picture relative to the side adapter's, in (0, 1]; 0.7 for ViT-L/14. Without
+            `asymmetric_input` it is not used.
+        sls_start_layer (`int`, defaults to 9):
+            K: the [SLS] tokens start on the output of this CLIP layer and pass through all later ones.
+        sls_token_format (`str`, defaults to `"cls_token"`):
+            What [SLS] tokens start as: `"cls_token"`, copies of [CLS]; `"learnable_token"`, learned tokens;
+            `"pos_embedding"`, learned tokens added to [CLS].
+        num_queries (`int`, defaults to 100):
+            Q: mask proposals per picture.
+        side_hidden_size (`int`, defaults to 240), side_num_layers (`int`, defaults to 8),
+        side_num_heads (`int`, defaults to 6), side_mlp_ratio (`float`, defaults to 4.0):
+            Shape of the side adapter's vision transformer.
+        side_image_size (`int`, defaults to 640), side_patch_size (`int`, defaults to 16):
+            The learned position grid has `side_image_size / side_patch_size` cells a side; other picture sizes
+            resize it.
+        size_divisor (`int`, defaults to 32):
+            Pictures are padded to a multiple of this; a multiple of `side_patch_size`.
+        side_layer_norm_eps (`float`, defaults to 1e-6):
+            Epsilon of the side adapter's layer norms.
+        fusion_map (`list[list[int]]`, defaults to `[[0, 0], [3, 1], [6, 2], [9, 3]]`):
+            Pairs `[clip_layer, side_layer]`: the patches after that CLIP layer are added to the side adapter's patches
+            after that side layer (0 = before the first).
+        deep_supervision_layers (`list[int]`, defaults to `[7, 8]`):
+            Side layers whose output is decoded in training, ascending; the last one must be the final layer and is the
+            one used in inference.
+        mask_dim (`int`, defaults to 256):
+            Width of the mask decoder's three MLPs and of their products.
+        attention_bias_heads (`int`, *optional*):
+            Attention biases per layer: one for each of CLIP's heads (the default) or 1, shared by all heads.
+        attention_bias_layers (`int`, defaults to 1):
+            1: all deep CLIP layers share one bias; otherwise one for each layer after `sls_start_layer`.
+        rescale_attention_bias (`bool`, defaults to `True`):
+            Whether a learned scale and shift follow the biases.
+        attention_bias_pooling (`str`, defaults to `"max"`):
+            How a bias comes to CLIP's patch grid: `"max"` or `"avg"` adaptive pooling, or `"bilinear"`, `"bicubic"` or
+            `"nearest"` interpolation.
+        class_weight (`float`, defaults to 2.0), mask_weight (`float`, defaults to 5.0),
+        dice_weight (`float`, defaults to 5.0), no_object_weight (`float`, defaults to 0.1):
+            Weights of the loss terms, the first three in matching too.
+        train_num_points (`int`, defaults to 12544), oversample_ratio (`float`, defaults to 3.0),
+        importance_sample_ratio (`float`, defaults to 0.75):
+            Points on which masks are compared, how many candidates are drawn for each, and the share chosen by
+            uncertainty.
+        semantic_loss_ignore_index (`int`, defaults to 255):
+            Value in `labels` that marks pixels without a label.
+        trainable_clip_parameters (`list[str]`, defaults to `["vision_model.embeddings.position_embedding"]`):
+            CLIP parameters that train: those whose name contains one of these strings (`["vision_model"]` trains the
+            whole image encoder, `[]` none of CLIP).
+        has_stored_labels (`bool`, defaults to `False`):
+            Whether the checkpoint carries embeddings of the labels in `id2label`. Set by
+            [`SANForOpenVocabSegmentation.set_labels`].
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the side adapter's initial weights.
+
+    Raises:
+        ValueError or a strict-dataclass validation error that names the field and what to change.
+
+    Example:
+
+    ```python
+    >>> from modeling_san import SANConfig
+
+    >>> config = SANConfig(num_queries=50)
+    >>> config.vision_config.hidden_size
+    768
+    ```
+    """
+
+    model_type = "san"
+    sub_configs = {"vision_config": CLIPVisionConfig, "text_config": CLIPTextConfig}
+    # What an evaluation loop need not gather over a whole data set.
+    keys_to_ignore_at_inference = (
+        "mask_embeds",
+        "class_embeds",
+        "attention_bias",
+        "auxiliary_logits",
+        "loss_dict",
+    )
+
+    vision_config: dict | CLIPVisionConfig | None = None
+    text_config: dict | CLIPTextConfig | None = None
+    projection_dim: int = 512
+    logit_scale_init_value: float = 4.6052
+
+    asymmetric_input: bool = True
+    clip_input_scale: float | int = 0.5
+    sls_start_layer: int = 9
+    sls_token_format: str = "cls_token"
+
+    num_queries: int = 100
+    side_hidden_size: int = 240
+    side_num_layers: int = 8
+    side_num_heads: int = 6
+    side_mlp_ratio: float | int = 4.0
+    side_image_size: int = 640
+    side_patch_size: int = 16
+    size_divisor: int = 32
+    side_layer_norm_eps: float = 1e-6
+    fusion_map: list[list[int]] | tuple[tuple[int, int], ...] = ((0, 0), (3, 1), (6, 2), (9, 3))
+    deep_supervision_layers: list[int] | tuple[int, ...] = (7, 8)
+
+    mask_dim: int = 256
+    attention_bias_heads: int | None = None
+    attention_bias_layers: int = 1
+    rescale_attention_bias: bool = True
+    attention_bias_pooling: str = "max"
+
+    class_weight: float | int = 2.0
+    mask_weight: float | int = 5.0
+    dice_weight: float | int = 5.0
+    no_object_weight: float | int = 0.1
+    train_num_points: int = 12544
+    oversample_ratio: float | int = 3.0
+    importance_sample_ratio: float | int = 0.75
+    semantic_loss_ignore_index: int = 255
+
+    trainable_clip_parameters: list[str] | tuple[str, ...] = ("vision_model.embeddings.position_embedding",)
+    has_stored_labels: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Turn dictionaries into CLIP's config classes and fill in what follows from them."""
+        if self.vision_config is None:
+            self.vision_config = CLIPVisionConfig(patch_size=16)
+        elif isinstance(self.vision_config, dict):
+            self.vision_config = CLIPVisionConfig(**self.vision_config)
+        if self.text_config is None:
+            self.text_config = CLIPTextConfig()
+        elif isinstance(self.text_config, dict):
+            self.text_config = CLIPTextConfig(**self.text_config)
+        if self.attention_bias_heads is None:
+            self.attention_bias_heads = self.vision_config.num_attention_heads
+        # JSON knows lists only; one form makes a saved and loaded config equal to the original.
+        self.fusion_map = [list(pair) for pair in self.fusion_map]
+        self.deep_supervision_layers = list(self.deep_supervision_layers)
+        self.trainable_clip_parameters = list(self.trainable_clip_parameters)
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_recognition_layers(self) -> int:
+        """CLIP layers that [SLS] tokens pass through."""
+        return self.vision_config.num_hidden_layers - self.sls_start_layer
+
+    def validate_architecture(self) -> None:
+        """Refuse combinations that cannot work; part of the validation of strict configs."""
+        self._validate_clip()
+        self._validate_side_adapter()
+        self._validate_attention_bias()
+        self._validate_loss()
+
+    def _validate_clip(self) -> None:
+        layers = self.vision_config.num_hidden_layers
+        _require(
+            0 < self.sls_start_layer < layers,
+            f"sls_start_layer is {self.sls_start_layer}: choose a CLIP layer from 1 to {layers - 1}, so that at least "
+            f"one of the {layers} layers is left for recognition.",
+        )
+        _require(
+            0 < self.clip_input_scale <= 1,
+            f"clip_input_scale is {self.clip_input_scale}: it must lie in (0, 1], as CLIP sees the same or a smaller "
+            "picture.",
+        )
+        _require_choice("sls_token_format", self.sls_token_format, SLS_TOKEN_FORMATS)
+
+    def _validate_side_adapter(self) -> None:
+        for name in ("num_queries", "side_num_layers", "mask_dim", "side_patch_size"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}: it must be at least 1.")
+        _require(
+            self.side_num_heads > 0 and self.side_hidden_size % self.side_num_heads == 0,
+            f"side_hidden_size {self.side_hidden_size} does not divide into {self.side_num_heads} heads: make it a "
+            "multiple of side_num_heads.",
+        )
+        _require(
+            self.side_image_size > 0 and self.side_image_size % self.side_patch_size == 0,
+            f"side_image_size {self.side_image_size} is not a multiple of side_patch_size {self.side_patch_size}.",
+        )
+        _require(
+            self.size_divisor > 0 and self.size_divisor % self.side_patch_size == 0,
+            f"size_divisor {self.size_divisor} is not a multiple of side_patch_size {self.side_patch_size}.",
+        )
+        self._validate_fusion_map()
+        last = self.side_num_layers
+        layers = self.deep_supervision_layers
+        _require(
+            bool(layers) and layers == sorted(set(layers)) and layers[0] >= 1 and layers[-1] == last,
+            f"deep_supervision_layers is {layers}: list side layers in ascending order, from 1 to {last}, ending with "
+            f"the final layer {last}.",
+        )
+
+    def _validate_fusion_map(self) -> None:
+        for pair in self.fusion_map:
+            _require(
+                len(pair) == 2 and 0 <= pair[0] <= self.sls_start_layer and 0 <= pair[1] <= self.side_num_layers,
+                f"fusion_map holds {pair}: each entry is [clip_layer, side_layer] with clip_layer from 0 to "
+                f"sls_start_layer ({self.sls_start_layer}) and side_layer from 0 to side_num_layers "
+                f"({self.side_num_layers}).",
+            )
+        side_layers = [side_layer for _, side_layer in self.fusion_map]
+        _require(
+            len(side_layers) == len(set(side_layers)),
+            f"fusion_map {self.fusion_map} names a side layer twice: give each side layer at most one CLIP layer.",
+        )
+
+    def _validate_attention_bias(self) -> None:
+        heads, layers = self.vision_config.num_attention_heads, self.num_recognition_layers
+        _require(
+            self.attention_bias_heads in (1, heads),
+            f"attention_bias_heads is {self.attention_bias_heads}: use {heads} (one bias for each head of CLIP) or 1 "
+            "(one for all heads).",
+        )
+        _require(
+            self.attention_bias_layers in (1, layers),
+            f"attention_bias_layers is {self.attention_bias_layers}: use {layers} (one bias for each CLIP layer after "
+            f"sls_start_layer) or 1 (one for all of them).",
+        )
+        _require_choice("attention_bias_pooling", self.attention_bias_pooling, ATTENTION_BIAS_POOLINGS)
+
+    def _validate_loss(self) -> None:
+        weights = ("class_weight", "mask_weight", "dice_weight", "no_object_weight")
+        for name in weights:
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: loss weights cannot be negative.")
+        _require(
+            any(getattr(self, name) > 0 for name in weights[:3]),
+            "class_weight, mask_weight and dice_weight are all 0: at least one must be positive for matching.",
+        )
+        _require(self.train_num_points > 0, f"train_num_points is {self.train_num_points}: it must be at least 1.")
+        _require(self.oversample_ratio >= 1, f"oversample_ratio is {self.oversample_ratio}: it must be at least 1.")
+        _require(
+            0 <= self.importance_sample_ratio <= 1,
+            f"importance_sample_ratio is {self.importance_sample_ratio}: it is a share, from 0 to 1.",
+        )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{name} is {value!r}: choose one of {', '.join(map(repr, choices))}.")
+
+
+__all__ = ["SANConfig"]

@@ -1,0 +1,160 @@
+"""Mask2Former's loss, fitted to vocabularies of any length and pictures of several sizes (paper, section 3.4)."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerLoss,
+    dice_loss,
+    sample_point,
+    sigmoid_cross_entropy_loss,
+)
+
+from .configuration_san import SANConfig
+
+Group = tuple[list[int], tuple[int, int]]
+"""Pictures of one padded size: their indices in the batch, and that size (height, width) on some grid."""
+
+
+def masks_from_label_map(label_map: Tensor, num_labels: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """
+    One mask for each class of a label map.
+
+    Args:
+        label_map: `(height, width)`, integer class indices.
+        num_labels: C, the length of the vocabulary.
+        ignore_index: value of pixels without a label.
+
+    Returns:
+        masks `(classes present, height, width)` of 0 and 1 in float32, and their classes `(classes present,)`.
+
+    Raises:
+        ValueError: where the map holds a value outside the vocabulary.
+    """
+    classes = label_map.unique()
+    classes = classes[classes != ignore_index].long()
+    outside = [value for value in classes.tolist() if not 0 <= value < num_labels]
+    if outside:
+        raise ValueError(
+            f"labels hold {outside[:5]}, but there are {num_labels} class names (0 to {num_labels - 1}) and "
+            f"{ignore_index} marks pixels to ignore: pass every name the label maps use, or correct the maps."
+        )
+    return (label_map == classes[:, None, None]).float(), classes
+
+
+class SANLoss(Mask2FormerLoss):
+    """
+    Matching, classification and mask terms of one decoder output.
+
+    Cheap to make: it is built for each forward pass, because the number of classes may change with every call.
+
+    Args:
+        config: weights and point counts.
+        num_labels: C, the length of the vocabulary.
+    """
+
+    def __init__(self, config: SANConfig, num_labels: int) -> None:
+        weights = {
+            "loss_cross_entropy": config.class_weight,
+            "loss_mask": config.mask_weight,
+            "loss_dice": config.dice_weight,
+        }
+        super().__init__(
+            SimpleNamespace(
+                num_labels=num_labels,
+                no_object_weight=config.no_object_weight,
+                train_num_points=config.train_num_points,
+                oversample_ratio=config.oversample_ratio,
+                importance_sample_ratio=config.importance_sample_ratio,
+                class_weight=config.class_weight,
+                mask_weight=config.mask_weight,
+                dice_weight=config.dice_weight,
+            ),
+            weights,
+        )
+
+    def forward(
+        self,
+        masks_queries_logits: Tensor,
+        class_queries_logits: Tensor,
+        mask_labels: Sequence[Tensor],
+        class_labels: Sequence[Tensor],
+        groups: Sequence[Group],
+    ) -> dict[str, Tensor]:
+        """
+        Compare one output with the labels.
+
+        Args:
+            masks_queries_logits: `(batch, queries, height, width)` on the side adapter's grid.
+            class_queries_logits: `(batch, queries, classes + 1)`, "no object" last.
+            mask_labels: for each picture `(masks, H, W)` of 0 and 1.
+            class_labels: for each picture `(masks,)`.
+            groups: the pictures by padded size, as the share of the frame they fill: sizes in cells of the side grid.
+
+        Returns:
+            the weighted terms `loss_cross_entropy`, `loss_mask`, `loss_dice`. A picture without labels adds to none.
+        """
+        num_masks = self.get_num_masks(class_labels, device=class_queries_logits.device)
+        matches: dict[int, tuple[Tensor, Tensor]] = {}
+        logits, targets = [], []
+        for indices, size in groups:
+            labelled = [index for index in indices if len(class_labels[index])]
+            if not labelled:
+                continue
+            pred_masks = masks_queries_logits[labelled][..., : size[0], : size[1]].float()
+            true_masks = [self._crop(mask_labels[index], size, masks_queries_logits) for index in labelled]
+            matched = self.matcher(
+                pred_masks, class_queries_logits[labelled].float(), true_masks, [class_labels[i] for i in labelled]
+            )
+            matches.update(zip(labelled, matched, strict=True))
+            pred_masks = torch.cat([masks[queries] for masks, (queries, _) in zip(pred_masks, matched, strict=True)])
+            true_masks = torch.cat([masks[chosen] for masks, (_, chosen) in zip(true_masks, matched, strict=True)])
+            points = self._choose_points(pred_masks)
+            logits.append(sample_point(pred_masks[:, None], points, align_corners=False).squeeze(1))
+            targets.append(sample_point(true_masks[:, None], points, align_corners=False).squeeze(1))
+
+        if not matches:
+            nothing = 0.0 * (masks_queries_logits.sum() + class_queries_logits.sum())
+            return dict.fromkeys(self.weight_dict, nothing)
+        kept = sorted(matches)
+        terms = {
+            **self.loss_labels(
+                class_queries_logits[kept].float(),
+                [class_labels[index] for index in kept],
+                [matches[index] for index in kept],
+            ),
+            "loss_mask": sigmoid_cross_entropy_loss(torch.cat(logits), torch.cat(targets), num_masks),
+            "loss_dice": dice_loss(torch.cat(logits), torch.cat(targets), num_masks),
+        }
+        return {name: self.weight_dict[name] * term for name, term in terms.items()}
+
+    def get_num_masks(self, class_labels: Sequence[Tensor], device: torch.device) -> Tensor:
+        """Number of masks in the batch, averaged over processes, at least 1."""
+        num_masks = torch.tensor(float(sum(map(len, class_labels))), device=device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(num_masks)
+            num_masks /= torch.distributed.get_world_size()
+        return num_masks.clamp(min=1)
+
+    @torch.no_grad()
+    def _choose_points(self, masks: Tensor) -> Tensor:
+        """Points in [0, 1] x [0, 1], `(masks, points, 2)`, most of them where the masks `(masks, h, w)` are unsure."""
+        return self.sample_points_using_uncertainty(
+            masks[:, None],
+            self.calculate_uncertainty,
+            self.num_points,
+            self.oversample_ratio,
+            self.importance_sample_ratio,
+        )
+
+    @staticmethod
+    def _crop(true_masks: Tensor, size: tuple[int, int], pred_masks: Tensor) -> Tensor:
+        """The part of `true_masks` that `size` cells of the side grid cover, on the device of `pred_masks`."""
+        rows = true_masks.shape[-2] * size[0] // pred_masks.shape[-2]
+        columns = true_masks.shape[-1] * size[1] // pred_masks.shape[-1]
+        return true_masks[:, :rows, :columns].to(pred_masks.device, torch.float32)
+
+
+__all__ = ["SANLoss", "masks_from_label_map"]

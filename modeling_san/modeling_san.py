@@ -1,0 +1,541 @@
+"""SAN: CLIP recognises, a side adapter says where (paper, section 3)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPModel, CLIPTextModel, CLIPVisionModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .attention_bias import pool_attention_bias, recognize_regions
+from .configuration_san import SANConfig
+from .loss_san import Group, SANLoss, masks_from_label_map
+from .side_adapter import MaskDecoder, SideAdapter, SideAdapterEmbeddings, SideAdapterLayer
+
+TEXT_BATCH_SIZE = 512
+"""Prompts encoded at once; bounds the memory that long vocabularies take."""
+
+
+class LabelProcessor(Protocol):
+    """What `set_labels` asks of a processor: [`SANProcessor`] or anything that makes prompts of labels."""
+
+    def __call__(self, *, text: Sequence[str], return_tensors: str) -> Any:
+        """Return `input_ids` and `attention_mask` of shape `(labels, prompts, tokens)`."""
+
+
+@dataclass
+class SANOutput(ModelOutput):
+    """
+    What the model says of a batch.
+
+    Attributes:
+        loss (`Tensor` of shape `()`, *optional*):
+            Sum of all weighted terms; given when labels are.
+        masks_queries_logits (`Tensor` of shape `(batch, queries, height / 16, width / 16)`):
+            One mask per query; 0 outside a picture's own padded size where sizes are mixed.
+        class_queries_logits (`Tensor` of shape `(batch, queries, classes + 1)`):
+            What CLIP says of each mask, "no object" last.
+        mask_embeds (`Tensor` of shape `(batch, queries, projection_dim)`):
+            Unit vectors: the [SLS] tokens in the joint space of pictures and words.
+        class_embeds (`Tensor` of shape `(classes, projection_dim)`):
+            Unit vectors of the classes, to pass again as `class_embeds`.
+        attention_bias (`Tensor` of shape `(batch, bias layers, bias heads, queries, height / 16, width / 16)`):
+            Biases as predicted, before pooling.
+        image_sizes (`Tensor` of shape `(batch, 2)`, *optional*):
+            Height and width of each picture before padding, as given; post-processing crops the padding with it.
+        auxiliary_logits (`list[dict[str, Tensor]]`, *optional*):
+            `masks_queries_logits` and `class_queries_logits` of the earlier deep-supervision layers; in training.
+        loss_dict (`dict[str, Tensor]`, *optional*):
+            The weighted terms by name; `_0`, `_1`, ... belong to the auxiliary outputs in order.
+    """
+
+    loss: Tensor | None = None
+    masks_queries_logits: Tensor | None = None
+    class_queries_logits: Tensor | None = None
+    mask_embeds: Tensor | None = None
+    class_embeds: Tensor | None = None
+    attention_bias: Tensor | None = None
+    image_sizes: Tensor | None = None
+    auxiliary_logits: list[dict[str, Tensor]] | None = None
+    loss_dict: dict[str, Tensor] | None = None
+
+
+class SANPreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and saving, shared by SAN models."""
+
+    config: SANConfig
+    config_class = SANConfig
+    base_model_prefix = "san"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["CLIPTextEmbeddings", "CLIPEncoderLayer", "CLIPVisionEmbeddings", "SideAdapterLayer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, SideAdapterLayer):
+            for linear in (module.attention.qkv, module.attention.projection, module.mlp.fc1, module.mlp.fc2):
+                init.trunc_normal_(linear.weight, std=std)
+                init.zeros_(linear.bias)
+        elif isinstance(module, SideAdapterEmbeddings):
+            for embedding in (module.position_embedding, module.query_embedding, module.query_position_embedding):
+                init.trunc_normal_(embedding, std=std)
+        elif isinstance(module, MaskDecoder):
+            if module.bias_scaling is not None:
+                init.ones_(module.bias_scaling.weight)
+                init.zeros_(module.bias_scaling.bias)
+        elif isinstance(module, SANForOpenVocabSegmentation):
+            init.normal_(module.background_embedding, std=self.config.projection_dim**-0.5)
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+            init.normal_(module.visual_projection.weight, std=self.config.vision_config.hidden_size**-0.5)
+            init.normal_(module.text_projection.weight, std=self.config.text_config.hidden_size**-0.5)
+            if module.sls_embedding is not None:
+                init.trunc_normal_(module.sls_embedding, std=std)
+            if module.stored_class_embeds is not None:
+                init.zeros_(module.stored_class_embeds)
+
+
+class SANForOpenVocabSegmentation(SANPreTrainedModel):
+    """
+    Label every pixel with one of the names in a vocabulary that is given with the call.
+
+    Args:
+        config ([`SANConfig`]): shapes and choices.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor
+
+    >>> model = SANForOpenVocabSegmentation.from_pretrained(BUILTIN_MODEL)
+    >>> processor = SANProcessor.from_pretrained(BUILTIN_MODEL)
+    >>> image = Image.new("RGB", (160, 120), "red")
+    >>> inputs = processor(images=image, text=["red plain", "grass"], return_tensors="pt")
+    >>> outputs = model(**inputs)
+    >>> [label_map] = processor.post_process_semantic_segmentation(outputs, target_sizes=[(120, 160)])
+    >>> tuple(label_map.shape)
+    (120, 160)
+    ```
+    """
+
+    def __init__(self, config: SANConfig) -> None:
+        super().__init__(config)
+        vision, text = config.vision_config, config.text_config
+        self.vision_model = CLIPVisionModel._from_config(vision)
+        self.text_model = CLIPTextModel._from_config(text)
+        self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.side_adapter = SideAdapter(config)
+        self.background_embedding = nn.Parameter(torch.zeros(1, config.projection_dim))
+        learned_sls = config.sls_token_format != "cls_token"
+        self.sls_embedding = (
+            nn.Parameter(torch.zeros(1, config.num_queries, vision.hidden_size)) if learned_sls else None
+        )
+        stored = torch.zeros(config.num_labels, config.projection_dim) if config.has_stored_labels else None
+        self.register_buffer("stored_class_embeds", stored)
+        self.post_init()
+        self.freeze_clip()
+
+    @classmethod
+    def from_clip(cls, clip: CLIPModel, **config_kwargs: Any) -> "SANForOpenVocabSegmentation":
+        """
+        Put a new side adapter beside a trained CLIP.
+
+        Args:
+            clip: any `CLIPModel`; its weights are copied.
+            config_kwargs: fields of [`SANConfig`] other than CLIP's own.
+
+        Returns:
+            the model, ready to train.
+        """
+        config = SANConfig(
+            vision_config=clip.config.vision_config.to_dict(),
+            text_config=clip.config.text_config.to_dict(),
+            projection_dim=clip.config.projection_dim,
+            logit_scale_init_value=clip.logit_scale.item(),
+            **config_kwargs,
+        )
+        model = cls(config)
+        model.load_state_dict(clip.state_dict(), strict=False)
+        return model
+
+    def freeze_clip(self) -> None:
+        """
+        Let gradients reach the side adapter, the background embedding and `config.trainable_clip_parameters` only.
+
+        Raises:
+            ValueError: where an entry of `trainable_clip_parameters` names no parameter of CLIP.
+        """
+        own = ("side_adapter.", "background_embedding", "sls_embedding")
+        patterns = self.config.trainable_clip_parameters
+        clip_names = [name for name, _ in self.named_parameters() if not name.startswith(own)]
+        for pattern in patterns:
+            if not any(pattern in name for name in clip_names):
+                raise ValueError(
+                    f"trainable_clip_parameters holds {pattern!r}, which is in no parameter name of CLIP: use for "
+                    'example "vision_model", "visual_projection" or "vision_model.encoder.layers.11".'
+                )
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(own) or any(pattern in name for pattern in patterns))
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "SANForOpenVocabSegmentation":
+        """Switch to training; parts that hold frozen parameters only stay in evaluation mode."""
+        super().train(mode)
+        for module in (*self.vision_model.modules(), *self.text_model.modules()):
+            own = list(module.parameters())
+            if own and not any(parameter.requires_grad for parameter in own):
+                module.training = False
+        return self
+
+    def get_class_embeds(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """
+        Encode a vocabulary: prompts are encoded, normalised, averaged for each class and normalised again (paper,
+        section 3.3).
+
+        Args:
+            input_ids: `(classes, prompts, tokens)`, or `(classes, tokens)` for one prompt each.
+            attention_mask: same shape; a prompt whose row is all 0 is left out of its class's average. Padding needs
+                no mask: CLIP's text encoder is causal, and what follows the end-of-text token changes nothing.
+
+        Returns:
+            unit vectors `(classes, projection_dim)`.
+
+        Raises:
+            ValueError: for other shapes, or no classes.
+        """
+        if input_ids.dim() == 2:
+            input_ids = input_ids[:, None]
+            attention_mask = None if attention_mask is None else attention_mask[:, None]
+        if input_ids.dim() != 3 or 0 in input_ids.shape:
+            raise ValueError(
+                f"input_ids have shape {tuple(input_ids.shape)}: expected (classes, prompts, tokens) with at least "
+                'one of each, as processor(text=["sky", "road"]) makes them.'
+            )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._text_trains()):
+            pooled = [self.text_model(chunk).pooler_output for chunk in input_ids.flatten(0, 1).split(TEXT_BATCH_SIZE)]
+            prompts = nn.functional.normalize(self.text_projection(torch.cat(pooled)).float(), dim=-1)
+            prompts = prompts.view(*input_ids.shape[:2], -1)
+            if attention_mask is not None:
+                prompts = prompts * attention_mask.any(-1, keepdim=True)
+            return nn.functional.normalize(prompts.sum(1), dim=-1)
+
+    @torch.no_grad()
+    def set_labels(self, labels: Sequence[str], processor: LabelProcessor) -> None:
+        """
+        Store a vocabulary with the model: it is saved and loaded with it and used when a call brings no text.
+
+        Args:
+            labels: class names, in the order of their indices.
+            processor: turns the labels into prompts.
+        """
+        inputs = processor(text=list(labels), return_tensors="pt")
+        class_embeds = self.get_class_embeds(
+            inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device)
+        )
+        self.stored_class_embeds = class_embeds.to(self.background_embedding.dtype)
+        self.config.has_stored_labels = True
+        self.config.id2label = dict(enumerate(labels))
+        self.config.label2id = {label: index for index, label in enumerate(labels)}
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        class_embeds: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        labels: Tensor | None = None,
+        mask_labels: Sequence[Tensor] | None = None,
+        class_labels: Sequence[Tensor] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> SANOutput | tuple:
+        """
+        Segment a batch of pictures with one vocabulary.
+
+        Args:
+            pixel_values: `(batch, 3, height, width)`, normalised, height and width multiples of the side patch size.
+            input_ids: prompts of the vocabulary, `(classes, prompts, tokens)`.
+            attention_mask: same shape as `input_ids`.
+            class_embeds: `(classes, projection_dim)` from `get_class_embeds`, instead of `input_ids`. With neither,
+                the stored labels are used.
+            image_sizes: `(batch, 2)`, height and width of each picture before padding. Each picture is run on its own
+                padded size, so that what shares a batch never changes its answer.
+            labels: `(batch, height, width)` class indices, `config.semantic_loss_ignore_index` = no label.
+            mask_labels: instead of `labels`, for each picture `(masks, height, width)` of 0 and 1 ...
+            class_labels: ... and `(masks,)`, the class of each mask.
+            return_dict: `False` gives a tuple.
+            kwargs: ignored, so that data sets may carry further columns.
+
+        Returns:
+            [`SANOutput`].
+
+        Raises:
+            ValueError: for inputs of the wrong shape, or without a vocabulary.
+        """
+        self._check_pixel_values(pixel_values)
+        class_embeds = self._choose_class_embeds(input_ids, attention_mask, class_embeds)
+        classifier = torch.cat([class_embeds, nn.functional.normalize(self.background_embedding.float(), dim=-1)])
+        groups = self._group_by_padded_size(pixel_values, image_sizes)
+
+        predictions = []
+        for indices, (height, width) in groups:
+            pixels = pixel_values[indices, :, :height, :width] if len(groups) > 1 else pixel_values
+            pixels = pixels.to(self.dtype)
+            clip_pixels = self.shrink_for_clip(pixels)
+            clip_grid = self.clip_grid(clip_pixels)
+            clip_hidden_states = self.get_clip_hidden_states(clip_pixels)
+            proposals = self.side_adapter(pixels, clip_hidden_states, clip_grid)
+            attention_biases = [proposal.attention_bias for proposal in proposals]
+            mask_embeds = self.recognize(clip_hidden_states[-1], attention_biases, clip_grid)
+            predictions.append(
+                [
+                    {
+                        "masks_queries_logits": proposal.mask_logits,
+                        "class_queries_logits": self.logit_scale.float().exp() * embeds @ classifier.T,
+                        "mask_embeds": embeds,
+                        "attention_bias": proposal.attention_bias,
+                    }
+                    for proposal, embeds in zip(proposals, mask_embeds, strict=True)
+                ]
+            )
+        *auxiliary, final = [_merge_groups(parts, groups) for parts in zip(*predictions, strict=True)]
+
+        loss_dict = None
+        if labels is not None or mask_labels is not None or class_labels is not None:
+            targets = self._make_targets(labels, mask_labels, class_labels, pixel_values, len(class_embeds))
+            loss_dict = self.compute_loss([*auxiliary, final], *targets, groups)
+        output = SANOutput(
+            loss=None if loss_dict is None else torch.stack(list(loss_dict.values())).sum(),
+            **final,
+            class_embeds=class_embeds,
+            image_sizes=image_sizes,
+            auxiliary_logits=auxiliary or None,
+            loss_dict=loss_dict,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def shrink_for_clip(self, pixel_values: Tensor) -> Tensor:
+        """CLIP's smaller picture, `(batch, 3, scale * height, scale * width)`, of `(batch, 3, height, width)`."""
+        if not self.config.asymmetric_input or self.config.clip_input_scale == 1:
+            return pixel_values
+        return nn.functional.interpolate(
+            pixel_values, scale_factor=self.config.clip_input_scale, mode="bilinear", align_corners=False
+        )
+
+    def clip_grid(self, clip_pixels: Tensor) -> tuple[int, int]:
+        """Rows and columns of CLIP's patches on `(batch, 3, height, width)`."""
+        patch_size = self.config.vision_config.patch_size
+        return clip_pixels.shape[-2] // patch_size, clip_pixels.shape[-1] // patch_size
+
+    def get_clip_hidden_states(self, clip_pixels: Tensor) -> list[Tensor]:
+        """CLIP's hidden states h_0 ... h_K of `(batch, 3, height, width)`, each `(batch, 1 + patches, CLIP width)`."""
+        embeddings = self.vision_model.embeddings(clip_pixels, interpolate_pos_encoding=True)
+        hidden_states = [self.vision_model.pre_layrnorm(embeddings)]
+        for layer in self.vision_model.encoder.layers[: self.config.sls_start_layer]:
+            hidden_states.append(self._run_clip_layer(layer, hidden_states[-1], None))
+        return hidden_states
+
+    def recognize(
+        self, hidden_states: Tensor, attention_biases: Sequence[Tensor], clip_grid: tuple[int, int]
+    ) -> list[Tensor]:
+        """
+        Let CLIP say what each masked region is (paper, section 3.2).
+
+        Args:
+            hidden_states: h_K, `(batch, 1 + patches, CLIP width)`.
+            attention_biases: sets of biases, each `(batch, bias layers, bias heads, queries, h, w)`. All sets share
+                one pass, as [SLS] tokens do not see one another.
+            clip_grid: rows and columns of CLIP's patches.
+
+        Returns:
+            for each set unit vectors `(batch, queries, projection_dim)` in float32.
+        """
+        biases = torch.cat(list(attention_biases), dim=3).unbind(1)
+        pooled = [pool_attention_bias(bias, clip_grid, self.config.attention_bias_pooling) for bias in biases]
+        sls_tokens = self._start_sls_tokens(hidden_states[:, :1]).repeat(1, len(attention_biases), 1)
+        layers = self.vision_model.encoder.layers[self.config.sls_start_layer :]
+        sls_tokens = recognize_regions(layers, hidden_states, sls_tokens, pooled, call=self._run_clip_layer)
+        embeds = self.visual_projection(self.vision_model.post_layernorm(sls_tokens))
+        return list(nn.functional.normalize(embeds.float(), dim=-1).chunk(len(attention_biases), dim=1))
+
+    def compute_loss(
+        self,
+        outputs: Sequence[dict[str, Tensor]],
+        mask_labels: Sequence[Tensor],
+        class_labels: Sequence[Tensor],
+        groups: Sequence[Group],
+    ) -> dict[str, Tensor]:
+        """
+        Weighted loss terms of every decoder output (paper, section 3.4).
+
+        Args:
+            outputs: `masks_queries_logits` and `class_queries_logits` of each decoded side layer, the final one last.
+            mask_labels: for each picture `(masks, height, width)`.
+            class_labels: for each picture `(masks,)`.
+            groups: indices and padded sizes of the pictures, in pixels.
+
+        Returns:
+            terms by name, those of the earlier outputs with `_0`, `_1`, ... behind.
+        """
+        final = outputs[-1]
+        patch_size = self.config.side_patch_size
+        cells = [(indices, (height // patch_size, width // patch_size)) for indices, (height, width) in groups]
+        criterion = SANLoss(self.config, final["class_queries_logits"].shape[-1] - 1).to(self.device)
+        terms = {}
+        for suffix, output in [("", final), *((f"_{index}", output) for index, output in enumerate(outputs[:-1]))]:
+            losses = criterion(
+                output["masks_queries_logits"], output["class_queries_logits"], mask_labels, class_labels, cells
+            )
+            terms.update({name + suffix: loss for name, loss in losses.items()})
+        return terms
+
+    def _run_clip_layer(self, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        # Frozen layers are in evaluation mode, where transformers does not checkpoint; gradients still pass through
+        # them on their way to the biases and the position embedding.
+        if self.training and layer.gradient_checkpointing and not layer.training:
+            return layer._gradient_checkpointing_func(layer.__call__, hidden_states, attention_mask)
+        return layer(hidden_states, attention_mask)
+
+    def _start_sls_tokens(self, cls_token: Tensor) -> Tensor:
+        queries = self.config.num_queries
+        if self.config.sls_token_format == "cls_token":
+            return cls_token.expand(-1, queries, -1)
+        if self.config.sls_token_format == "learnable_token":
+            return self.sls_embedding.expand(len(cls_token), -1, -1)
+        return cls_token + self.sls_embedding
+
+    def _text_trains(self) -> bool:
+        parts = (self.text_model, self.text_projection)
+        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+
+    def _choose_class_embeds(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, class_embeds: Tensor | None
+    ) -> Tensor:
+        if class_embeds is not None and input_ids is not None:
+            raise ValueError("both class_embeds and input_ids were given: pass one of them.")
+        if input_ids is not None:
+            return self.get_class_embeds(input_ids, attention_mask)
+        if class_embeds is None:
+            class_embeds = self.stored_class_embeds
+        if class_embeds is None:
+            raise ValueError(
+                "no vocabulary: pass input_ids (processor(text=[...]) makes them) or class_embeds, or store labels "
+                "once with model.set_labels(labels, processor)."
+            )
+        if class_embeds.dim() != 2 or len(class_embeds) == 0 or class_embeds.shape[1] != self.config.projection_dim:
+            raise ValueError(
+                f"class_embeds have shape {tuple(class_embeds.shape)}: expected (classes, "
+                f"{self.config.projection_dim}) with at least one class, as get_class_embeds returns."
+            )
+        return class_embeds.float()
+
+    def _check_pixel_values(self, pixel_values: Tensor) -> None:
+        channels, patch_size = self.config.vision_config.num_channels, self.config.side_patch_size
+        shape = tuple(pixel_values.shape)
+        if len(shape) != 4 or 0 in shape or shape[1] != channels:
+            raise ValueError(f"pixel_values have shape {shape}: expected (batch, {channels}, height, width).")
+        if shape[2] % patch_size or shape[3] % patch_size:
+            raise ValueError(
+                f"pixel_values are {shape[2]} x {shape[3]} pixels: height and width must be multiples of "
+                f"{patch_size}; SANProcessor pads them."
+            )
+
+    def _group_by_padded_size(self, pixel_values: Tensor, image_sizes: Tensor | None) -> list[Group]:
+        """Indices and padded size of the pictures that can run together."""
+        batch, _, height, width = pixel_values.shape
+        together: list[Group] = [(list(range(batch)), (height, width))]
+        if image_sizes is None:
+            return together
+        if image_sizes.shape != (batch, 2):
+            raise ValueError(
+                f"image_sizes have shape {tuple(image_sizes.shape)}: expected ({batch}, 2), the height and width of "
+                "each picture before padding."
+            )
+        divisor = self.config.size_divisor
+        padded = (image_sizes + divisor - 1) // divisor * divisor
+        if torch.compiler.is_compiling():
+            # Sizes are data, which a graph without breaks cannot branch on; it can insist that they are all the same.
+            frame = torch.tensor([height, width], device=padded.device)
+            torch._assert_async(
+                (padded == frame).all(), "a compiled model takes pictures of one padded size at a time"
+            )
+            return together
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, (rows, columns) in enumerate(padded.tolist()):
+            if not (0 < rows <= height and 0 < columns <= width):
+                raise ValueError(
+                    f"image_sizes[{index}] is {tuple(image_sizes[index].tolist())}, which padded to a multiple of "
+                    f"{divisor} does not fit pixel_values of {height} x {width}."
+                )
+            groups.setdefault((rows, columns), []).append(index)
+        return [(indices, size) for size, indices in groups.items()]
+
+    def _make_targets(
+        self,
+        labels: Tensor | None,
+        mask_labels: Sequence[Tensor] | None,
+        class_labels: Sequence[Tensor] | None,
+        pixel_values: Tensor,
+        num_labels: int,
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        batch, _, height, width = pixel_values.shape
+        if labels is not None:
+            if mask_labels is not None or class_labels is not None:
+                raise ValueError("both labels and mask_labels / class_labels were given: pass one kind.")
+            if tuple(labels.shape) != (batch, height, width):
+                raise ValueError(
+                    f"labels have shape {tuple(labels.shape)}: expected {(batch, height, width)}, the size of "
+                    "pixel_values."
+                )
+            ignore_index = self.config.semantic_loss_ignore_index
+            pairs = [masks_from_label_map(label_map, num_labels, ignore_index) for label_map in labels]
+            return [masks for masks, _ in pairs], [classes for _, classes in pairs]
+        if mask_labels is None or class_labels is None:
+            raise ValueError("mask_labels and class_labels belong together: one of them is missing.")
+        if len(mask_labels) != batch or len(class_labels) != batch:
+            raise ValueError(
+                f"{len(mask_labels)} mask_labels and {len(class_labels)} class_labels for {batch} pictures: give one "
+                "entry for each picture."
+            )
+        for index, (masks, classes) in enumerate(zip(mask_labels, class_labels, strict=True)):
+            if tuple(masks.shape) != (len(classes), height, width):
+                raise ValueError(
+                    f"mask_labels[{index}] has shape {tuple(masks.shape)}: expected {(len(classes), height, width)}, "
+                    "one mask for each of class_labels at the size of pixel_values."
+                )
+            if len(classes) and not bool(((classes >= 0) & (classes < num_labels)).all()):
+                raise ValueError(
+                    f"class_labels[{index}] holds {classes.tolist()}: expected values from 0 to {num_labels - 1}."
+                )
+        return mask_labels, class_labels
+
+
+def _merge_groups(parts: Sequence[dict[str, Tensor]], groups: Sequence[Group]) -> dict[str, Tensor]:
+    """Batch tensors again, in the pictures' order; smaller maps are filled with 0 at right and bottom."""
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.tensor([index for indices, _ in groups for index in indices]).argsort()
+    merged = {}
+    for name in parts[0]:
+        tensors = [part[name] for part in parts]
+        if name in ("masks_queries_logits", "attention_bias"):
+            height, width = (max(tensor.shape[axis] for tensor in tensors) for axis in (-2, -1))
+            tensors = [
+                nn.functional.pad(tensor, (0, width - tensor.shape[-1], 0, height - tensor.shape[-2]))
+                for tensor in tensors
+            ]
+        merged[name] = torch.cat(tensors)[order.to(tensors[0].device)]
+    return merged
+
+
+__all__ = ["SANForOpenVocabSegmentation", "SANOutput", "SANPreTrainedModel"]

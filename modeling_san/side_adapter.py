@@ -1,0 +1,233 @@
+"""The side adapter: a light transformer that proposes masks and tells CLIP where to look (paper, section 3.1)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.clip.modeling_clip import eager_attention_forward
+
+from .configuration_san import SANConfig
+
+
+@dataclass
+class MaskProposals:
+    """
+    What one decoded side layer says.
+
+    Attributes:
+        mask_logits: `(batch, queries, height / 16, width / 16)`.
+        attention_bias: `(batch, bias layers, bias heads, queries, height / 16, width / 16)`.
+    """
+
+    mask_logits: Tensor
+    attention_bias: Tensor
+
+
+class SideAdapterEmbeddings(nn.Module):
+    """Patches and queries with their learned positions."""
+
+    def __init__(self, config: SANConfig) -> None:
+        super().__init__()
+        width, patch_size = config.side_hidden_size, config.side_patch_size
+        grid = config.side_image_size // patch_size
+        self.patch_embedding = nn.Conv2d(
+            config.vision_config.num_channels, width, kernel_size=patch_size, stride=patch_size
+        )
+        self.position_embedding = nn.Parameter(torch.zeros(1, width, grid, grid))
+        self.query_embedding = nn.Parameter(torch.zeros(1, config.num_queries, width))
+        self.query_position_embedding = nn.Parameter(torch.zeros(1, config.num_queries, width))
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """
+        Args:
+            pixel_values: `(batch, channels, height, width)`.
+
+        Returns:
+            tokens `(batch, queries + patches, side width)`, their positions `(1, queries + patches, side width)`, and
+            the grid's height and width.
+        """
+        patches = self.patch_embedding(pixel_values)
+        height, width = patches.shape[-2:]
+        positions = self.position_embedding
+        if positions.shape[-2:] != (height, width):
+            positions = nn.functional.interpolate(positions, (height, width), mode="bicubic", align_corners=False)
+        queries = self.query_embedding.expand(len(patches), -1, -1)
+        tokens = torch.cat([queries, patches.flatten(2).transpose(1, 2)], dim=1)
+        positions = torch.cat([self.query_position_embedding, positions.flatten(2).transpose(1, 2)], dim=1)
+        return tokens, positions, (height, width)
+
+
+class SideAdapterAttention(nn.Module):
+    """Self-attention among queries and patches, one projection for queries, keys and values."""
+
+    def __init__(self, config: SANConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads = config.side_num_heads
+        self.scale = (config.side_hidden_size // config.side_num_heads) ** -0.5
+        self.qkv = nn.Linear(config.side_hidden_size, 3 * config.side_hidden_size)
+        self.projection = nn.Linear(config.side_hidden_size, config.side_hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map `(batch, tokens, side width)` to the same shape."""
+        batch, tokens, width = hidden_states.shape
+        qkv = self.qkv(hidden_states).view(batch, tokens, 3, self.num_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attended, _ = attend(self, query, key, value, None, scaling=self.scale, dropout=0.0, is_causal=False)
+        return self.projection(attended.reshape(batch, tokens, width))
+
+
+class SideAdapterMLP(nn.Module):
+    """The two-layer perceptron of a transformer block, with exact GELU."""
+
+    def __init__(self, config: SANConfig) -> None:
+        super().__init__()
+        inner = int(config.side_hidden_size * config.side_mlp_ratio)
+        self.fc1 = nn.Linear(config.side_hidden_size, inner)
+        self.fc2 = nn.Linear(inner, config.side_hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map `(batch, tokens, side width)` to the same shape."""
+        return self.fc2(nn.functional.gelu(self.fc1(hidden_states)))
+
+
+class SideAdapterLayer(GradientCheckpointingLayer):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config: SANConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.side_hidden_size, eps=config.side_layer_norm_eps)
+        self.attention = SideAdapterAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.side_hidden_size, eps=config.side_layer_norm_eps)
+        self.mlp = SideAdapterMLP(config)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map `(batch, tokens, side width)` to the same shape."""
+        hidden_states = hidden_states + self.attention(self.layer_norm1(hidden_states))
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+
+class FeatureFusion(nn.Module):
+    """Brings patches of a CLIP layer to the side adapter's width and grid."""
+
+    def __init__(self, config: SANConfig) -> None:
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(config.vision_config.hidden_size, eps=config.side_layer_norm_eps)
+        self.projection = nn.Linear(config.vision_config.hidden_size, config.side_hidden_size)
+
+    def forward(self, clip_patches: Tensor, clip_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+        """
+        Args:
+            clip_patches: `(batch, clip patches, CLIP width)`.
+            clip_grid: height and width of CLIP's patch grid.
+            grid: height and width of the side adapter's grid.
+
+        Returns:
+            `(batch, patches, side width)`.
+        """
+        features = self.projection(self.layer_norm(clip_patches)).transpose(1, 2)
+        features = features.reshape(*features.shape[:2], *clip_grid)
+        features = nn.functional.interpolate(features, grid, mode="bilinear", align_corners=False)
+        return features.flatten(2).transpose(1, 2)
+
+
+class MaskDecoderMLP(nn.Module):
+    """Three linear layers with ReLU in between."""
+
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(input_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, hidden_dim)
+        self.fc3 = nn.Linear(hidden_dim, output_dim)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map `(..., input_dim)` to `(..., output_dim)`."""
+        hidden_states = nn.functional.relu(self.fc1(hidden_states))
+        return self.fc3(nn.functional.relu(self.fc2(hidden_states)))
+
+
+class MaskDecoder(nn.Module):
+    """Masks and attention biases, decoupled: both are products with the same query vectors (paper, section 3.2)."""
+
+    def __init__(self, config: SANConfig) -> None:
+        super().__init__()
+        width, dim = config.side_hidden_size, config.mask_dim
+        self.bias_layers = config.attention_bias_layers
+        self.bias_heads = config.attention_bias_heads
+        self.query_mlp = MaskDecoderMLP(width, dim, dim)
+        self.mask_mlp = MaskDecoderMLP(width, dim, dim)
+        self.bias_mlp = MaskDecoderMLP(width, dim, dim * self.bias_layers * self.bias_heads)
+        self.bias_scaling = nn.Linear(1, 1) if config.rescale_attention_bias else None
+
+    def forward(self, queries: Tensor, patches: Tensor, grid: tuple[int, int]) -> MaskProposals:
+        """
+        Args:
+            queries: `(batch, queries, side width)`.
+            patches: `(batch, patches, side width)`.
+            grid: height and width of the patch grid.
+        """
+        queries = self.query_mlp(queries)
+        mask_logits = queries @ self.mask_mlp(patches).transpose(1, 2)
+        keys = self.bias_mlp(patches).unflatten(-1, (self.bias_layers, self.bias_heads, -1))
+        bias = queries[:, None, None] @ keys.permute(0, 2, 3, 4, 1)
+        if self.bias_scaling is not None:
+            bias = bias * self.bias_scaling.weight[0, 0] + self.bias_scaling.bias[0]
+        return MaskProposals(mask_logits.unflatten(-1, grid), bias.unflatten(-1, grid))
+
+
+class SideAdapter(nn.Module):
+    """Side network on the full picture that reuses CLIP's features (paper, figure 3)."""
+
+    def __init__(self, config: SANConfig) -> None:
+        super().__init__()
+        self.num_queries = config.num_queries
+        self.clip_layers = {side: clip for clip, side in config.fusion_map}
+        self.deep_supervision_layers = config.deep_supervision_layers
+        self.embeddings = SideAdapterEmbeddings(config)
+        self.layers = nn.ModuleList(SideAdapterLayer(config) for _ in range(config.side_num_layers))
+        self.fusions = nn.ModuleDict({str(side): FeatureFusion(config) for _, side in config.fusion_map})
+        self.mask_decoder = MaskDecoder(config)
+
+    def forward(
+        self, pixel_values: Tensor, clip_hidden_states: Sequence[Tensor], clip_grid: tuple[int, int]
+    ) -> list[MaskProposals]:
+        """
+        Propose masks and the attention biases that go with them.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`, height and width multiples of the patch size.
+            clip_hidden_states: CLIP's hidden states from its input to the layer where [SLS] tokens start, each
+                `(batch, 1 + clip patches, CLIP width)`, [CLS] first.
+            clip_grid: height and width of CLIP's patch grid.
+
+        Returns:
+            proposals of the last layer in inference; in training of every deep-supervision layer, the last layer last.
+        """
+
+        def fuse(tokens: Tensor, index: int) -> Tensor:
+            if index not in self.clip_layers:
+                return tokens
+            clip_patches = clip_hidden_states[self.clip_layers[index]][:, 1:]
+            features = self.fusions[str(index)](clip_patches, clip_grid, grid)
+            queries, patches = tokens[:, : self.num_queries], tokens[:, self.num_queries :]
+            return torch.cat([queries, patches + features], dim=1)
+
+        tokens, positions, grid = self.embeddings(pixel_values)
+        tokens = fuse(tokens, 0)
+        proposals = []
+        for index, layer in enumerate(self.layers, start=1):
+            tokens = fuse(layer(tokens + positions), index)
+            if index in self._decoded_layers():
+                queries, patches = tokens[:, : self.num_queries], tokens[:, self.num_queries :]
+                proposals.append(self.mask_decoder(queries, patches, grid))
+        return proposals
+
+    def _decoded_layers(self) -> list[int]:
+        return self.deep_supervision_layers if self.training else self.deep_supervision_layers[-1:]
+
+
+__all__ = ["MaskProposals", "SideAdapter"]

@@ -127,8 +127,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{path} cannot be read as a checkpoint of plain tensors (it may be damaged, or hold other Python objects, "
-            "which are never loaded)."
+            f"{path} cannot be read as a checkpoint of plain tensors: it may be damaged, or hold other Python "
+            "objects, which are never loaded."
         ) from error
     for key in ("model", "state_dict"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
@@ -162,8 +162,8 @@ def download_checkpoint(name: str) -> Path:
     except Exception as error:
         # Which exception says "no network" differs between versions of the client and its transport.
         raise OSError(
-            f"{HUB_FILES[name]} could not be fetched from the Hub repository {HUB_REPOSITORY}, and is not in the local "
-            "cache: connect to the network, or download the file elsewhere and pass its path."
+            f"{HUB_FILES[name]} could not be fetched from the Hub repository {HUB_REPOSITORY}, and is not in the "
+            "local cache: connect to the network, or download the file elsewhere and pass its path."
         ) from error
 
 
@@ -175,8 +175,8 @@ def convert_checkpoint(
 
     Args:
         state_dict: tensors under the original's names or OpenMMLab's.
-        reference_config: the original's `MODEL.SAN` and `MODEL.SIDE_ADAPTER` sections; without it the released ViT-B/16
-            and ViT-L/14-336 are recognised from their shapes.
+        reference_config: the original's `MODEL.SAN` and `MODEL.SIDE_ADAPTER` sections; without it the released
+            ViT-B/16 and ViT-L/14-336 are recognised from their shapes.
 
     Returns:
         the model in evaluation mode, float32.
@@ -342,8 +342,8 @@ def _make_config(state_dict: Mapping[str, Tensor], reference_config: Mapping[str
     width, text_width = len(conv), tokens.shape[1]
     if reference_config is None and width not in RELEASED_CONFIGS:
         raise ValueError(
-            f"CLIP's width is {width}, which is none of the released models' ({', '.join(map(str, RELEASED_CONFIGS))}): "
-            "pass reference_config."
+            f"CLIP's width is {width}, and the released models have {' or '.join(map(str, RELEASED_CONFIGS))}: pass "
+            "reference_config."
         )
     options = RELEASED_CONFIGS[width] if reference_config is None else _read_reference_config(reference_config)
     clip_name = "" if reference_config is None else reference_config["MODEL.SAN"].get("CLIP_MODEL_NAME", "")

@@ -77,6 +77,8 @@ class SANConfig(PreTrainedConfig):
         has_stored_labels (`bool`, defaults to `False`):
             Whether the checkpoint carries embeddings of the labels in `id2label`. Set by
             [`SANForOpenVocabSegmentation.set_labels`].
+        training_labels (`list[str]`, *optional*):
+            Names that a small checkpoint was trained on, where it knows few words; tools warn about others.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the side adapter's initial weights.
 
@@ -144,6 +146,7 @@ class SANConfig(PreTrainedConfig):
 
     trainable_clip_parameters: list[str] | tuple[str, ...] = ("vision_model.embeddings.position_embedding",)
     has_stored_labels: bool = False
+    training_labels: list[str] | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:

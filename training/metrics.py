@@ -39,8 +39,9 @@ class ConfusionMatrix:
         true, predicted = true[kept].long(), predicted[kept].long()
         for name, values in (("true", true), ("predicted", predicted)):
             if len(values) and not 0 <= int(values.min()) <= int(values.max()) < self.num_labels:
-                raise ValueError(f"{name} labels reach from {values.min()} to {values.max()}: expected 0 to "
-                                 f"{self.num_labels - 1}.")
+                raise ValueError(
+                    f"{name} labels reach from {values.min()} to {values.max()}: expected 0 to {self.num_labels - 1}."
+                )
         pairs = torch.bincount(true * self.num_labels + predicted, minlength=self.num_labels**2)
         self.counts += pairs.view(self.num_labels, self.num_labels).to(self.counts.device)
 

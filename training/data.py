@@ -1,0 +1,172 @@
+"""Labelled pictures for training: reading, checking, augmenting, collating."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, load_dataset
+from PIL import Image
+from torch import Tensor
+
+from modeling_san.processing import SANImageProcessor
+
+IMAGE_COLUMNS = ("image", "pixel_values", "img")
+LABEL_COLUMNS = ("annotation", "label", "labels", "semantic_segmentation", "segmentation_mask", "mask")
+IGNORE_INDEX = 255
+
+
+def load_pictures(source: str | os.PathLike, split: str = "train") -> Dataset:
+    """
+    Open a labelled data set.
+
+    Args:
+        source: a parquet file, a folder of a saved `datasets` data set, an image folder, or a Hub id.
+        split: which part of it; a parquet file has one part only.
+
+    Returns:
+        a data set with the columns `image` and `annotation`.
+
+    Raises:
+        ValueError: where the source cannot be read or holds no pictures with label maps.
+    """
+    path = Path(source)
+    try:
+        if path.suffix == ".parquet":
+            dataset = load_dataset("parquet", data_files=str(path), split="train")
+        elif (path / "state.json").is_file():
+            dataset = Dataset.load_from_disk(str(path))
+        elif (path / "dataset_dict.json").is_file():
+            dataset = DatasetDict.load_from_disk(str(path))[split]
+        else:
+            dataset = load_dataset(str(source), split=split)
+    except Exception as error:
+        # The readers behind raise dozens of types; what a user can do about them is the same.
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{source} cannot be read as a data set (split {split!r}): {first_line} Pass a parquet file, a folder "
+            "written by datasets, an image folder, or a Hub id."
+        ) from error
+    if len(dataset) == 0:
+        raise ValueError(f"{source} (split {split!r}) holds no pictures.")
+    image, label = (
+        _find_column(dataset.column_names, names, kind, source)
+        for names, kind in ((IMAGE_COLUMNS, "pictures"), (LABEL_COLUMNS, "label maps"))
+    )
+    return dataset.select_columns([image, label]).rename_columns(
+        {old: new for old, new in ((image, "image"), (label, "annotation")) if old != new}
+    )
+
+
+def _find_column(columns: Sequence[str], known: Sequence[str], kind: str, source: object) -> str:
+    for name in known:
+        if name in columns:
+            return name
+    raise ValueError(
+        f"{source} has the columns {', '.join(columns)}, none of which is known to hold {kind}: rename it to "
+        f"{known[0]!r}."
+    )
+
+
+def to_arrays(example: dict[str, Any]) -> tuple[Image.Image, np.ndarray]:
+    """
+    Decode one example.
+
+    Args:
+        example: with `image` and `annotation`, pictures or encoded files.
+
+    Returns:
+        the picture in RGB and its label map, an integer array `(height, width)`.
+
+    Raises:
+        ValueError: where the label map has several channels, or another size than the picture.
+    """
+    image = _as_picture(example["image"]).convert("RGB")
+    label_map = np.asarray(_as_picture(example["annotation"]))
+    if label_map.ndim != 2:
+        raise ValueError(f"a label map has shape {label_map.shape}: expected one channel of class indices.")
+    if label_map.shape != image.size[::-1]:
+        raise ValueError(
+            f"a picture is {image.width} x {image.height} and its label map {label_map.shape[1]} x "
+            f"{label_map.shape[0]} pixels: their sizes must agree."
+        )
+    return image, label_map
+
+
+def _as_picture(value: Any) -> Image.Image:
+    if isinstance(value, dict):
+        value = Image.open(io.BytesIO(value["bytes"])) if value.get("bytes") else Image.open(value["path"])
+    return value if isinstance(value, Image.Image) else Image.fromarray(np.asarray(value))
+
+
+class TrainingPictures(torch.utils.data.Dataset):
+    """
+    Augmented crops of labelled pictures: random scale, random place, random flip.
+
+    Args:
+        dataset: examples with `image` and `annotation`.
+        image_processor: normalises pictures.
+        crop_size: height and width of the crops in pixels, multiples of the model's size divisor.
+        short_side: range of the picture's short side before cropping, in pixels.
+        seed: with the epoch-free index of a draw it decides the augmentation; workers draw different ones.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        image_processor: SANImageProcessor,
+        *,
+        crop_size: tuple[int, int],
+        short_side: tuple[int, int],
+        seed: int = 0,
+    ) -> None:
+        self.dataset = dataset
+        self.image_processor = image_processor
+        self.crop_size = crop_size
+        self.short_side = short_side
+        self.rng = np.random.default_rng(seed)
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """`pixel_values` `(3, height, width)` and `labels` `(height, width)` of a fresh crop of picture `index`."""
+        image, label_map = to_arrays(self.dataset[int(index)])
+        image, label_map = self._augment(image, label_map)
+        inputs = self.image_processor(image, do_resize=False, return_tensors="pt")
+        height, width = self.crop_size
+        pixel_values = torch.zeros(3, height, width)
+        pixel_values[:, : image.height, : image.width] = inputs["pixel_values"][0, :, : image.height, : image.width]
+        labels = torch.full((height, width), IGNORE_INDEX, dtype=torch.int64)
+        labels[: image.height, : image.width] = torch.from_numpy(label_map.astype(np.int64))
+        return {"pixel_values": pixel_values, "labels": labels}
+
+    def _augment(self, image: Image.Image, label_map: np.ndarray) -> tuple[Image.Image, np.ndarray]:
+        scale = self.rng.uniform(*self.short_side) / min(image.size)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        height, width = self.crop_size
+        left = int(self.rng.integers(0, max(size[0] - width, 0) + 1))
+        top = int(self.rng.integers(0, max(size[1] - height, 0) + 1))
+        box = (left, top, min(left + width, size[0]), min(top + height, size[1]))
+        image = image.resize(size, Image.Resampling.BILINEAR).crop(box)
+        labels = Image.fromarray(label_map.astype(np.int32)).resize(size, Image.Resampling.NEAREST).crop(box)
+        if self.rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            labels = labels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image, np.asarray(labels)
+
+
+def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack examples of one size into a batch."""
+    return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+Collator = Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]
+
+__all__ = ["IGNORE_INDEX", "TrainingPictures", "collate", "load_pictures", "to_arrays"]

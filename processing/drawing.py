@@ -161,7 +161,7 @@ def label_png(segmentation: Any, colors: np.ndarray | None = None) -> Image.Imag
     table[:255] = palette(255)
     if colors is not None:
         table[: len(colors)] = colors
-    picture = Image.fromarray(indices.astype(np.uint8), mode=None)
+    picture = Image.fromarray(indices.astype(np.uint8))
     picture.putpalette(table.tobytes())
     return picture
 

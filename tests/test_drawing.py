@@ -1,0 +1,188 @@
+"""Overlays, label pictures and tables: what people look at says what the segmentation says."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_san.processing import label_colors, label_png, overlay, palette, summarize
+
+LABELS = ["sky", "road", "tree"]
+
+
+def grey_picture(height, width, value=120):
+    return np.full((height, width, 3), value, dtype=np.uint8)
+
+
+def halves(height, width):
+    """Label 0 in the left half, label 1 in the right one."""
+    segmentation = np.zeros((height, width), dtype=np.int64)
+    segmentation[:, width // 2 :] = 1
+    return segmentation
+
+
+# Colours
+
+
+def test_colors_depend_on_the_index_alone():
+    longest = palette(3000)
+    for n in (0, 1, 7, 20, 256, 257):
+        assert np.array_equal(palette(n), longest[:n])
+
+
+def test_colors_are_all_different():
+    assert len(np.unique(palette(20_000), axis=0)) == 20_000
+
+
+def test_first_colors_differ_clearly_with_and_without_red_green_vision():
+    # Viénot, Brettel and Mollon 1999, in linear RGB: a model of seeing that the palette is not made with
+    no_green = np.array([[0.29275, 0.70725, 0.0], [0.29275, 0.70725, 0.0], [-0.02234, 0.02234, 1.0]])
+    linear = (palette(20) / 255.0) ** 2.2
+    for seen in (linear, linear @ no_green.T):
+        shown = np.clip(seen, 0, 1) ** (1 / 2.2)
+        distances = np.linalg.norm(shown[:, None] - shown[None], axis=-1)
+        assert distances[~np.eye(20, dtype=bool)].min() > 0.05
+
+
+def test_changing_a_palette_does_not_change_the_next_one():
+    palette(5)[:] = 0
+    assert palette(5).any()
+
+
+def test_other_is_grey():
+    red, green, blue = label_colors(["sky", "other"])[1]
+    assert red == green == blue
+    assert np.array_equal(label_colors(["sky", "other"])[0], palette(1)[0])
+
+
+# Overlays
+
+
+@pytest.mark.parametrize(("height", "width"), [(600, 600), (800, 500), (480, 900)])
+def test_overlay_keeps_the_picture_and_adds_the_legend(height, width):
+    drawn = overlay(grey_picture(height, width), halves(height, width), LABELS, outlines=False)
+    assert drawn.mode == "RGB"
+    assert (drawn.width == width) != (drawn.height == height)
+    pixel = np.array(drawn.getpixel((width // 4, height // 2)), dtype=float)
+    assert np.abs(pixel - (palette(1)[0] + 120.0) / 2).max() <= 1
+
+
+def test_legend_shows_the_colors_of_the_labels_present_and_no_others():
+    picture = np.asarray(overlay(grey_picture(600, 600), halves(600, 600), LABELS))[:, 600:]
+    shown = {tuple(color) for color in picture.reshape(-1, 3)}
+    assert tuple(palette(3)[0]) in shown
+    assert tuple(palette(3)[1]) in shown
+    assert tuple(palette(3)[2]) not in shown
+
+
+def test_without_opacity_and_legend_the_picture_is_untouched():
+    picture = np.random.default_rng(0).integers(0, 256, (600, 520, 3), dtype=np.uint8)
+    drawn = overlay(picture, halves(600, 520), LABELS, opacity=0, legend=False)
+    assert np.array_equal(np.asarray(drawn), picture)
+
+
+def test_full_opacity_paints_plain_colors_and_lines_where_labels_meet():
+    drawn = np.asarray(overlay(grey_picture(600, 600), halves(600, 600), LABELS, opacity=1, legend=False))
+    assert (drawn[:, :290] == palette(1)[0]).all()
+    assert (drawn[:, 310:] == palette(2)[1]).all()
+    assert (drawn[:, 298:302].max(axis=1) > 200).all()
+
+
+def test_ignored_pixels_stay_unpainted_and_out_of_the_legend():
+    segmentation = np.full((600, 600), 255)
+    drawn = overlay(grey_picture(600, 600), segmentation, LABELS)
+    assert drawn.size == (600, 600)
+    assert np.array_equal(np.asarray(drawn), grey_picture(600, 600))
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (8, 8), (3, 700), (700, 3), (2500, 2000)])
+def test_very_small_and_very_large_pictures_get_a_legible_legend(height, width):
+    drawn = overlay(grey_picture(height, width), halves(height, width), LABELS)
+    assert max(drawn.size) >= 512
+    letters = np.asarray(drawn.convert("L")) < 60
+    assert letters.sum() > 50
+
+
+def test_long_label_lists_are_summed_up_in_one_line():
+    labels = [f"label number {i}" for i in range(60)]
+    segmentation = np.arange(600 * 600).reshape(600, 600) % 60
+    few = overlay(grey_picture(600, 600), segmentation, labels, max_entries=3)
+    many = overlay(grey_picture(600, 600), segmentation, labels, max_entries=60)
+    assert few.width < many.width
+    shown = {tuple(color) for color in np.asarray(few)[:, 600:].reshape(-1, 3)}
+    assert sum(tuple(color) in shown for color in palette(60)) == 3
+
+
+@pytest.mark.parametrize("label", ["дерево", "道路", "شجرة", "🚗", "a\nb\tc", "", "x" * 400])
+def test_labels_of_any_script_and_length_can_be_drawn(label):
+    drawn = overlay(grey_picture(64, 64), halves(64, 64), [label, "road"])
+    assert drawn.width < 3 * 512
+
+
+def test_bitmap_fonts_draw_what_they_can(monkeypatch):
+    from PIL import ImageFont
+
+    from modeling_san.processing import drawing
+
+    bitmap = ImageFont.load_default_imagefont() if hasattr(ImageFont, "load_default_imagefont") else None
+    if bitmap is None:
+        pytest.skip("this Pillow has no separate bitmap font")
+    monkeypatch.setattr(drawing, "_default_font", lambda size: bitmap)
+    overlay(grey_picture(64, 64), halves(64, 64), ["дерево", "road"])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"segmentation": np.zeros((5, 4), int)}, "5 x 4 pixels .* 4 x 4"),
+        ({"opacity": 1.5}, "opacity is 1.5"),
+        ({"max_entries": 0}, "max_entries is 0"),
+        ({"colors": palette(1)}, "1 colours for 3 labels"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(options, sentence):
+    arguments = {"image": grey_picture(4, 4), "segmentation": halves(4, 4), "labels": LABELS, **options}
+    with pytest.raises(ValueError, match=sentence):
+        overlay(**arguments)
+
+
+def test_tensors_are_drawn_like_arrays():
+    picture, segmentation = grey_picture(520, 520), halves(520, 520)
+    from_tensors = overlay(torch.from_numpy(picture), torch.from_numpy(segmentation), LABELS)
+    assert np.array_equal(np.asarray(from_tensors), np.asarray(overlay(picture, segmentation, LABELS)))
+
+
+# Label pictures and tables
+
+
+def test_label_pictures_hold_the_indices_and_the_colors(tmp_path):
+    segmentation = torch.arange(256).reshape(16, 16)
+    label_png(segmentation).save(tmp_path / "labels.png")
+    read = Image.open(tmp_path / "labels.png")
+    assert read.mode == "P"
+    assert np.array_equal(np.asarray(read), segmentation.numpy())
+    colors = np.asarray(read.convert("RGB")).reshape(-1, 3)
+    assert np.array_equal(colors[:255], palette(255))
+    assert not colors[255].any()
+
+
+def test_more_labels_than_a_palette_holds_are_stored_in_sixteen_bits(tmp_path):
+    segmentation = np.arange(900).reshape(30, 30)
+    label_png(segmentation).save(tmp_path / "labels.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "labels.png")), segmentation)
+
+
+def test_negative_indices_are_refused():
+    with pytest.raises(ValueError, match="indices from -1"):
+        label_png(np.full((2, 2), -1))
+
+
+def test_summary_counts_areas_and_averages_scores():
+    segmentation = torch.tensor([[0, 0, 0, 2], [0, 0, 2, 255]])
+    scores = torch.tensor([[0.5, 0.5, 0.5, 0.2], [1.0, 0.0, 0.4, 9.0]])
+    rows = summarize(segmentation, scores, LABELS)
+    assert [(row["label"], row["pixels"], row["area"]) for row in rows] == [("sky", 5, 5 / 8), ("tree", 2, 2 / 8)]
+    assert [row["mean_score"] for row in rows] == pytest.approx([0.5, 0.3])
+    assert [row["mean_score"] for row in summarize(segmentation, None, LABELS)] == [None, None]
+    with pytest.raises(ValueError, match="one score per pixel"):
+        summarize(segmentation, scores[:1], LABELS)

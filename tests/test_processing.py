@@ -1,0 +1,493 @@
+"""Pictures and labels in: every kind of input gives the tensors it should, or one clear sentence."""
+
+import json
+import string
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPTokenizer
+
+from modeling_san.processing import (
+    SANImageProcessor,
+    SANProcessor,
+    extend_labels,
+    load_vocabulary,
+    normalize_labels,
+    parse_labels,
+    prompt_templates,
+    vocabulary_names,
+)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+AS_IS = {"do_resize": False, "return_tensors": "pt"}
+
+
+def random_picture(height=40, width=50, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def normalized(picture):
+    """(height, width, 3) bytes as CLIP wants them, (3, height, width)."""
+    return (torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 - MEAN) / STD
+
+
+def own_part(inputs, index=0):
+    height, width = inputs["image_sizes"][index].tolist()
+    return inputs["pixel_values"][index, :, :height, :width]
+
+
+@pytest.fixture
+def image_processor():
+    return SANImageProcessor()
+
+
+@pytest.fixture
+def tokenizer():
+    letters = string.ascii_lowercase + string.digits + string.punctuation
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+
+
+@pytest.fixture
+def processor(image_processor, tokenizer):
+    return SANProcessor(image_processor, tokenizer)
+
+
+# Sizes, normalisation, padding
+
+
+def test_sizes_are_those_of_the_reference(image_processor):
+    path = SHARED / "reference" / "resize_sizes.json"
+    if not path.is_file():
+        pytest.skip(f"the reference sizes are not at {path}")
+    for height, width, *resized in json.loads(path.read_text())["sizes"]:
+        assert list(image_processor.resized_size(height, width)) == resized
+
+
+def test_no_picture_is_so_thin_that_it_vanishes(image_processor):
+    assert image_processor.resized_size(1, 100_000) == (1, 2560)
+
+
+def test_resizing_is_pils_bilinear_filter(image_processor):
+    picture = random_picture(100, 130)
+    inputs = image_processor(picture, size={"height": 64, "width": 96}, return_tensors="pt")
+    expected = normalized(Image.fromarray(picture).resize((96, 64), Image.Resampling.BILINEAR))
+    torch.testing.assert_close(own_part(inputs), expected, atol=1e-5, rtol=0)
+
+
+def test_padding_is_zero_after_normalisation_at_the_right_and_below(image_processor):
+    inputs = image_processor(random_picture(40, 50), **AS_IS)
+    assert inputs["pixel_values"].shape == (1, 3, 64, 64)
+    assert inputs["pixel_values"].dtype == torch.float32
+    assert inputs["image_sizes"].tolist() == [[40, 50]]
+    assert inputs["image_sizes"].dtype == torch.int64
+    torch.testing.assert_close(own_part(inputs), normalized(random_picture(40, 50)), atol=1e-5, rtol=0)
+    assert not inputs["pixel_values"][:, :, 40:].any()
+    assert not inputs["pixel_values"][:, :, :, 50:].any()
+
+
+def test_pictures_of_a_batch_are_what_they_are_alone(image_processor):
+    pictures = [random_picture(40, 50), random_picture(70, 30, seed=1)]
+    inputs = image_processor(pictures, **AS_IS)
+    assert inputs["pixel_values"].shape == (2, 3, 96, 64)
+    for index, picture in enumerate(pictures):
+        assert torch.equal(own_part(inputs, index), own_part(image_processor(picture, **AS_IS)))
+
+
+def test_options_can_be_overridden_in_a_call(image_processor):
+    picture = random_picture(40, 50)
+    assert image_processor(picture, size=64, return_tensors="pt")["image_sizes"].tolist() == [[64, 80]]
+    assert image_processor(picture, size_divisor=16, **AS_IS)["pixel_values"].shape == (1, 3, 48, 64)
+    assert image_processor(picture, do_pad=False, **AS_IS)["pixel_values"].shape == (1, 3, 40, 50)
+    larger = image_processor(picture, pad_size={"height": 128, "width": 96}, **AS_IS)
+    assert larger["pixel_values"].shape == (1, 3, 128, 96)
+    raw = image_processor(picture, do_rescale=False, do_normalize=False, **AS_IS)
+    assert torch.equal(own_part(raw), torch.from_numpy(picture).permute(2, 0, 1).float())
+    assert isinstance(image_processor(picture, do_resize=False)["pixel_values"], np.ndarray)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"do_pad": False}, "cannot share a batch without padding"),
+        ({"pad_size": {"height": 32, "width": 32}}, "at least 96"),
+        ({"size_divisor": 24}, "multiple of mask_stride"),
+        ({"do_center_crop": True, "crop_size": 10}, "crop them before"),
+        ({"size": {"longest_edge": 50}, "do_resize": True}, "size is .*pass"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean"),
+        ({"image_std": 0.0}, "may not hold 0"),
+    ],
+)
+def test_options_that_cannot_be_met_are_refused(image_processor, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        image_processor([random_picture(40, 50), random_picture(70, 30)], **{**AS_IS, **options})
+
+
+# Kinds of pictures
+
+
+def test_arrays_tensors_files_and_pil_images_of_one_picture_agree(image_processor, tmp_path):
+    picture = random_picture()
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    expected = normalized(picture)
+    same = [
+        Image.fromarray(picture),
+        str(tmp_path / "picture.png"),
+        tmp_path / "picture.png",
+        picture.transpose(2, 0, 1),
+        picture.astype(np.int64),
+        picture.astype(np.float32) / 255,
+        picture.astype(np.float64),
+        torch.from_numpy(picture),
+        torch.from_numpy(picture).permute(2, 0, 1),
+        torch.from_numpy(picture).permute(2, 0, 1).double() / 255,
+        np.dstack([picture, random_picture()[..., :1]]),
+        Image.fromarray(np.dstack([picture, random_picture()[..., :1]])),
+    ]
+    for item in same:
+        torch.testing.assert_close(own_part(image_processor(item, **AS_IS)), expected, atol=1e-4, rtol=0)
+
+
+def test_batches_may_be_lists_of_lists_or_arrays_of_four_axes(image_processor):
+    pictures = np.stack([random_picture(), random_picture(seed=1)])
+    expected = image_processor(list(pictures), **AS_IS)["pixel_values"]
+    for batch in (pictures, torch.from_numpy(pictures).permute(0, 3, 1, 2), [[pictures[0]], [pictures[1]]]):
+        assert torch.equal(image_processor(batch, **AS_IS)["pixel_values"], expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "CMYK", "YCbCr"])
+def test_other_modes_give_what_pil_converts_them_to(image_processor, mode):
+    image = Image.fromarray(random_picture()).convert(mode)
+    inputs = image_processor(image, **AS_IS)
+    torch.testing.assert_close(own_part(inputs), normalized(image.convert("RGB")), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_sixteen_bit_grey_is_scaled_and_not_clipped(image_processor, as_file, tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint16)
+    sixteen = grey * np.uint16(257)
+    Image.fromarray(sixteen).save(tmp_path / "grey.png")
+    inputs = image_processor(tmp_path / "grey.png" if as_file else sixteen, **AS_IS)
+    expected = normalized(np.repeat(grey.astype(np.uint8)[..., None], 3, axis=-1))
+    torch.testing.assert_close(own_part(inputs), expected, atol=1e-5, rtol=0)
+
+
+def test_rotated_files_are_turned_upright_and_their_maps_are_not(image_processor, tmp_path):
+    picture = random_picture(40, 60)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its left side
+    Image.fromarray(picture).save(tmp_path / "rotated.png", exif=exif)
+    upright = np.rot90(picture, -1)
+    label_map = np.zeros((60, 40), dtype=np.uint8)
+    label_map[:10] = 3
+    inputs = image_processor(Image.open(tmp_path / "rotated.png"), label_map, **AS_IS)
+    torch.testing.assert_close(own_part(inputs), normalized(upright), atol=1e-5, rtol=0)
+    assert torch.equal(inputs["mask_labels"][0][1, :60, :40], torch.from_numpy(label_map == 3).float())
+    with pytest.raises(ValueError, match=r"has 40 x 60 pixels .* upright, has 60 x 40"):
+        image_processor(Image.open(tmp_path / "rotated.png"), label_map.T, **AS_IS)
+
+
+def test_floats_keep_their_precision_through_resizing(image_processor):
+    ramp = np.linspace(0, 0.02, 64, dtype=np.float32)[None, :, None].repeat(64, 0).repeat(3, -1)
+    inputs = image_processor(ramp, size={"height": 128, "width": 128}, do_normalize=False, return_tensors="pt")
+    assert inputs["pixel_values"].unique().numel() > 100
+
+
+@pytest.mark.parametrize(
+    ("picture", "sentence"),
+    [
+        ([], "images is empty"),
+        (np.zeros((8, 9, 2), np.uint8), "image 0 has 2 channels .*expected 1 .*3 .*4"),
+        (np.zeros((0, 4, 3), np.uint8), "image 0 has no pixels"),
+        (Image.new("RGB", (0, 5)), "image 0 has no pixels"),
+        (np.zeros(7, np.uint8), "image 0 has shape 7"),
+        (np.full((4, 4, 3), np.nan), "NaN"),
+        (np.full((4, 4, 3), -1.0), "from -1 to -1, expected 0 ... 1 or 0 ... 255"),
+        (np.full((4, 4, 3), 70_000), "holds integers from 70000"),
+        (np.full((4, 4, 3), "a"), "values of type"),
+        ([np.zeros((4, 4, 3), np.uint8), None], "image 1 is a NoneType"),
+        (Path("no/such/file.png"), "there is no file"),
+    ],
+)
+def test_what_is_no_picture_is_refused_in_one_sentence(image_processor, picture, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        image_processor(picture, **AS_IS)
+
+
+def test_damaged_files_are_refused_in_one_sentence(image_processor, tmp_path):
+    Image.fromarray(random_picture(200, 200)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:5000])
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"image 0 cannot be decoded .* damaged or cut off"):
+        image_processor(tmp_path / "cut.png", **AS_IS)
+    with pytest.raises(ValueError, match="cannot be opened as a picture"):
+        image_processor(tmp_path / "text.png", **AS_IS)
+
+
+# Segmentation maps
+
+
+def test_maps_become_one_mask_for_each_class_present(image_processor):
+    label_map = np.full((40, 50), 255, dtype=np.uint8)
+    label_map[:10], label_map[20:30, :25] = 7, 2
+    inputs = image_processor(random_picture(), label_map, **AS_IS)
+    assert inputs["class_labels"][0].tolist() == [2, 7]
+    assert inputs["class_labels"][0].dtype == torch.int64
+    masks = inputs["mask_labels"][0]
+    assert masks.shape == (2, 64, 64)
+    assert masks.dtype == torch.float32
+    assert masks.sum(dim=(1, 2)).tolist() == [250, 500]
+    assert masks[0, 20:30, :25].all()
+    assert masks[1, :10, :50].all()
+
+
+def test_maps_are_resized_by_picking_pixels(image_processor):
+    label_map = np.arange(4, dtype=np.uint8).reshape(2, 2)
+    inputs = image_processor(random_picture(2, 2), label_map, size={"height": 32, "width": 32}, return_tensors="pt")
+    assert inputs["class_labels"][0].tolist() == [0, 1, 2, 3]
+    assert inputs["mask_labels"][0].sum(dim=(1, 2)).tolist() == [256] * 4
+    assert inputs["mask_labels"][0][3, 16:, 16:].all()
+
+
+def test_a_map_without_any_class_gives_no_masks(image_processor):
+    label_map = np.full((40, 50), 255, dtype=np.uint8)
+    inputs = image_processor(random_picture(), label_map, **AS_IS)
+    assert inputs["mask_labels"][0].shape == (0, 64, 64)
+    assert inputs["class_labels"][0].shape == (0,)
+
+
+def test_reduced_labels_count_from_one_and_ignore_zero(image_processor):
+    label_map = np.array([[0, 1, 2, 255]], dtype=np.uint8)
+    inputs = image_processor(random_picture(1, 4), label_map, do_reduce_labels=True, **AS_IS)
+    assert inputs["class_labels"][0].tolist() == [0, 1]
+    assert inputs["mask_labels"][0][:, 0, :4].tolist() == [[0, 1, 0, 0], [0, 0, 1, 0]]
+
+
+def test_maps_of_many_kinds_agree(image_processor):
+    label_map = np.random.default_rng(0).integers(0, 4, (40, 50), dtype=np.uint8)
+    palette_image = Image.fromarray(label_map)
+    palette_image.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200])
+    assert palette_image.mode == "P"
+    expected = image_processor(random_picture(), label_map, **AS_IS)["mask_labels"][0]
+    tensor = torch.from_numpy(label_map)
+    for same in (palette_image, [label_map], tensor.long(), tensor[None], label_map[..., None], label_map / 1.0):
+        assert torch.equal(image_processor(random_picture(), same, **AS_IS)["mask_labels"][0], expected)
+
+
+def test_ids_beyond_255_survive(image_processor):
+    label_map = np.array([[300, 65535], [846, 300]], dtype=np.uint16)
+    inputs = image_processor(random_picture(2, 2), Image.fromarray(label_map), ignore_index=65535, **AS_IS)
+    assert inputs["class_labels"][0].tolist() == [300, 846]
+
+
+@pytest.mark.parametrize(
+    ("label_map", "sentence"),
+    [
+        (np.zeros((3, 3), np.uint8), "segmentation map 0 has 3 x 3 pixels"),
+        (np.zeros((40, 50, 3), np.uint8), "one class index per pixel"),
+        (np.full((40, 50), -1), "indices from -1"),
+        (np.full((40, 50), 0.5), "no whole numbers"),
+        ([np.zeros((40, 50), np.uint8)] * 2, "2 segmentation maps for 1 images"),
+    ],
+)
+def test_maps_that_do_not_fit_are_refused(image_processor, label_map, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        image_processor(random_picture(), label_map, **AS_IS)
+
+
+# Labels and prompts
+
+
+def test_labels_are_lowered_stripped_and_folded():
+    assert normalize_labels([" Red \n  Car", "SKY", "Car | Auto mobile"]) == ["red car", "sky", "car|auto mobile"]
+    assert normalize_labels("Sky") == ["sky"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        ([], "text holds no labels: pass at least one class name"),
+        (["sky", " "], "label 1 .*is empty"),
+        (["car|"], "empty synonym"),
+        (["sky", "road", "Sky "], "'sky' is given 2 times .positions 0, 2"),
+        (["car|Car"], "names 'car' twice"),
+        ([["sky"]], "not a string"),
+        (["e\u0301tang", "\u00e9tang"], "given 2 times"),
+    ],
+)
+def test_labels_that_cannot_be_told_apart_are_refused(processor, labels, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        processor(text=labels)
+
+
+def test_typed_labels_split_at_commas_outside_quotes():
+    assert parse_labels('red striped, "road, route",GRASS') == ["red striped", "road, route", "grass"]
+    assert parse_labels("sky\nroad") == ["sky", "road"]
+    for text in ("", "sky,,road", 'sky, "road'):
+        with pytest.raises(ValueError, match="label"):
+            parse_labels(text)
+
+
+def test_prompts_are_the_label_in_every_template_word_for_word(processor, tokenizer):
+    inputs = processor(text=["Sky"], templates=["a {}.", "see the {} there"])
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in ("a sky.", "see the sky there")]
+    assert inputs["input_ids"].dtype == torch.int64
+    assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (1, 2, max(map(len, prompts)))
+    for row, prompt in enumerate(prompts):
+        assert inputs["input_ids"][0, row, : len(prompt)].tolist() == prompt
+        assert inputs["attention_mask"][0, row].sum() == len(prompt)
+
+
+def test_rows_that_a_label_does_not_need_are_masked_copies_of_its_first_prompt(processor):
+    inputs = processor(text=["car|van", "sky"], templates=["a {}", "the {}"])
+    assert inputs["input_ids"].shape[:2] == (2, 4)
+    assert inputs["attention_mask"].any(dim=-1).tolist() == [[True] * 4, [True, True, False, False]]
+    assert torch.equal(inputs["input_ids"][1, 2], inputs["input_ids"][1, 0])
+    alone = processor(text=["van"], templates=["a {}", "the {}"])["input_ids"]
+    length = alone.shape[-1]
+    assert torch.equal(inputs["input_ids"][0, 2:, :length], alone[0])
+
+
+def test_prompts_too_long_for_the_model_are_refused_by_label(processor):
+    with pytest.raises(ValueError, match=r"label 'x{80}' makes a prompt of 83 tokens .* at most 77"):
+        processor(text=["sky", "x" * 80], templates=["a {}"])
+
+
+@pytest.mark.parametrize(
+    ("templates", "sentence"),
+    [
+        ("no such set", "choose one of 'imagenet', 'vild'"),
+        ([], "templates is empty"),
+        (["a photo"], "once"),
+        (["{} and {}"], "once"),
+        (["a {} in {place}"], "no other braces"),
+        (["a {{}}"], "no other braces"),
+        ("a {}", "pass a list"),
+    ],
+)
+def test_templates_that_cannot_be_used_are_refused(image_processor, tokenizer, templates, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        SANProcessor(image_processor, tokenizer, templates=templates)
+
+
+def test_the_default_templates_are_the_fourteen_of_the_released_models(processor):
+    assert tuple(processor.templates) == prompt_templates("vild")
+    assert processor(text="sky")["input_ids"].shape[:2] == (1, 14)
+
+
+def test_pictures_and_labels_come_together(processor):
+    inputs = processor(images=random_picture(), text=["sky", "road"], segmentation_maps=np.ones((40, 50)), size=64)
+    assert set(inputs) == {*processor.model_input_names, "mask_labels", "class_labels"}
+    assert all(isinstance(inputs[name], torch.Tensor) for name in processor.model_input_names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({}, "nothing to process"),
+        ({"text": ["sky"], "segmentation_maps": np.ones((4, 4))}, "without images"),
+        ({"text": ["sky"], "size": 64}, "size: these are options for images"),
+    ],
+)
+def test_calls_that_lack_something_are_refused(processor, arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        processor(**arguments)
+
+
+def test_released_tokenizer_gives_clips_own_prompts():
+    if not SHARED.is_dir():
+        pytest.skip(f"the released tokenizer is not at {SHARED / 'clip_tokenizer'}")
+    processor = SANProcessor(tokenizer=CLIPTokenizer.from_pretrained(SHARED / "clip_tokenizer"))
+    inputs = processor(text=["cat", "hot dog"], templates=["a photo of a {}."])
+    # CLIP's published vocabulary: 49406 begins, 49407 ends and pads, 320 1125 539 320 is "a photo of a", 2368 "cat"
+    assert inputs["input_ids"][0].tolist() == [[49406, 320, 1125, 539, 320, 2368, 269, 49407, 49407]]
+    assert inputs["attention_mask"].sum(dim=-1).tolist() == [[8], [9]]
+
+
+# Saved and loaded
+
+
+def test_a_saved_processor_loads_exactly(tokenizer, tmp_path):
+    image_processor = SANImageProcessor(size={"shortest_edge": 96}, size_divisor=16, mask_stride=8, ignore_index=7)
+    processor = SANProcessor(image_processor, tokenizer, templates="imagenet")
+    processor.save_pretrained(tmp_path)
+    loaded = SANProcessor.from_pretrained(tmp_path)
+    assert loaded.templates_name == "imagenet"
+    assert loaded.templates == processor.templates
+    assert loaded.image_processor.to_dict() == image_processor.to_dict()
+    assert loaded.image_processor.mask_stride == 8
+    arguments = {"images": random_picture(), "text": ["sky", "red car|van"]}
+    first, second = processor(**arguments), loaded(**arguments)
+    assert all(torch.equal(first[name], second[name]) for name in processor.model_input_names)
+    loaded.save_pretrained(tmp_path / "again")
+    for file in ("processor_config.json", "tokenizer.json"):
+        assert (tmp_path / "again" / file).read_text() == (tmp_path / file).read_text()
+
+
+def test_templates_of_ones_own_are_saved_word_for_word(image_processor, tokenizer, tmp_path):
+    SANProcessor(image_processor, tokenizer, templates=["the {}!"]).save_pretrained(tmp_path)
+    loaded = SANProcessor.from_pretrained(tmp_path)
+    assert (loaded.templates_name, loaded.templates) == (None, ["the {}!"])
+    other = SANProcessor.from_pretrained(tmp_path, templates="vild", size={"shortest_edge": 64})
+    assert other.templates_name == "vild"
+    assert other.image_processor.size == {"shortest_edge": 64}
+
+
+def test_a_saved_folder_needs_no_data_files(processor, tmp_path, monkeypatch):
+    processor.save_pretrained(tmp_path)
+    monkeypatch.setattr("modeling_san.processing.vocabulary._FOLDER", tmp_path / "nowhere")
+    assert SANProcessor.from_pretrained(tmp_path).templates == processor.templates
+
+
+def test_a_processor_beside_a_model_config_of_an_unknown_type_loads(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "not_registered_anywhere"}')
+    assert SANProcessor.from_pretrained(tmp_path).templates_name == "vild"
+
+
+# Vocabularies
+
+
+def test_vocabularies_have_the_sizes_in_their_names():
+    assert {name: len(load_vocabulary(name)) for name in vocabulary_names()} == {
+        "ade20k_150": 150,
+        "ade20k_847": 847,
+        "coco_stuff_171": 171,
+        "pascal_context_459": 459,
+        "pascal_context_59": 59,
+        "pascal_voc_20": 20,
+    }
+    assert load_vocabulary("ade20k_847").ignore_index == 65535
+
+
+def test_unknown_vocabularies_are_refused_with_those_there_are():
+    with pytest.raises(ValueError, match="'ade20k_150', 'ade20k_847', 'coco_stuff_171'"):
+        load_vocabulary("cityscapes")
+
+
+def test_labels_are_extended_by_names_that_are_not_among_them():
+    assert extend_labels(["Sky", "road"], "none") == ["sky", "road"]
+    stuff = extend_labels(["unicorn|Road", "grass"], "coco-stuff")
+    assert stuff[:2] == ["unicorn|road", "grass"]
+    assert len(stuff) == 2 + 91 - 2
+    assert "person" not in stuff
+    everything = extend_labels(["unicorn"], "coco-all")
+    assert len(everything) == 172
+    assert "person" in everything
+    with pytest.raises(ValueError, match="choose one of 'none', 'coco-stuff', 'coco-all'"):
+        extend_labels(["sky"], "ade")
+
+
+def test_data_files_equal_the_published_ones():
+    folder = SHARED / "vocabularies"
+    if not folder.is_dir():
+        pytest.skip(f"the vocabularies are not at {folder}")
+    installed = Path(__file__).resolve().parents[1] / "processing" / "vocabularies"
+    for path in folder.glob("*.json"):
+        assert json.loads((installed / path.name).read_text()) == json.loads(path.read_text())

@@ -1,0 +1,73 @@
+import pytest
+import torch
+from transformers import CLIPModel, CLIPTokenizer
+
+from modeling_san.training.pretrain_clip import (
+    contrastive_loss,
+    demo_clip_config,
+    draw_pool,
+    embed_images,
+    embed_regions,
+    pretrain_clip,
+)
+from modeling_san.training.tokenizer import build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def clip():
+    torch.manual_seed(0)
+    return CLIPModel(demo_clip_config(build_tokenizer())).eval()
+
+
+def test_the_tiny_clip_has_about_two_million_parameters(clip):
+    assert 1.5e6 < sum(parameter.numel() for parameter in clip.parameters()) < 2.5e6
+
+
+@torch.no_grad()
+def test_a_region_that_is_the_whole_picture_is_embedded_as_the_picture(clip):
+    pixel_values = torch.randn(2, 3, 64, 64)
+    regions = embed_regions(clip, pixel_values, torch.ones(2, 3, 128, 128), first_layer=3)
+    torch.testing.assert_close(regions, embed_images(clip, pixel_values)[:, None].expand(-1, 3, -1))
+
+
+@torch.no_grad()
+def test_a_region_sees_nothing_of_other_regions_after_the_first_layers(clip):
+    masks = torch.zeros(1, 1, 128, 128)
+    masks[..., :64] = 1
+    pixel_values = torch.randn(1, 3, 64, 64)
+    changed = pixel_values.clone()
+    changed[..., 32:] += 1
+    before, after = (embed_regions(clip, values, masks, first_layer=0) for values in (pixel_values, changed))
+    whole = [embed_images(clip, values) for values in (pixel_values, changed)]
+    # Layer 1 alone can be blind to the other half; later layers see it through the patches.
+    assert (before - after).norm() < (whole[0] - whole[1]).norm()
+
+
+def test_a_true_caption_of_another_picture_is_not_held_against_the_model():
+    # Both captions are true of both pictures: equal logits are perfect, up to the entropy of the target.
+    loss = contrastive_loss(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool))
+    assert loss.item() == pytest.approx(torch.log(torch.tensor(2.0)).item())
+    own = contrastive_loss(20 * torch.eye(2), torch.eye(2, dtype=torch.bool))
+    assert own.item() < 1e-6
+
+
+def test_the_pool_is_the_same_however_many_processes_draw_it():
+    alone, shared = draw_pool(6, workers=0, progress=False), draw_pool(6, workers=2, progress=False)
+    assert torch.equal(alone.images, shared.images)
+    assert alone.regions == shared.regions
+    assert alone.images.shape == (6, 3, 64, 64)
+
+
+def test_pre_training_saves_a_model_and_its_tokenizer(tmp_path):
+    options = {"steps": 2, "batch_size": 4, "num_pictures": 8, "workers": 0, "progress": False, "device": "cpu"}
+    model = pretrain_clip(tmp_path, **options)
+    loaded, tokenizer = CLIPModel.from_pretrained(tmp_path), CLIPTokenizer.from_pretrained(tmp_path)
+    assert loaded.config.text_config.eos_token_id == tokenizer.eos_token_id
+    torch.testing.assert_close(loaded.visual_projection.weight, model.visual_projection.weight)
+    again = pretrain_clip(tmp_path, **options)
+    torch.testing.assert_close(again.visual_projection.weight, model.visual_projection.weight)
+
+
+def test_a_pool_smaller_than_a_batch_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="num_pictures=4"):
+        pretrain_clip(tmp_path, batch_size=8, num_pictures=4)

@@ -58,11 +58,11 @@ class SANImageProcessor(PilBackend):
     """
 
     valid_kwargs = SANImageProcessorKwargs
-    model_input_names = ["pixel_values", "image_sizes"]  # noqa: RUF012 (a plain list, as the library's loaders expect)
+    model_input_names = ["pixel_values", "image_sizes"]
 
     do_convert_rgb = True
     do_resize = True
-    size = {"shortest_edge": 640, "longest_edge": 2560}  # noqa: RUF012
+    size = {"shortest_edge": 640, "longest_edge": 2560}
     default_to_square = False
     resample = Image.Resampling.BILINEAR
     do_rescale = True

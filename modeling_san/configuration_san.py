@@ -191,10 +191,11 @@ class SANConfig(PreTrainedConfig):
             f"clip_input_scale is {self.clip_input_scale}: it must lie in (0, 1], as CLIP sees the same or a smaller "
             "picture.",
         )
+        _require(self.projection_dim > 0, f"projection_dim is {self.projection_dim}: it must be at least 1.")
         _require_choice("sls_token_format", self.sls_token_format, SLS_TOKEN_FORMATS)
 
     def _validate_side_adapter(self) -> None:
-        for name in ("num_queries", "side_num_layers", "mask_dim", "side_patch_size"):
+        for name in ("num_queries", "side_hidden_size", "side_num_layers", "mask_dim", "side_patch_size"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}: it must be at least 1.")
         _require(
             self.side_num_heads > 0 and self.side_hidden_size % self.side_num_heads == 0,

@@ -125,6 +125,10 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
     ```
     """
 
+    # `forward` swallows further keyword arguments but does not scale its loss by them: `Trainer` has to divide the
+    # loss by the number of accumulated batches itself.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: SANConfig) -> None:
         super().__init__(config)
         vision, text = config.vision_config, config.text_config
@@ -166,6 +170,15 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         model = cls(config)
         model.load_state_dict(clip.state_dict(), strict=False)
         return model
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as every transformers model; what is frozen in a new model is frozen in a loaded one."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        # Loading replaces parameters and with them their requires_grad.
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.freeze_clip()
+        return loaded
 
     def freeze_clip(self) -> None:
         """
@@ -289,7 +302,8 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
 
         predictions = []
         for indices, (height, width) in groups:
-            pixels = pixel_values[indices, :, :height, :width] if len(groups) > 1 else pixel_values
+            whole = len(groups) == 1 and (height, width) == pixel_values.shape[-2:]
+            pixels = pixel_values if whole else pixel_values[indices, :, :height, :width]
             pixels = pixels.to(self.dtype)
             clip_pixels = self.shrink_for_clip(pixels)
             clip_grid = self.clip_grid(clip_pixels)
@@ -308,7 +322,8 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
                     for proposal, embeds in zip(proposals, mask_embeds, strict=True)
                 ]
             )
-        *auxiliary, final = [_merge_groups(parts, groups) for parts in zip(*predictions, strict=True)]
+        grid = tuple(side // self.config.side_patch_size for side in pixel_values.shape[-2:])
+        *auxiliary, final = [_merge_groups(parts, groups, grid) for parts in zip(*predictions, strict=True)]
 
         loss_dict = None
         if labels is not None or mask_labels is not None or class_labels is not None:
@@ -520,22 +535,25 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         return mask_labels, class_labels
 
 
-def _merge_groups(parts: Sequence[dict[str, Tensor]], groups: Sequence[Group]) -> dict[str, Tensor]:
-    """Batch tensors again, in the pictures' order; smaller maps are filled with 0 at right and bottom."""
-    if len(parts) == 1:
-        return parts[0]
+def _merge_groups(
+    parts: Sequence[dict[str, Tensor]], groups: Sequence[Group], grid: tuple[int, ...]
+) -> dict[str, Tensor]:
+    """Batch tensors again, in the pictures' order; maps smaller than `grid` are filled with 0 at right and bottom."""
     order = torch.tensor([index for indices, _ in groups for index in indices]).argsort()
     merged = {}
     for name in parts[0]:
         tensors = [part[name] for part in parts]
         if name in ("masks_queries_logits", "attention_bias"):
-            height, width = (max(tensor.shape[axis] for tensor in tensors) for axis in (-2, -1))
-            tensors = [
-                nn.functional.pad(tensor, (0, width - tensor.shape[-1], 0, height - tensor.shape[-2]))
-                for tensor in tensors
-            ]
-        merged[name] = torch.cat(tensors)[order.to(tensors[0].device)]
+            tensors = [_fill_to(tensor, grid) for tensor in tensors]
+        merged[name] = tensors[0] if len(parts) == 1 else torch.cat(tensors)[order.to(tensors[0].device)]
     return merged
+
+
+def _fill_to(maps: Tensor, grid: tuple[int, ...]) -> Tensor:
+    height, width = maps.shape[-2:]
+    if (height, width) == grid:
+        return maps
+    return nn.functional.pad(maps, (0, grid[1] - width, 0, grid[0] - height))
 
 
 __all__ = ["SANForOpenVocabSegmentation", "SANOutput", "SANPreTrainedModel"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from modeling_san.modeling_san import SANForOpenVocabSegmentation
@@ -28,6 +30,7 @@ def run_training(
     dataset: torch.utils.data.Dataset,
     *,
     steps: int,
+    prompts: Mapping[str, Tensor] | None = None,
     batch_size: int,
     learning_rate: float,
     warmup_steps: int = 50,
@@ -46,6 +49,8 @@ def run_training(
         model: with `set_labels` done; its trainable parameters are the ones whose gradient is on.
         dataset: items with `pixel_values` and `labels`, all of one size.
         steps: optimisation steps.
+        prompts: `input_ids` and `attention_mask` of the labels, encoded anew in each step; needed where the text
+            encoder trains. By default the stored label embeddings are used.
         batch_size: pictures a step on each device.
         learning_rate: AdamW's after the warm-up; decays to 0 as a polynomial of power 0.9.
         warmup_steps: steps of linear warm-up.
@@ -82,7 +87,12 @@ def run_training(
             disable_tqdm=not progress,
             **training_arguments,
         )
-        SANTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate).train()
+        SANTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=lambda examples: {**collate(examples), **(prompts or {})},
+        ).train()
     model.eval()
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,13 @@ class TrainingPictures(torch.utils.data.Dataset):
     """
     Augmented crops of labelled pictures: random scale, random place, random flip.
 
+    Chance comes from torch's generator, which data loaders seed for each worker and epoch.
+
     Args:
         dataset: examples with `image` and `annotation`.
         image_processor: normalises pictures.
         crop_size: height and width of the crops in pixels, multiples of the model's size divisor.
         short_side: range of the picture's short side before cropping, in pixels.
-        seed: with the epoch-free index of a draw it decides the augmentation; workers draw different ones.
     """
 
     def __init__(
@@ -123,13 +125,11 @@ class TrainingPictures(torch.utils.data.Dataset):
         *,
         crop_size: tuple[int, int],
         short_side: tuple[int, int],
-        seed: int = 0,
     ) -> None:
         self.dataset = dataset
         self.image_processor = image_processor
         self.crop_size = crop_size
         self.short_side = short_side
-        self.rng = np.random.default_rng(seed)
 
     def __len__(self) -> int:
         """Number of pictures."""
@@ -148,25 +148,37 @@ class TrainingPictures(torch.utils.data.Dataset):
         return {"pixel_values": pixel_values, "labels": labels}
 
     def _augment(self, image: Image.Image, label_map: np.ndarray) -> tuple[Image.Image, np.ndarray]:
-        scale = self.rng.uniform(*self.short_side) / min(image.size)
+        rng = np.random.default_rng(int(torch.randint(2**31, ())))
+        scale = rng.uniform(*self.short_side) / min(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         height, width = self.crop_size
-        left = int(self.rng.integers(0, max(size[0] - width, 0) + 1))
-        top = int(self.rng.integers(0, max(size[1] - height, 0) + 1))
+        left = int(rng.integers(0, max(size[0] - width, 0) + 1))
+        top = int(rng.integers(0, max(size[1] - height, 0) + 1))
         box = (left, top, min(left + width, size[0]), min(top + height, size[1]))
         image = image.resize(size, Image.Resampling.BILINEAR).crop(box)
         labels = Image.fromarray(label_map.astype(np.int32)).resize(size, Image.Resampling.NEAREST).crop(box)
-        if self.rng.random() < 0.5:
+        if rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             labels = labels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image, np.asarray(labels)
 
 
-def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack examples of one size into a batch."""
-    return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+@dataclass(frozen=True)
+class Collator:
+    """
+    Stacks examples of one size into a batch.
+
+    Attributes:
+        prompts: entries that every batch carries as they are: `input_ids` and `attention_mask` of the labels, where
+            the text encoder trains.
+    """
+
+    prompts: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Stack the tensors of each name along a new first dimension."""
+        batch = {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+        return {**batch, **self.prompts}
 
 
-Collator = Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]
-
-__all__ = ["IGNORE_INDEX", "TrainingPictures", "collate", "load_pictures", "to_arrays"]
+__all__ = ["IGNORE_INDEX", "Collator", "TrainingPictures", "load_pictures", "to_arrays"]

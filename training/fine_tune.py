@@ -94,7 +94,6 @@ def fine_tune(
             processor.image_processor,
             crop_size=_crop_size(pictures, short_side, san.config.size_divisor),
             short_side=(round(0.75 * short_side), round(1.5 * short_side)),
-            seed=seed,
         ),
         steps=steps,
         prompts=prompts,

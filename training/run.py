@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from modeling_san.modeling_san import SANForOpenVocabSegmentation
-from modeling_san.training.data import collate
+from modeling_san.training.data import Collator
 from modeling_san.training.device import pick_device_and_dtype
 
 _NO_DECAY = ("norm", "position_embedding", "query_embedding", "bias", "class_embedding", "background_embedding")
@@ -91,7 +91,7 @@ def run_training(
             model=model,
             args=arguments,
             train_dataset=dataset,
-            data_collator=lambda examples: {**collate(examples), **(prompts or {})},
+            data_collator=Collator(prompts or {}),
         ).train()
     model.eval()
 

@@ -12,7 +12,6 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from modeling_san import BUILTIN_MODEL
 from modeling_san.modeling_san import SANForOpenVocabSegmentation
 from modeling_san.processing import SANProcessor
 from modeling_san.training.data import TrainingPictures, load_pictures, to_arrays
@@ -26,11 +25,12 @@ RESULTS_FILE = "results.json"
 
 
 def fine_tune(
+    model: SANForOpenVocabSegmentation,
+    processor: SANProcessor,
     dataset: str | Path,
     labels: Sequence[str],
     output_dir: str | Path,
     *,
-    model: str | Path = BUILTIN_MODEL,
     validation: str | Path | None = None,
     short_side: int | None = None,
     train_clip: bool = False,
@@ -46,10 +46,11 @@ def fine_tune(
     Train a model further on pictures with label maps, and save it with the labels stored.
 
     Args:
+        model: what to start from, in float32; changed in place.
+        processor: its processor; changed in place where `short_side` is given.
         dataset: parquet file, folder or Hub id with pictures and label maps (255 = no label).
         labels: class names in the order of the label maps' values.
         output_dir: folder for the result; it must not hold a model already.
-        model: what to start from.
         validation: pictures for the final mIoU; a split named "validation" of `dataset` is not looked for.
         short_side: short side of the pictures in pixels; that of the model's processor by default.
         train_clip: whether CLIP trains too: needed where it does not know such pictures or words, as the built-in
@@ -77,22 +78,20 @@ def fine_tune(
         if examples is not None:
             _check_first_pictures(examples, len(labels), source)
 
-    processor = SANProcessor.from_pretrained(model)
     if templates is not None:
         processor = SANProcessor(processor.image_processor, processor.tokenizer, templates=templates)
-    san = SANForOpenVocabSegmentation.from_pretrained(model, dtype=torch.float32)
     if train_clip:
-        san.config.trainable_clip_parameters = list(TRAIN_CLIP)
-        san.freeze_clip()
+        model.config.trainable_clip_parameters = list(TRAIN_CLIP)
+        model.freeze_clip()
     short_side = _set_short_side(processor, short_side)
-    san.set_labels(labels, processor)
+    model.set_labels(labels, processor)
     prompts = dict(processor(text=list(labels), return_tensors="pt")) if train_clip else {}
     run_training(
-        san,
+        model,
         TrainingPictures(
             pictures,
             processor.image_processor,
-            crop_size=_crop_size(pictures, short_side, san.config.size_divisor),
+            crop_size=_crop_size(pictures, short_side, model.config.size_divisor),
             short_side=(round(0.75 * short_side), round(1.5 * short_side)),
         ),
         steps=steps,
@@ -103,13 +102,13 @@ def fine_tune(
         device=device,
         progress=progress,
     )
-    san.set_labels(labels, processor)
-    san.config.training_labels = None if san.config.training_labels is None else list(labels)
-    san.save_pretrained(output_dir)
+    model.set_labels(labels, processor)
+    model.config.training_labels = None if model.config.training_labels is None else list(labels)
+    model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     if validation_pictures is None:
         return {}
-    results = evaluate(san, processor, validation_pictures, labels, progress=progress)
+    results = evaluate(model, processor, validation_pictures, labels, progress=progress)
     (output_dir / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
     return results
 

@@ -14,11 +14,11 @@ from modeling_san.modeling_san import SANForOpenVocabSegmentation
 from modeling_san.training.data import Collator
 from modeling_san.training.device import pick_device_and_dtype
 
-_NO_DECAY = ("norm", "position_embedding", "query_embedding", "bias", "class_embedding", "background_embedding")
+_NO_DECAY = ("norm", "position_embedding", "query_embedding")
 
 
 class SANTrainer(Trainer):
-    """`Trainer` with the paper's parameter groups: no weight decay on norms, biases and embeddings (section 4.2)."""
+    """`Trainer` with the paper's parameter groups: no weight decay on norms and on position and query embeddings."""
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Names of the parameters that weight decay applies to."""

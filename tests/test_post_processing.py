@@ -37,22 +37,24 @@ def plain_scores(masks, classes, size, target):
 @pytest.fixture(params=["one block", "many blocks"])
 def processor(request, monkeypatch):
     if request.param == "many blocks":
-        monkeypatch.setattr(post_processing, "_BLOCK_FLOATS", 300)
+        monkeypatch.setattr(post_processing, "_BLOCK_FLOATS", 3000)
         monkeypatch.setattr(post_processing, "_BLOCK_COLUMNS", 23)
     return SANImageProcessor()
 
 
 @pytest.mark.parametrize("target", [(90, 120), (31, 200), (240, 17), (1, 1)])
-def test_blocks_give_what_two_interpolations_of_whole_tensors_give(processor, target):
-    outputs = make_outputs([(90, 120), (64, 97)])
+@pytest.mark.parametrize("classes", [5, 70])
+def test_blocks_give_what_two_interpolations_of_whole_tensors_give(processor, target, classes):
+    outputs = make_outputs([(90, 120), (64, 97)], classes)
     scores = processor.post_process_semantic_scores(outputs, [target, target])
     for i, size in enumerate([(90, 120), (64, 97)]):
         expected = plain_scores(outputs.masks_queries_logits[i], outputs.class_queries_logits[i], size, target)
         torch.testing.assert_close(scores[i], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_segmentation_is_the_best_score_at_every_pixel(processor):
-    outputs = make_outputs([(90, 120)])
+@pytest.mark.parametrize("classes", [5, 70])
+def test_segmentation_is_the_best_score_at_every_pixel(processor, classes):
+    outputs = make_outputs([(90, 120)], classes)
     scores = processor.post_process_semantic_scores(outputs, [(50, 70)])[0]
     maps, winning = processor.post_process_semantic_segmentation(outputs, [(50, 70)], return_scores=True)
     assert maps[0].dtype == torch.int64

@@ -1,0 +1,224 @@
+"""Reading labelled pictures, counting IoU, fine-tuning."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from modeling_san.processing import SANProcessor
+from modeling_san.training.data import Collator, TrainingPictures, load_pictures, to_arrays
+from modeling_san.training.fine_tune import evaluate, fine_tune
+from modeling_san.training.metrics import ConfusionMatrix
+from modeling_san.training.tokenizer import build_tokenizer
+from modeling_san.training.train_demo import SAN_OPTIONS, WorldPictures, attention_bias_off, make_processor
+from modeling_san.training.world import BACKGROUNDS, CLASS_NAMES, SEEN_COMBINATIONS, draw_scene
+
+LABELS = ["dark", "light"]
+
+
+@pytest.fixture(scope="module")
+def processor() -> SANProcessor:
+    return make_processor(build_tokenizer(600))
+
+
+@pytest.fixture
+def small_model(processor):
+    from transformers import CLIPModel
+
+    from modeling_san import SANForOpenVocabSegmentation
+    from modeling_san.training.pretrain_clip import demo_clip_config
+
+    torch.manual_seed(0)
+    clip = CLIPModel(demo_clip_config(processor.tokenizer))
+    return SANForOpenVocabSegmentation.from_clip(clip, **{**SAN_OPTIONS, "num_queries": 4, "train_num_points": 64})
+
+
+def two_tone(seed: int, size: tuple[int, int] = (48, 64)) -> tuple[Image.Image, Image.Image]:
+    """A picture that is dark on the left and light on the right of a random column, with its label map."""
+    split = int(np.random.default_rng(seed).integers(16, 48))
+    labels = np.zeros(size, np.uint8)
+    labels[:, split:] = 1
+    picture = np.where(labels[..., None] == 1, np.uint8(230), np.uint8(30)).repeat(3, axis=2)
+    return Image.fromarray(picture), Image.fromarray(labels)
+
+
+def make_dataset(pairs, image: str = "image", label: str = "annotation") -> Dataset:
+    columns = {image: [pair[0] for pair in pairs], label: [pair[1] for pair in pairs]}
+    return Dataset.from_dict(columns, features=Features({image: ImageFeature(), label: ImageFeature()}))
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    path = tmp_path / "train.parquet"
+    make_dataset([two_tone(seed) for seed in range(6)]).to_parquet(path)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------- IoU
+
+
+def test_iou_is_what_counting_by_hand_gives():
+    confusion = ConfusionMatrix(3)
+    confusion.update(torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 1, 1, 255]]))
+    # class 0: 1 hit of 2 predicted, 1 true -> 1 / 2; class 1: 1 hit, 1 more true -> 1 / 2; class 2 does not occur
+    assert confusion.iou()[:2].tolist() == [0.5, 0.5]
+    assert torch.isnan(confusion.iou()[2])
+    assert confusion.mean_iou() == 0.5
+
+
+def test_counting_in_parts_equals_counting_at_once():
+    generator = torch.Generator().manual_seed(0)
+    predicted, true = (torch.randint(0, 5, (4, 9, 7), generator=generator) for _ in range(2))
+    whole, parts = ConfusionMatrix(5), ConfusionMatrix(5)
+    whole.update(predicted, true)
+    for one_predicted, one_true in zip(predicted, true, strict=True):
+        parts.update(one_predicted, one_true)
+    assert torch.equal(whole.counts, parts.counts)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "true", "message"),
+    [([[0, 1]], [[0]], "sizes must agree"), ([[0]], [[7]], "true labels"), ([[-1]], [[0]], "predicted labels")],
+)
+def test_labels_that_cannot_be_counted_are_named(predicted, true, message):
+    with pytest.raises(ValueError, match=message):
+        ConfusionMatrix(2).update(torch.tensor(predicted), torch.tensor(true))
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("columns", [("image", "annotation"), ("image", "label"), ("img", "semantic_segmentation")])
+def test_usual_column_names_are_recognised(tmp_path, columns):
+    make_dataset([two_tone(0)], *columns).to_parquet(tmp_path / "data.parquet")
+    assert load_pictures(tmp_path / "data.parquet").column_names == ["image", "annotation"]
+
+
+def test_unknown_columns_are_listed(tmp_path):
+    make_dataset([two_tone(0)], "photo", "truth").to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(ValueError, match="photo, truth"):
+        load_pictures(tmp_path / "data.parquet")
+
+
+def test_a_folder_that_datasets_wrote_is_read(tmp_path):
+    make_dataset([two_tone(0), two_tone(1)]).save_to_disk(tmp_path / "saved")
+    assert len(load_pictures(tmp_path / "saved")) == 2
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no parquet"])
+def test_what_is_no_data_set_is_refused_in_one_sentence(tmp_path, content):
+    path = tmp_path / "data.parquet"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read as a data set"):
+        load_pictures(path)
+
+
+def test_a_label_map_of_another_size_is_refused():
+    picture, _ = two_tone(0)
+    _, labels = two_tone(0, (24, 64))
+    with pytest.raises(ValueError, match="sizes must agree"):
+        to_arrays({"image": picture, "annotation": labels})
+
+
+def test_augmented_labels_stay_on_their_pixels(processor):
+    torch.manual_seed(0)
+    pictures = TrainingPictures(
+        make_dataset([two_tone(seed) for seed in range(4)]),
+        processor.image_processor,
+        crop_size=(64, 96),
+        short_side=(32, 96),
+    )
+    assert len(pictures) == 4
+    for index in range(len(pictures)):
+        example = pictures[index]
+        light = example["pixel_values"].mean(0) > 0
+        labelled = example["labels"] != 255
+        agreement = (light[labelled] == (example["labels"][labelled] == 1)).float().mean()
+        # Bilinear resizing blurs the picture at the edge, nearest does not blur the labels.
+        assert agreement > 0.95
+        assert example["pixel_values"].shape == (3, 64, 96)
+        assert torch.all(example["pixel_values"][:, ~labelled] == 0)
+
+
+def test_prompts_ride_along_with_each_batch():
+    batch = Collator({"input_ids": torch.ones(2, 1, 5)})([{"labels": torch.zeros(4, 4)}] * 3)
+    assert batch["labels"].shape == (3, 4, 4)
+    assert batch["input_ids"].shape == (2, 1, 5)
+
+
+def test_the_world_is_relabelled_for_a_shorter_vocabulary(processor):
+    names = [*SEEN_COMBINATIONS, *BACKGROUNDS]
+    pictures = WorldPictures(3, names, processor.image_processor, seed=5)
+    for index in range(3):
+        scene = draw_scene(5, index, combinations=SEEN_COMBINATIONS)
+        labels = pictures[index]["labels"]
+        expected = {CLASS_NAMES[value] for value in np.unique(scene.label_map)}
+        assert {names[value] for value in labels.unique().tolist()} == expected
+
+
+# -------------------------------------------------------------------------------------------------------- fine-tuning
+
+
+def test_fine_tuning_saves_a_model_that_loads_with_its_labels(tmp_path, parquet, processor, small_model):
+    from modeling_san import SANForOpenVocabSegmentation
+
+    results = fine_tune(
+        small_model,
+        processor,
+        parquet,
+        LABELS,
+        tmp_path / "out",
+        validation=parquet,
+        short_side=48,
+        train_clip=True,
+        steps=3,
+        batch_size=2,
+        device="cpu",
+        progress=False,
+    )
+    assert set(results["per_class_iou"]) == set(LABELS)
+    assert 0 <= results["mean_iou"] <= 1
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    model = SANForOpenVocabSegmentation.from_pretrained(tmp_path / "out").eval()
+    saved_processor = SANProcessor.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == dict(enumerate(LABELS))
+    assert saved_processor.image_processor.size["shortest_edge"] == 48
+    again = evaluate(model, saved_processor, load_pictures(parquet), LABELS, progress=False)
+    assert again == results
+
+
+def test_a_frozen_clip_stays_as_it_was(tmp_path, parquet, processor, small_model):
+    before = {name: tensor.clone() for name, tensor in small_model.state_dict().items()}
+    fine_tune(
+        small_model, processor, parquet, LABELS, tmp_path / "out", short_side=48, steps=1, batch_size=2, device="cpu",
+        progress=False,
+    )  # fmt: skip
+    changed = {name for name, tensor in small_model.state_dict().items() if not torch.equal(before[name], tensor)}
+    assert "vision_model.embeddings.position_embedding.weight" in changed
+    assert not any(name.startswith(("vision_model.encoder", "text_model", "visual_projection")) for name in changed)
+
+
+def test_labels_that_are_too_few_stop_before_training(tmp_path, parquet, processor, small_model):
+    with pytest.raises(ValueError, match=r"the label map holds \[1\], but there are 1 labels"):
+        fine_tune(small_model, processor, parquet, ["dark"], tmp_path / "out", steps=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_in_the_output_folder_is_not_overwritten(tmp_path, parquet, processor, small_model):
+    (tmp_path / "model.safetensors").write_bytes(b"precious")
+    with pytest.raises(ValueError, match="already holds a model"):
+        fine_tune(small_model, processor, parquet, LABELS, tmp_path, steps=1)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"precious"
+
+
+def test_switching_the_bias_off_is_undone(small_model):
+    scaling = small_model.side_adapter.mask_decoder.bias_scaling
+    before = scaling.weight.clone()
+    with attention_bias_off(small_model):
+        assert scaling.weight.item() == 0
+    assert torch.equal(scaling.weight, before)

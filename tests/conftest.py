@@ -1,0 +1,154 @@
+"""Fixtures shared by all tests: a tiny model, a tiny tokenizer, and the reference numbers where they are present."""
+
+import os
+
+# Before transformers is imported: nothing in these tests may wait for a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPTokenizer
+
+from modeling_san import SANConfig, SANForOpenVocabSegmentation, SANProcessor
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+TINY_VOCABULARY = ["a", "photo", "of", ".", "sky", "road", "car", "tree", "red", "truck"]
+
+TINY_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 64,
+    "patch_size": 16,
+}
+TINY_TEXT = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+}
+TINY = {
+    "projection_dim": 16,
+    "sls_start_layer": 2,
+    "num_queries": 6,
+    "side_hidden_size": 24,
+    "side_num_layers": 3,
+    "side_num_heads": 3,
+    "side_image_size": 128,
+    "fusion_map": [[0, 0], [2, 1]],
+    "deep_supervision_layers": [2, 3],
+    "mask_dim": 16,
+    "train_num_points": 256,
+}
+
+
+def pytest_configure(config):
+    # Small tensors gain nothing from many threads, and lose when other work shares the cores.
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """CLIP's kind of tokenizer that knows ten words and every letter."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), ".</w>", "|</w>"]
+    merges = []
+    for word in TINY_VOCABULARY:
+        left = word[0]
+        for position, letter in enumerate(word[1:], start=1):
+            right = letter if position < len(word) - 1 else f"{letter}</w>"
+            if (left, right) not in merges:
+                merges.append((left, right))
+                tokens.append(left + right)
+            left += right
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=16)
+
+
+@pytest.fixture(scope="session")
+def processor(tokenizer):
+    return SANProcessor(tokenizer=tokenizer, templates=["a photo of a {}.", "{}"])
+
+
+@pytest.fixture(scope="session")
+def make_config(tokenizer):
+    """Makes a tiny config; keyword arguments replace its fields."""
+
+    def make(**changes):
+        special = {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        return SANConfig(**{"vision_config": TINY_VISION, "text_config": {**TINY_TEXT, **special}, **TINY, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_model(make_config):
+    """Makes a tiny model in evaluation mode whose weights are large enough to tell inputs apart."""
+
+    def make(seed=0, attn_implementation="sdpa", **changes):
+        torch.manual_seed(seed)
+        config = make_config(**changes)
+        model = SANForOpenVocabSegmentation._from_config(config, attn_implementation=attn_implementation)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(std=0.5 if "embedding" in name else parameter[0].numel() ** -0.5)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model()
+
+
+@pytest.fixture
+def class_embeds():
+    """Unit vectors of five classes for the tiny model."""
+    vectors = torch.randn(5, TINY["projection_dim"], generator=torch.Generator().manual_seed(1))
+    return torch.nn.functional.normalize(vectors, dim=-1)
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """Folder that holds the reference numbers and CLIP's tokenizer, beside the repository."""
+    if not (SHARED / "reference").is_dir():
+        pytest.skip(f"needs the reference numbers in {SHARED / 'reference'}, which is not there")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def reference(shared):
+    """Folder of the reference numbers."""
+    return shared / "reference"
+
+
+@pytest.fixture(scope="session")
+def reference_weights(reference):
+    """The module that makes the reference's weights and pictures from names and seeds."""
+    sys.path.insert(0, str(reference))
+    try:
+        import weights
+    finally:
+        sys.path.remove(str(reference))
+    return weights
+
+
+@pytest.fixture(scope="session")
+def clip_processor(shared):
+    """A processor with the released CLIP tokenizer and the released models' templates."""
+    if not (shared / "clip_tokenizer").is_dir():
+        pytest.skip(f"needs CLIP's tokenizer in {shared / 'clip_tokenizer'}, which is not there")
+    return SANProcessor(tokenizer=CLIPTokenizer.from_pretrained(shared / "clip_tokenizer"), templates="vild")

@@ -3,11 +3,13 @@ import torch
 from transformers import CLIPModel, CLIPTokenizer
 
 from modeling_san.training.pretrain_clip import (
+    _region_attention_mask,
     contrastive_loss,
     demo_clip_config,
     draw_pool,
     embed_images,
     embed_regions,
+    patches_of_regions,
     pretrain_clip,
 )
 from modeling_san.training.tokenizer import build_tokenizer
@@ -26,21 +28,41 @@ def test_the_tiny_clip_has_about_two_million_parameters(clip):
 @torch.no_grad()
 def test_a_region_that_is_the_whole_picture_is_embedded_as_the_picture(clip):
     pixel_values = torch.randn(2, 3, 64, 64)
-    regions = embed_regions(clip, pixel_values, torch.ones(2, 3, 128, 128), first_layer=3)
+    regions = embed_regions(clip, pixel_values, torch.ones(2, 3, 8, 8, dtype=torch.bool), first_layer=3)
     torch.testing.assert_close(regions, embed_images(clip, pixel_values)[:, None].expand(-1, 3, -1))
 
 
 @torch.no_grad()
-def test_a_region_sees_nothing_of_other_regions_after_the_first_layers(clip):
-    masks = torch.zeros(1, 1, 128, 128)
-    masks[..., :64] = 1
-    pixel_values = torch.randn(1, 3, 64, 64)
-    changed = pixel_values.clone()
-    changed[..., 32:] += 1
-    before, after = (embed_regions(clip, values, masks, first_layer=0) for values in (pixel_values, changed))
-    whole = [embed_images(clip, values) for values in (pixel_values, changed)]
-    # Layer 1 alone can be blind to the other half; later layers see it through the patches.
-    assert (before - after).norm() < (whole[0] - whole[1]).norm()
+def test_a_region_is_blind_to_other_patches_and_to_the_class_token(clip):
+    tokens = torch.randn(1, 1 + 1 + 64, 128)
+    patches = torch.zeros(1, 1, 64, dtype=torch.bool)
+    patches[..., :20] = True
+    changed = tokens.clone()
+    changed[:, 1] += 1
+    changed[:, 2 + 20 :] += 1
+    layer, mask = clip.vision_model.encoder.layers[0], _region_attention_mask(patches, torch.float32)
+    before, after = (layer(values, attention_mask=mask)[:, 0] for values in (tokens, changed))
+    torch.testing.assert_close(before, after)
+
+
+@torch.no_grad()
+def test_the_picture_itself_never_sees_its_regions(clip):
+    tokens = torch.randn(1, 2 + 1 + 64, 128)
+    changed = tokens.clone()
+    changed[:, :2] += 1
+    mask = _region_attention_mask(torch.ones(1, 2, 64, dtype=torch.bool), torch.float32)
+    before, after = (clip.vision_model.encoder.layers[0](values, attention_mask=mask) for values in (tokens, changed))
+    torch.testing.assert_close(before[:, 2:], after[:, 2:])
+
+
+def test_patches_of_a_region_are_those_it_touches_or_those_it_fills():
+    mask = torch.zeros(1, 2, 128, 128)
+    mask[0, 0, :, :40] = 1
+    mask[0, 1, :4, :4] = 1
+    touched, filled = patches_of_regions(mask, 8), patches_of_regions(mask, 8, min_coverage=0.9)
+    assert touched[0, 0].any(0).tolist() == [True] * 3 + [False] * 5
+    assert filled[0, 0].any(0).tolist() == [True] * 2 + [False] * 6
+    assert touched[0, 1].sum() == filled[0, 1].sum() == 1
 
 
 def test_a_true_caption_of_another_picture_is_not_held_against_the_model():

@@ -158,6 +158,7 @@ def assert_equal_where_clear(scores, processor, outputs, size, expected):
 MEASURED = """
 import resource, types, torch
 from modeling_san.processing import SANImageProcessor
+torch.set_num_threads(1)  # on a busy machine, threads that wait for each other take many times as long
 processor = SANImageProcessor()
 outputs = types.SimpleNamespace(
     masks_queries_logits=torch.randn(1, 100, 40, 40),
@@ -174,7 +175,7 @@ print(before, after)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read on Linux")
 def test_847_classes_at_1024_pixels_stay_far_below_a_gigabyte():
-    ran = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True, timeout=240)
+    ran = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True, timeout=500)
     before, after = (int(number) / 1024 for number in ran.stdout.split())
     assert after < 1000, f"peak of the whole process: {after:.0f} MB"
     assert after - before < 300, f"added by the call: {after - before:.0f} MB"

@@ -1,1 +1,1 @@
-"""Model cards for the Hub."""
+"""What accompanies a model on the Hub."""

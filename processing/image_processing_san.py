@@ -92,7 +92,7 @@ class SANImageProcessor(PilBackend):
         """Prepare one picture or many, of any sizes, for the model.
 
         Args:
-            images: PIL images, paths or addresses, numpy arrays or torch tensors, one or a list. RGB, grey, RGBA
+            images: PIL images, paths, numpy arrays or torch tensors, one or a list. RGB, grey, RGBA
                 (transparency is dropped), palettes, 16 bits and EXIF-rotated files all work; floats count as 0 ... 1
                 if they lie in there, else as 0 ... 255. With `do_rescale=False` values are taken as they are.
             segmentation_maps: class indices, one map (height, width) for each picture and of the size it has

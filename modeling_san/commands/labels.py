@@ -1,0 +1,129 @@
+"""Labels and prompt templates as they are given on the command line."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import CommandError, one_line
+
+_FILE_FORMS = 'a JSON list ["sky", "road"], an object {"classes": ["sky", "road"]}, or one name per line'
+
+
+def add_label_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--labels` and `--labels-file`, of which at most one may be given."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--labels",
+        metavar="NAMES",
+        help='names separated by commas, such as "sky, road, car|automobile" (| joins synonyms; a name that holds a '
+        "comma goes in double quotes)",
+    )
+    group.add_argument("--labels-file", metavar="FILE", help=f"file with names: {_FILE_FORMS}")
+
+
+def read_labels(args: argparse.Namespace) -> list[str] | None:
+    """
+    The labels that `add_label_options` let the user give.
+
+    Returns:
+        normalised labels; None where neither option was used.
+
+    Raises:
+        CommandError: the labels or their file cannot be used.
+    """
+    from modeling_san.processing import parse_labels
+
+    if args.labels_file is not None:
+        return read_labels_file(args.labels_file)
+    if args.labels is None:
+        return None
+    if not args.labels.strip():
+        raise CommandError('--labels is empty: name what to look for, for example --labels "sky, road"')
+    try:
+        return parse_labels(args.labels)
+    except ValueError as error:
+        raise CommandError(f"--labels: {error}") from error
+
+
+def read_labels_file(path: str | Path) -> list[str]:
+    """
+    Read class names from a JSON or a text file.
+
+    Args:
+        path: of a JSON list, a JSON object with the key `classes`, or a text with one name per line.
+
+    Returns:
+        normalised labels, in the file's order.
+
+    Raises:
+        CommandError: the file cannot be read or has another shape, or a label is refused.
+    """
+    from modeling_san.processing import normalize_labels
+
+    names = _read_names(Path(path), "labels file", _FILE_FORMS, key="classes")
+    try:
+        return normalize_labels(names)
+    except ValueError as error:
+        raise CommandError(f"labels file {path}: {error}") from error
+
+
+def read_templates(given: str | None) -> str | list[str] | None:
+    """
+    What `--templates` stands for.
+
+    Args:
+        given: name of a set that ships with the package, or a file of templates, each with one `{}`.
+
+    Returns:
+        the name, the templates of the file, or None where nothing was given.
+
+    Raises:
+        CommandError: there is neither a set nor a file of that name, or its templates cannot be used.
+    """
+    from modeling_san.processing import template_names
+    from modeling_san.processing.processing_san import resolve_templates
+
+    if given is None or given in template_names():
+        return given
+    path = Path(given)
+    if not path.is_file():
+        raise CommandError(
+            f"--templates {given}: there is no set of prompt templates and no file of that name: choose "
+            f"{' or '.join(template_names())}, or pass a file with one template per line, such as: a photo of a {{}}."
+        )
+    templates = _read_names(path, "templates file", 'a JSON list ["a photo of a {}."], or one template per line')
+    try:
+        return resolve_templates(templates)[1]
+    except ValueError as error:
+        raise CommandError(f"templates file {path}: {error}") from error
+
+
+def _read_names(path: Path, what: str, forms: str, key: str | None = None) -> list[Any]:
+    """The list in a JSON file, or the lines of a text file that are not blank."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{what} {path} is not text in UTF-8: expected {forms}") from error
+    except OSError as error:
+        raise CommandError(f"{what} {path} cannot be read ({error.strerror or error}): check the path") from error
+    if not text.strip():
+        raise CommandError(f"{what} {path} is empty: expected {forms}")
+    if path.suffix.lower() != ".json" and text.lstrip()[0] not in "[{":
+        return [line for line in text.splitlines() if line.strip()]
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise CommandError(f"{what} {path} is not valid JSON ({one_line(error)}): expected {forms}") from error
+    names = data[key] if isinstance(data, dict) and key in data else data
+    if not isinstance(names, list):
+        raise CommandError(f"{what} {path} holds {_describe(names)}: expected {forms}")
+    return names
+
+
+def _describe(value: Any) -> str:
+    """What a JSON value is, for an error message."""
+    if isinstance(value, dict):
+        keys = ", ".join(map(repr, list(value)[:3])) or "none"
+        return f"a JSON object with the keys {keys}" + (", ..." if len(value) > 3 else "")
+    return f"the single value {str(value)[:40]!r}"

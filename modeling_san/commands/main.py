@@ -1,0 +1,76 @@
+"""The console command `san`."""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from modeling_san import __version__
+
+from . import convert, demo, fine_tune, segment, train_demo
+from .errors import CommandError, report_error
+from .parser import CommandParser
+
+# Modules with `add_parser(subparsers)` and `run(args)`, which import what is heavy inside `run` only.
+_COMMANDS = {
+    "segment": segment,
+    "demo": demo,
+    "convert": convert,
+    "fine-tune": fine_tune,
+    "train-demo": train_demo,
+}
+
+_EXAMPLE = """\
+example:
+  san demo
+  san segment street.jpg --labels "sky, road, building, car|automobile"
+  san COMMAND --help
+"""
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def make_parser() -> CommandParser:
+    """The parser of `san` and all its commands."""
+    parser = CommandParser(
+        prog="san",
+        description="Side Adapter Network: label every pixel of a picture with any words.",
+        epilog=_EXAMPLE,
+    )
+    parser.add_argument("--version", action="version", version=f"san {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
+    for module in _COMMANDS.values():
+        module.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run one command.
+
+    Args:
+        argv: arguments after the program's name; those of the process by default.
+
+    Returns:
+        exit code: 0, 2 for bad input, 130 after Ctrl-C.
+    """
+    args = make_parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")
+            return _COMMANDS[args.command].run(args) or 0
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader, `head` for example, has seen enough. Python would complain once more when it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (CommandError, OSError, ValueError) as error:
+        report_error(error)
+        return EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

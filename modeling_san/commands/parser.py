@@ -1,0 +1,65 @@
+"""Argument parsing that all commands share."""
+
+import argparse
+import sys
+from typing import Any, NoReturn
+
+from .errors import one_line
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Keeps the layout of examples in the help, and says what is wrong in one line without the whole usage."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(**kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2."""
+        print(f"san: error: {one_line(message)} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--model`; None stands for the built-in model."""
+    parser.add_argument(
+        "--model",
+        metavar="PATH_OR_HUB_ID",
+        help="folder that `san convert`, `san fine-tune` or save_pretrained wrote, or the name of a Hub repository "
+        "(default: the built-in model)",
+    )
+
+
+def add_output_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--output`, the folder for what a command writes."""
+    parser.add_argument(
+        "--output", metavar="DIR", default="outputs", help="folder to write to, made if missing (default: ./outputs)"
+    )
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`; None stands for a GPU if there is one."""
+    parser.add_argument("--device", help='"cpu", "cuda" or "cuda:1" (default: a GPU if there is one)')
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1, as an argument's type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def positive_integer(text: str) -> int:
+    """A whole number from 1, as an argument's type."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value

@@ -1,0 +1,129 @@
+"""`san segment`: label every pixel of pictures with any words."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .errors import CommandError, report_error, say, warn
+from .labels import add_label_options, read_labels, read_templates
+from .parser import add_device_option, add_model_option, add_output_option, share
+from .pictures import list_pictures, load_picture, output_names
+
+_DESCRIPTION = """\
+Label every pixel of pictures with the best of the given words. For each picture NAME three files are written:
+  NAME_overlay.png  the picture, painted over, with a legend
+  NAME_labels.png   an indexed picture: each pixel is the position of its label, counted from 0
+  NAME.json         labels, their areas and mean scores
+"""
+_EXAMPLE = """\
+example:
+  san segment pattern.png --labels "red striped, blue dotted, grass"
+  san segment street.jpg --model ./san-vit-b-16 --labels "road, car|automobile" --extend-labels coco-all
+  find photos -name "*.jpg" | san segment - --labels-file classes.json --output results
+
+Exit code 0 if every picture was segmented, 2 if one was not; the others are written all the same.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command to the parser of `san`."""
+    parser = subparsers.add_parser(
+        "segment", help="label every pixel of pictures", description=_DESCRIPTION, epilog=_EXAMPLE
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files; - reads paths from standard input")
+    add_label_options(parser)
+    add_model_option(parser)
+    add_output_option(parser)
+    parser.add_argument(
+        "--templates",
+        metavar="SET_OR_FILE",
+        help="prompts that names are put into: vild, imagenet, or a file with one template per line, each with one {} "
+        "(default: those saved with the model)",
+    )
+    parser.add_argument(
+        "--extend-labels",
+        default="none",
+        metavar="none|coco-stuff|coco-all",
+        help='let your names compete with those of COCO-Stuff; what an added name wins becomes "other" '
+        "(default: none, every pixel gets one of your names)",
+    )
+    parser.add_argument(
+        "--opacity", type=share, default=0.5, help="of the colours in the overlay, 0 ... 1 (default: 0.5)"
+    )
+    add_device_option(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """
+    Segment the pictures.
+
+    Returns:
+        exit code, 2 if a picture could not be segmented.
+    """
+    from tqdm import tqdm
+
+    from .models import load_model, pick_device, quiet_libraries
+    from .results import make_folder, make_segmenter
+
+    quiet_libraries()
+    paths = list_pictures(args.images)
+    labels, templates = read_labels(args), read_templates(args.templates)
+    _check_extension(args.extend_labels)
+    loaded = load_model(args.model, pick_device(args.device))
+    segmenter = make_segmenter(loaded, labels, templates=templates, added=args.extend_labels)
+    _warn_of_untrained_words(loaded, labels or [])
+    folder = make_folder(args.output)
+
+    failures = 0
+    # One picture needs no bar
+    bar = tqdm(paths, desc="segmenting", unit="picture", file=sys.stderr, disable=len(paths) < 2, leave=False)
+    for path, name in zip(bar, output_names(paths, folder), strict=True):
+        try:
+            line = _segment_file(segmenter, path, folder, name, args.opacity)
+        except CommandError as error:
+            report_error(error)
+            failures += 1
+        else:
+            say(line)
+    return 2 if failures else 0
+
+
+def _segment_file(segmenter: Any, path: Path, folder: Path, name: str, opacity: float) -> str:
+    """Segment one file, write the results, and say so in a line."""
+    import torch
+
+    from .results import write_results
+
+    start = time.perf_counter()
+    picture = load_picture(path)
+    try:
+        segmentation = segmenter.segment(picture)
+        result = write_results(segmenter, picture, segmentation, folder, name, source=str(path), opacity=opacity)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise CommandError(f"{path} does not fit into memory: shrink it, or pass --device cpu") from error
+    except OSError as error:
+        raise CommandError(f"{path}: its results cannot be written to {folder}: {error.strerror or error}") from error
+    return f"{path}: {result} -> {result.overlay} ({time.perf_counter() - start:.1f} s)"
+
+
+def _check_extension(how: str) -> None:
+    """Refuse an unknown way to extend labels before a model is loaded."""
+    from modeling_san.processing import EXTENSIONS
+
+    if how not in EXTENSIONS:
+        raise CommandError(f"--extend-labels {how}: choose one of {', '.join(EXTENSIONS)}")
+
+
+def _warn_of_untrained_words(loaded: Any, labels: list[str]) -> None:
+    from .results import untrained_words
+
+    unknown, trained = untrained_words(loaded, labels)
+    if unknown:
+        warn(
+            f"model {loaded.name} was not trained on: {', '.join(unknown)}; expect poor results for them. It was "
+            f"trained on: {', '.join(trained)}"
+        )

@@ -188,12 +188,12 @@ def convert_checkpoint(
     if any(name.startswith("image_encoder.") for name in state_dict):
         state_dict = _from_openmmlab(state_dict)
     config = _make_config(state_dict, reference_config)
-    converted, unknown = _rename(state_dict, config)
+    converted, origins, unknown = _rename(state_dict, config)
     model = SANForOpenVocabSegmentation(config)
     expected = model.state_dict()
+    unknown |= {origins[name] for name in converted.keys() - expected.keys()}
     problems = [f"unknown: {name}" for name in sorted(unknown)]
     problems += [f"missing: {name}" for name in sorted(expected.keys() - converted.keys())]
-    problems += [f"unknown: {name} (after renaming)" for name in sorted(converted.keys() - expected.keys())]
     problems += [
         f"shape of {name}: {tuple(converted[name].shape)} instead of {tuple(expected[name].shape)}"
         for name in sorted(expected.keys() & converted.keys())
@@ -222,17 +222,20 @@ def _apply_rules(name: str, rules: Iterable[tuple[str, str]]) -> str | None:
     return None
 
 
-def _rename(state_dict: Mapping[str, Tensor], config: SANConfig) -> tuple[dict[str, Tensor], list[str]]:
-    """The original's tensors under this project's names, and the names that no rule knows."""
-    converted, unknown = {}, []
+def _rename(state_dict: Mapping[str, Tensor], config: SANConfig) -> tuple[dict[str, Tensor], dict[str, str], set[str]]:
+    """The original's tensors under this project's names, what each was called, and the names that no rule knows."""
+    converted: dict[str, Tensor] = {}
+    origins: dict[str, str] = {}
+    unknown: set[str] = set()
     for name, tensor in state_dict.items():
         if any(re.fullmatch(pattern, name) for pattern in _UNUSED):
             continue
         targets = _targets(name, tensor, config)
         if not targets:
-            unknown.append(name)
+            unknown.add(name)
         converted.update(targets)
-    return converted, unknown
+        origins.update(dict.fromkeys(targets, name))
+    return converted, origins, unknown
 
 
 _CLIP_BLOCK_RULES = (

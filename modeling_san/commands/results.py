@@ -49,6 +49,8 @@ class Segmenter:
         """
         import torch
 
+        from modeling_san.processing import OTHER_LABEL
+
         model, processor = self.loaded.model, self.loaded.processor
         with torch.inference_mode():
             inputs = processor(images=picture, return_tensors="pt").to(model.device)
@@ -56,10 +58,8 @@ class Segmenter:
             [label_map], [scores] = processor.post_process_semantic_segmentation(
                 outputs, target_sizes=[picture.shape[:2]], return_scores=True
             )
-        if self.own_labels < len(self.class_embeds):
-            from modeling_san.processing import OTHER_LABEL
-
-            label_map[label_map >= self.own_labels] = self.labels.index(OTHER_LABEL)
+            if self.own_labels < len(self.class_embeds):
+                label_map[label_map >= self.own_labels] = self.labels.index(OTHER_LABEL)
         return label_map.cpu().numpy(), scores.cpu().numpy()
 
 

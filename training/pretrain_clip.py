@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, get_cosine_schedule_with_warmup
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -210,7 +210,10 @@ def pretrain_clip(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     tokenizer = build_tokenizer()
-    model = CLIPModel(demo_clip_config(tokenizer)).to(device).train()
+    model = CLIPModel(demo_clip_config(tokenizer))
+    # Not `model.to`: transformers' own wrapper of it hides its type.
+    torch.nn.Module.to(model, device)
+    model.train()
     pool = draw_pool(num_pictures, workers=workers, progress=progress)
     optimizer = torch.optim.AdamW(_parameter_groups(model, weight_decay), lr=learning_rate, betas=(0.9, 0.98))
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
@@ -313,7 +316,7 @@ def masked_recognition_accuracy(
                 np.stack([scene.label_map == label for label in present])
             )
         pixel_values = _pixel_values(chunk, model.device)
-        side = pixel_values.shape[-1] // model.config.vision_config.patch_size
+        side = pixel_values.shape[-1] // model.vision_model.embeddings.patch_size
         patches = patches_of_regions(masks, side, min_coverage).to(model.device)
         embeds = embed_regions(model, pixel_values, patches, first_layer)
         predicted = (embeds @ classes.T).argmax(-1).tolist()

@@ -38,7 +38,8 @@ def build_tokenizer(vocab_size: int = 3000, model_max_length: int = 48) -> CLIPT
     tokens = [*alphabet, *(letter + WORD_END for letter in alphabet), *("".join(pair) for pair in merges)]
     tokens = list(dict.fromkeys(tokens))
     vocabulary = {token: position for position, token in enumerate([*tokens, BOS_TOKEN, EOS_TOKEN])}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=model_max_length)
+    # A list of pairs is what byte-pair models take; the annotation of `merges` knows only lists of strings.
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=model_max_length)  # type: ignore[arg-type]
 
 
 def training_sentences() -> Iterator[str]:

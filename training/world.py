@@ -279,7 +279,7 @@ def contact_sheet(scenes: Sequence[Scene], columns: int = 6, gap: int = 6) -> PI
 
 
 def _features() -> Features:
-    return Features({"image": Image(), "annotation": Image(), "caption": Value("string")})
+    return Features(image=Image(), annotation=Image(), caption=Value("string"))
 
 
 def _rows(ranges: Sequence[tuple[int, int]], seed: int, scene_options: dict) -> Iterator[dict]:
@@ -338,7 +338,7 @@ def _place_region(
     """Find an outline that leaves the `drawn` labels and itself enough room: signed distances in pixels, or `None`."""
     least = MIN_REGION_SHARE * label_map.size
     for _ in range(12):
-        distance = _blob(rng, *label_map.shape, largest={1: 0.55, 2: 0.36}.get(number, 0.28))
+        distance = _blob(rng, label_map.shape[0], label_map.shape[1], largest={1: 0.55, 2: 0.36}.get(number, 0.28))
         inside = distance < 0
         if inside.sum() < least or inside.all():
             continue

@@ -42,8 +42,8 @@ EVALUATION_SEED = 90_011
 """Worlds apart from the one CLIP is trained on, and from each other."""
 
 LEAST_ZERO_SHOT = 0.9
-LEAST_MASKED_RECOGNITION = 0.4
-"""What CLIP must reach before SAN is trained on it; chance is 1 in 32."""
+LEAST_MASKED_RECOGNITION = 0.6
+"""What CLIP must reach before SAN is trained on it; chance is 1 in 32 and 1 in 38."""
 
 RESULTS_FILE = "results.json"
 

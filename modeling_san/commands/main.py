@@ -1,5 +1,6 @@
 """The console command `san`."""
 
+import io
 import os
 import sys
 import warnings
@@ -56,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit code: 0, 2 for bad input, 130 after Ctrl-C.
     """
     args = make_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the terminal has no letters for must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             if not sys.warnoptions:

@@ -98,14 +98,8 @@ class SANConfig(PreTrainedConfig):
 
     model_type = "san"
     sub_configs = {"vision_config": CLIPVisionConfig, "text_config": CLIPTextConfig}
-    # What an evaluation loop need not gather over a whole data set.
-    keys_to_ignore_at_inference = (
-        "mask_embeds",
-        "class_embeds",
-        "attention_bias",
-        "auxiliary_logits",
-        "loss_dict",
-    )
+    # What an evaluation loop need not gather over a whole data set; `Trainer` adds to it and wants a list.
+    keys_to_ignore_at_inference = ["mask_embeds", "class_embeds", "attention_bias", "auxiliary_logits", "loss_dict"]
 
     vision_config: dict | CLIPVisionConfig | None = None
     text_config: dict | CLIPTextConfig | None = None

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def read_labels(args: argparse.Namespace) -> list[str] | None:
     if not args.labels.strip():
         raise CommandError('--labels is empty: name what to look for, for example --labels "sky, road"')
     try:
-        return parse_labels(args.labels)
+        # Where the locale is not UTF-8 Python keeps the bytes of other letters aside; those are what was typed
+        return parse_labels(os.fsencode(args.labels).decode("utf-8"))
     except ValueError as error:
         raise CommandError(f"--labels: {error}") from error
 

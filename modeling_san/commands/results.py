@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-_LABELS_ON_A_LINE = 3
+_LABELS_ON_A_LINE = 5
 
 
 @dataclass(frozen=True)

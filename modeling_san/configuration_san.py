@@ -101,8 +101,9 @@ class SANConfig(PreTrainedConfig):
     # What an evaluation loop need not gather over a whole data set; `Trainer` adds to it and wants a list.
     keys_to_ignore_at_inference = ["mask_embeds", "class_embeds", "attention_bias", "auxiliary_logits", "loss_dict"]
 
-    vision_config: dict | CLIPVisionConfig | None = None
-    text_config: dict | CLIPTextConfig | None = None
+    # Dictionaries and None are accepted too, and are CLIP's own classes once the config is made.
+    vision_config: CLIPVisionConfig | Any = None
+    text_config: CLIPTextConfig | Any = None
     projection_dim: int = 512
     logit_scale_init_value: float = 4.6052
 
@@ -124,7 +125,7 @@ class SANConfig(PreTrainedConfig):
     deep_supervision_layers: list[int] | tuple[int, ...] = (7, 8)
 
     mask_dim: int = 256
-    attention_bias_heads: int | None = None
+    attention_bias_heads: int | Any = None
     attention_bias_layers: int = 1
     rescale_attention_bias: bool = True
     attention_bias_pooling: str = "max"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,21 +62,20 @@ class SANLoss(Mask2FormerLoss):
             "loss_mask": config.mask_weight,
             "loss_dice": config.dice_weight,
         }
-        super().__init__(
-            SimpleNamespace(
-                num_labels=num_labels,
-                no_object_weight=config.no_object_weight,
-                train_num_points=config.train_num_points,
-                oversample_ratio=config.oversample_ratio,
-                importance_sample_ratio=config.importance_sample_ratio,
-                class_weight=config.class_weight,
-                mask_weight=config.mask_weight,
-                dice_weight=config.dice_weight,
-            ),
-            weights,
+        # Mask2FormerConfig would do as well, but stands for a whole other model.
+        options: Any = SimpleNamespace(
+            num_labels=num_labels,
+            no_object_weight=config.no_object_weight,
+            train_num_points=config.train_num_points,
+            oversample_ratio=config.oversample_ratio,
+            importance_sample_ratio=config.importance_sample_ratio,
+            class_weight=config.class_weight,
+            mask_weight=config.mask_weight,
+            dice_weight=config.dice_weight,
         )
+        super().__init__(options, weights)
 
-    def forward(
+    def forward(  # type: ignore[override] # deep supervision is the caller's, sizes are new
         self,
         masks_queries_logits: Tensor,
         class_queries_logits: Tensor,
@@ -96,8 +96,9 @@ class SANLoss(Mask2FormerLoss):
         Returns:
             the weighted terms `loss_cross_entropy`, `loss_mask`, `loss_dice`. A picture without labels adds to none.
         """
-        num_masks = self.get_num_masks(class_labels, device=class_queries_logits.device)
-        matches: dict[int, tuple[Tensor, Tensor]] = {}
+        # `Any`: the library's annotations ask for less than its functions take.
+        num_masks: Any = self.get_num_masks(class_labels, device=class_queries_logits.device)
+        matches: dict[int, Any] = {}
         logits, targets = [], []
         for indices, size in groups:
             labelled = [index for index in indices if len(class_labels[index])]
@@ -109,28 +110,29 @@ class SANLoss(Mask2FormerLoss):
                 pred_masks, class_queries_logits[labelled].float(), true_masks, [class_labels[i] for i in labelled]
             )
             matches.update(zip(labelled, matched, strict=True))
-            pred_masks = torch.cat([masks[queries] for masks, (queries, _) in zip(pred_masks, matched, strict=True)])
-            true_masks = torch.cat([masks[chosen] for masks, (_, chosen) in zip(true_masks, matched, strict=True)])
-            points = self._choose_points(pred_masks)
-            logits.append(sample_point(pred_masks[:, None], points, align_corners=False).squeeze(1))
-            targets.append(sample_point(true_masks[:, None], points, align_corners=False).squeeze(1))
+            pred_matched = torch.cat([masks[queries] for masks, (queries, _) in zip(pred_masks, matched, strict=True)])
+            true_matched = torch.cat([masks[chosen] for masks, (_, chosen) in zip(true_masks, matched, strict=True)])
+            points = self._choose_points(pred_matched)
+            logits.append(sample_point(pred_matched[:, None], points, align_corners=False).squeeze(1))
+            targets.append(sample_point(true_matched[:, None], points, align_corners=False).squeeze(1))
 
         if not matches:
             nothing = 0.0 * (masks_queries_logits.sum() + class_queries_logits.sum())
             return dict.fromkeys(self.weight_dict, nothing)
         kept = sorted(matches)
+        kept_matches: Any = [matches[index] for index in kept]
         terms = {
             **self.loss_labels(
                 class_queries_logits[kept].float(),
                 [class_labels[index] for index in kept],
-                [matches[index] for index in kept],
+                kept_matches,
             ),
             "loss_mask": sigmoid_cross_entropy_loss(torch.cat(logits), torch.cat(targets), num_masks),
             "loss_dice": dice_loss(torch.cat(logits), torch.cat(targets), num_masks),
         }
         return {name: self.weight_dict[name] * term for name, term in terms.items()}
 
-    def get_num_masks(self, class_labels: Sequence[Tensor], device: torch.device) -> Tensor:
+    def get_num_masks(self, class_labels: Any, device: torch.device) -> Tensor:
         """Number of masks in the batch, averaged over processes, at least 1."""
         num_masks = torch.tensor(float(sum(map(len, class_labels))), device=device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -141,11 +143,12 @@ class SANLoss(Mask2FormerLoss):
     @torch.no_grad()
     def _choose_points(self, masks: Tensor) -> Tensor:
         """Points in [0, 1] x [0, 1], `(masks, points, 2)`, most of them where the masks `(masks, h, w)` are unsure."""
+        oversample_ratio: Any = self.oversample_ratio
         return self.sample_points_using_uncertainty(
             masks[:, None],
             self.calculate_uncertainty,
             self.num_points,
-            self.oversample_ratio,
+            oversample_ratio,
             self.importance_sample_ratio,
         )
 

@@ -70,7 +70,7 @@ class SANPreTrainedModel(PreTrainedModel):
     config_class = SANConfig
     base_model_prefix = "san"
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["CLIPTextEmbeddings", "CLIPEncoderLayer", "CLIPVisionEmbeddings", "SideAdapterLayer"]
@@ -143,7 +143,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         self.sls_embedding = (
             nn.Parameter(torch.zeros(1, config.num_queries, vision.hidden_size)) if learned_sls else None
         )
-        stored = torch.zeros(config.num_labels, config.projection_dim) if config.has_stored_labels else None
+        stored = torch.zeros(len(config.id2label or ()), config.projection_dim) if config.has_stored_labels else None
         self.register_buffer("stored_class_embeds", stored)
         self.post_init()
         self.freeze_clip()
@@ -161,9 +161,9 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
             the model, ready to train.
         """
         config = SANConfig(
-            vision_config=clip.config.vision_config.to_dict(),
-            text_config=clip.config.text_config.to_dict(),
-            projection_dim=clip.config.projection_dim,
+            vision_config=clip.vision_model.config.to_dict(),
+            text_config=clip.text_model.config.to_dict(),
+            projection_dim=clip.visual_projection.out_features,
             logit_scale_init_value=clip.logit_scale.item(),
             **config_kwargs,
         )
@@ -349,7 +349,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
 
     def clip_grid(self, clip_pixels: Tensor) -> tuple[int, int]:
         """Rows and columns of CLIP's patches on `(batch, 3, height, width)`."""
-        patch_size = self.config.vision_config.patch_size
+        patch_size = self.vision_model.embeddings.patch_size
         return clip_pixels.shape[-2] // patch_size, clip_pixels.shape[-1] // patch_size
 
     def get_clip_hidden_states(self, clip_pixels: Tensor) -> list[Tensor]:
@@ -414,7 +414,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
             terms.update({name + suffix: loss for name, loss in losses.items()})
         return terms
 
-    def _run_clip_layer(self, layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _run_clip_layer(self, layer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
         # Frozen layers are in evaluation mode, where transformers does not checkpoint; gradients still pass through
         # them on their way to the biases and the position embedding.
         if self.training and layer.gradient_checkpointing and not layer.training:
@@ -422,9 +422,8 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         return layer(hidden_states, attention_mask)
 
     def _start_sls_tokens(self, cls_token: Tensor) -> Tensor:
-        queries = self.config.num_queries
-        if self.config.sls_token_format == "cls_token":
-            return cls_token.expand(-1, queries, -1)
+        if self.sls_embedding is None:
+            return cls_token.expand(-1, self.config.num_queries, -1)
         if self.config.sls_token_format == "learnable_token":
             return self.sls_embedding.expand(len(cls_token), -1, -1)
         return cls_token + self.sls_embedding

@@ -51,7 +51,7 @@ class SideAdapterEmbeddings(nn.Module):
         """
         patches = self.patch_embedding(pixel_values)
         height, width = patches.shape[-2:]
-        positions = self.position_embedding
+        positions: Tensor = self.position_embedding
         if positions.shape[-2:] != (height, width):
             positions = nn.functional.interpolate(positions, (height, width), mode="bicubic", align_corners=False)
         queries = self.query_embedding.expand(len(patches), -1, -1)
@@ -226,7 +226,7 @@ class SideAdapter(nn.Module):
                 proposals.append(self.mask_decoder(queries, patches, grid))
         return proposals
 
-    def _decoded_layers(self) -> list[int]:
+    def _decoded_layers(self) -> Sequence[int]:
         return self.deep_supervision_layers if self.training else self.deep_supervision_layers[-1:]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from modeling_san.modeling_san import SANForOpenVocabSegmentation
 from modeling_san.processing import SANProcessor

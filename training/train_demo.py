@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
 from modeling_san.modeling_san import SANForOpenVocabSegmentation
@@ -47,7 +48,7 @@ LEAST_MASKED_RECOGNITION = 0.6
 
 RESULTS_FILE = "results.json"
 
-SAN_OPTIONS = {
+SAN_OPTIONS: dict[str, Any] = {
     "clip_input_scale": CLIP_RESIZE_FACTOR,
     "sls_start_layer": 2,
     "num_queries": 20,
@@ -249,8 +250,15 @@ def evaluate_demo(
 
 @contextmanager
 def attention_bias_off(model: SANForOpenVocabSegmentation) -> Iterator[None]:
-    """Within the context, [SLS] tokens look at the whole picture: every attention bias is 0."""
+    """
+    Within the context, [SLS] tokens look at the whole picture: every attention bias is 0.
+
+    Raises:
+        ValueError: where the model's biases are not rescaled.
+    """
     scaling = model.side_adapter.mask_decoder.bias_scaling
+    if scaling is None:
+        raise ValueError("the model was made with rescale_attention_bias=False: its bias has no scale to set to 0.")
     before = scaling.weight.detach().clone(), scaling.bias.detach().clone()
     with torch.no_grad():
         scaling.weight.zero_()

@@ -169,13 +169,18 @@ class SANProcessor(ProcessorMixin):
                 image processor to change.
 
         Raises:
-            OSError: there are no processor files.
+            OSError: there are no processor or no tokenizer files.
         """
         image_processor = SANImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         places = {
             key: value for key, value in kwargs.items() if key not in SANImageProcessor.valid_kwargs.__annotations__
         }
         tokenizer = CLIPTokenizer.from_pretrained(pretrained_model_name_or_path, **places)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            # The library makes a tokenizer that knows no word, and says nothing
+            raise OSError(
+                f"{pretrained_model_name_or_path} holds no tokenizer files: save the processor into it once more"
+            )
         if templates is None:
             saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **places)
             templates = saved.get("templates", DEFAULT_TEMPLATES)

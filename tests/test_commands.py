@@ -580,7 +580,7 @@ def test_train_demo_says_in_one_line_that_clip_did_not_learn(san, tmp_path, monk
     from modeling_san.training import train_demo
 
     def fail(*args, **kwargs):
-        raise RuntimeError("CLIP's accuracy is 0.1, below 0.9: train it for more steps.")
+        raise train_demo.UndertrainedError("CLIP's accuracy is 0.1, below 0.9: train it for more steps.")
 
     monkeypatch.setattr(train_demo, "train_demo", fail)
     assert_refused(san("train-demo", tmp_path / "new"), "train it for more steps")

@@ -304,6 +304,12 @@ def test_maps_that_do_not_fit_are_refused(image_processor, label_map, sentence):
 # Labels and prompts
 
 
+def test_a_folder_without_tokenizer_is_refused(tmp_path):
+    SANImageProcessor().save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="tokenizer"):
+        SANProcessor.from_pretrained(tmp_path)
+
+
 def test_labels_are_lowered_stripped_and_folded():
     assert normalize_labels([" Red \n  Car", "SKY", "Car | Auto mobile"]) == ["red car", "sky", "car|auto mobile"]
     assert normalize_labels("Sky") == ["sky"]

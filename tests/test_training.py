@@ -198,7 +198,8 @@ def test_a_frozen_clip_stays_as_it_was(tmp_path, parquet, processor, small_model
         small_model, processor, parquet, LABELS, tmp_path / "out", short_side=48, steps=1, batch_size=2, device="cpu",
         progress=False,
     )  # fmt: skip
-    changed = {name for name, tensor in small_model.state_dict().items() if not torch.equal(before[name], tensor)}
+    after = small_model.state_dict()
+    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
     assert "vision_model.embeddings.position_embedding.weight" in changed
     assert not any(name.startswith(("vision_model.encoder", "text_model", "visual_projection")) for name in changed)
 

@@ -33,7 +33,7 @@ def run_training(
     prompts: Mapping[str, Tensor] | None = None,
     batch_size: int,
     learning_rate: float,
-    warmup_steps: int = 50,
+    warmup_steps: int | None = None,
     weight_decay: float = 1e-4,
     max_grad_norm: float = 1.0,
     seed: int = 0,
@@ -53,7 +53,7 @@ def run_training(
             encoder trains. By default the stored label embeddings are used.
         batch_size: pictures a step on each device.
         learning_rate: AdamW's after the warm-up; decays to 0 as a polynomial of power 0.9.
-        warmup_steps: steps of linear warm-up.
+        warmup_steps: steps of linear warm-up; by default 50, but at most a tenth of all.
         weight_decay: AdamW's.
         max_grad_norm: gradients are scaled down to this norm.
         seed: of the order of pictures and of the points on which masks are compared.
@@ -71,7 +71,7 @@ def run_training(
             learning_rate=learning_rate,
             lr_scheduler_type="polynomial",
             lr_scheduler_kwargs={"power": 0.9, "lr_end": 0.0},
-            warmup_steps=warmup_steps,
+            warmup_steps=min(50, steps // 10) if warmup_steps is None else warmup_steps,
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,
             seed=seed,

@@ -66,6 +66,10 @@ SAN_OPTIONS: dict[str, Any] = {
 """The built-in model's shape, as fields of [`SANConfig`]."""
 
 
+class UndertrainedError(RuntimeError):
+    """CLIP did not learn enough for SAN to be worth training."""
+
+
 class WorldPictures(torch.utils.data.Dataset):
     """
     Scenes of the drawn world as training examples.
@@ -121,7 +125,7 @@ def check_clip(clip: CLIPModel, tokenizer: CLIPTokenizer) -> dict[str, float]:
         `zero_shot_accuracy` on single regions and `masked_recognition_accuracy` with true masks as bias.
 
     Raises:
-        RuntimeError: where one of them is too low.
+        UndertrainedError: where one of them is too low.
     """
     figures = {
         "zero_shot_accuracy": zero_shot_accuracy(clip, tokenizer),
@@ -133,7 +137,7 @@ def check_clip(clip: CLIPModel, tokenizer: CLIPTokenizer) -> dict[str, float]:
     for name, value in figures.items():
         print(f"CLIP {name.replace('_', ' ')}: {value:.3f} (needs {least[name]})")
         if value < least[name]:
-            raise RuntimeError(f"CLIP's {name} is {value:.3f}, below {least[name]}: train it for more steps.")
+            raise UndertrainedError(f"CLIP's {name} is {value:.3f}, below {least[name]}: train it for more steps.")
     return figures
 
 
@@ -167,7 +171,7 @@ def train_demo(
         the figures that are printed and saved as `results.json`.
 
     Raises:
-        RuntimeError: where CLIP did not learn enough.
+        UndertrainedError: where CLIP did not learn enough.
     """
     output_dir = Path(output_dir)
     clip_dir = output_dir / "clip"
@@ -287,6 +291,7 @@ def format_results(figures: dict[str, dict[str, float]]) -> str:
 __all__ = [
     "RESULTS_FILE",
     "SAN_OPTIONS",
+    "UndertrainedError",
     "WorldPictures",
     "attention_bias_off",
     "check_clip",

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         exit code.
     """
-    from modeling_san.training.train_demo import train_demo
+    from modeling_san.training.train_demo import UndertrainedError, train_demo
 
     from .models import pick_device, quiet_libraries
     from .results import make_folder
@@ -55,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in ("clip_steps", "san_steps", "seed")}
     try:
         train_demo(output, device=device, **{name: value for name, value in options.items() if value is not None})
-    except RuntimeError as error:
-        # Raised where CLIP did not learn enough
+    except UndertrainedError as error:
         raise CommandError(str(error)) from error
     say(f"wrote {output}")
     return 0

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -683,3 +684,55 @@ def test_a_config_that_cannot_be_used_is_refused(san, tmp_path, content):
     if content is not None:
         path.write_text(content)
     assert_refused(san("convert", "any.pth", tmp_path / "model", "--config", path), path)
+
+
+# Fine-tuning
+
+
+@pytest.fixture
+def fine_tune(san, model_folder, tmp_path, capsys):
+    """Runs `san fine-tune` on four small pictures of two classes; of standard error, below bars, the last line."""
+    rows = {"image": [], "annotation": []}
+    for seed in range(4):
+        path = save_picture(tmp_path / "pictures" / f"{seed}.png", seed, (64, 64))
+        rows["image"].append({"bytes": path.read_bytes(), "path": None})
+        label_map = io.BytesIO()
+        Image.fromarray((np.arange(64) >= 24 + seed).astype(np.uint8)[None].repeat(64, 0)).save(label_map, "png")
+        rows["annotation"].append({"bytes": label_map.getvalue(), "path": None})
+    Dataset.from_dict(rows).to_parquet(tmp_path / "data.parquet")
+    (tmp_path / "classes.json").write_text('{"classes": ["Sky", "road"]}')
+    capsys.readouterr()
+
+    def run(*arguments, dataset="data.parquet", labels="classes.json"):
+        code, out, err = san(
+            *("fine-tune", "--dataset", tmp_path / dataset, "--labels-file", tmp_path / labels),
+            *("--model", model_folder, "--output", tmp_path / "out", "--device", "cpu", *arguments),
+        )
+        return code, out, err[-1:]
+
+    return run
+
+
+def test_a_fine_tuned_model_segments_with_its_own_labels(fine_tune, san, picture, tmp_path):
+    code, out, _ = fine_tune("--steps", 1, "--batch-size", 2, "--validation", tmp_path / "data.parquet")
+    assert code == 0
+    assert any(line.startswith("mean IoU") for line in out)
+    code, _, _ = san("segment", picture, "--model", tmp_path / "out", "--output", tmp_path / "segmented")
+    assert code == 0
+    assert read_summary(tmp_path / "segmented")["labels"] == ["sky", "road"]
+
+
+def test_fine_tuning_refuses_what_is_no_data_set(fine_tune, tmp_path):
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    assert_refused(fine_tune(dataset="broken.parquet"), "broken.parquet", "cannot be read as a data set")
+    assert_refused(fine_tune(dataset="missing.parquet"), "missing.parquet", "cannot be read as a data set")
+
+
+def test_fine_tuning_refuses_labels_that_do_not_cover_the_maps(fine_tune, tmp_path):
+    (tmp_path / "one.json").write_text('["sky"]')
+    assert_refused(fine_tune(labels="one.json"), "holds [1]", "give every class a name")
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan", "fast"])
+def test_fine_tuning_refuses_a_learning_rate_that_cannot_train(fine_tune, rate):
+    assert_refused(fine_tune("--learning-rate", rate), "is not a number above 0")

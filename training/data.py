@@ -48,9 +48,9 @@ def load_pictures(source: str | os.PathLike, split: str = "train") -> Dataset:
             dataset = load_dataset(str(source), split=split)
     except Exception as error:
         # The readers behind raise dozens of types; what a user can do about them is the same.
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(
-            f"{source} cannot be read as a data set (split {split!r}): {first_line} Pass a parquet file, a folder "
+            f"{source} cannot be read as a data set (split {split!r}): {first_line}. Pass a parquet file, a folder "
             "written by datasets, an image folder, or a Hub id."
         ) from error
     if len(dataset) == 0:

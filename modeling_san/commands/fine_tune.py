@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import say
 from .labels import read_labels_file, read_templates
-from .parser import add_device_option, add_model_option, positive_integer
+from .parser import add_device_option, add_model_option, positive_integer, positive_number
 
 _DESCRIPTION = """\
 Train a model further on pictures with label maps, and save it with the labels stored. The data set holds pictures in a
@@ -53,7 +53,7 @@ def add_parser(subparsers: Any) -> None:
         ("--batch-size", 8, "pictures a step"),
     ):
         parser.add_argument(name, type=positive_integer, default=default, help=f"{meaning} (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="AdamW's (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=positive_number, default=1e-4, help="AdamW's (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all random choices (default: %(default)s)")
     add_device_option(parser)
 
@@ -65,12 +65,16 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         exit code.
     """
+    from datasets.utils import logging as datasets_logging
+
     from modeling_san.training.fine_tune import fine_tune
 
     from .models import load_model, pick_device, quiet_libraries
     from .results import make_folder
 
     quiet_libraries()
+    # What cannot be read is said once, by this command
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
     labels = read_labels_file(args.labels_file)
     templates = read_templates(args.templates)
     device = pick_device(args.device)

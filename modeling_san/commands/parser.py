@@ -54,6 +54,17 @@ def share(text: str) -> float:
     return value
 
 
+def positive_number(text: str) -> float:
+    """A finite number above 0, as an argument's type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
 def positive_integer(text: str) -> int:
     """A whole number from 1, as an argument's type."""
     try:

@@ -137,7 +137,9 @@ def check_clip(clip: CLIPModel, tokenizer: CLIPTokenizer) -> dict[str, float]:
     for name, value in figures.items():
         print(f"CLIP {name.replace('_', ' ')}: {value:.3f} (needs {least[name]})")
         if value < least[name]:
-            raise UndertrainedError(f"CLIP's {name} is {value:.3f}, below {least[name]}: train it for more steps.")
+            raise UndertrainedError(
+                f"CLIP's {name} is {value:.3f}, below {least[name]}: remove its folder and train it for more steps."
+            )
     return figures
 
 

@@ -3,7 +3,6 @@ import torch
 from transformers import CLIPModel, CLIPTokenizer
 
 from modeling_san.training.pretrain_clip import (
-    _region_attention_mask,
     contrastive_loss,
     demo_clip_config,
     draw_pool,
@@ -30,29 +29,6 @@ def test_a_region_that_is_the_whole_picture_is_embedded_as_the_picture(clip):
     pixel_values = torch.randn(2, 3, 64, 64)
     regions = embed_regions(clip, pixel_values, torch.ones(2, 3, 8, 8, dtype=torch.bool), first_layer=3)
     torch.testing.assert_close(regions, embed_images(clip, pixel_values)[:, None].expand(-1, 3, -1))
-
-
-@torch.no_grad()
-def test_a_region_is_blind_to_other_patches_and_to_the_class_token(clip):
-    tokens = torch.randn(1, 1 + 1 + 64, 128)
-    patches = torch.zeros(1, 1, 64, dtype=torch.bool)
-    patches[..., :20] = True
-    changed = tokens.clone()
-    changed[:, 1] += 1
-    changed[:, 2 + 20 :] += 1
-    layer, mask = clip.vision_model.encoder.layers[0], _region_attention_mask(patches, torch.float32)
-    before, after = (layer(values, attention_mask=mask)[:, 0] for values in (tokens, changed))
-    torch.testing.assert_close(before, after)
-
-
-@torch.no_grad()
-def test_the_picture_itself_never_sees_its_regions(clip):
-    tokens = torch.randn(1, 2 + 1 + 64, 128)
-    changed = tokens.clone()
-    changed[:, :2] += 1
-    mask = _region_attention_mask(torch.ones(1, 2, 64, dtype=torch.bool), torch.float32)
-    before, after = (clip.vision_model.encoder.layers[0](values, attention_mask=mask) for values in (tokens, changed))
-    torch.testing.assert_close(before[:, 2:], after[:, 2:])
 
 
 def test_patches_of_a_region_are_those_it_touches_or_those_it_fills():

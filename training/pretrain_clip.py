@@ -21,6 +21,8 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, get_cosine_schedule_with_warmup
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from modeling_san.attention_bias import recognize_regions
+
 from .device import pick_device_and_dtype
 from .tokenizer import build_tokenizer
 from .world import (
@@ -365,29 +367,11 @@ def embed_regions(
     hidden_states = vision.pre_layrnorm(vision.embeddings(pixel_values))
     for layer in vision.encoder.layers[:first_layer]:
         hidden_states = layer(hidden_states, attention_mask=None)
-    number = patches.shape[1]
-    attention_mask = _region_attention_mask(patches.flatten(2), hidden_states.dtype)
-    hidden_states = torch.cat([hidden_states[:, :1].expand(-1, number, -1), hidden_states], dim=1)
-    for layer in vision.encoder.layers[first_layer:]:
-        hidden_states = layer(hidden_states, attention_mask=attention_mask)
-    embeds = model.visual_projection(vision.post_layernorm(hidden_states[:, :number]))
-    return F.normalize(embeds, dim=-1)
-
-
-def _region_attention_mask(patches: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What may attend to what among copies, [CLS] and patches, to be added to attention logits.
-
-    Takes `(batch, regions, patches)`; returns `(batch, 1, tokens, tokens)` with 0 where a row's token may attend to a
-    column's and the least number of the format elsewhere.
-    """
-    batch, number, num_patches = patches.shape
-    tokens = number + 1 + num_patches
-    allowed = torch.zeros(batch, tokens, tokens, dtype=torch.bool, device=patches.device)
-    allowed[:, number:, number:] = True
-    allowed[:, :number, :number] = torch.eye(number, dtype=torch.bool, device=patches.device)
-    allowed[:, :number, number + 1 :] = patches
-    blocked = torch.finfo(dtype).min
-    return torch.zeros(allowed.shape, dtype=dtype, device=patches.device).masked_fill(~allowed, blocked)[:, None]
+    copies = hidden_states[:, :1].expand(-1, patches.shape[1], -1)
+    bias = torch.zeros(patches.shape, dtype=hidden_states.dtype, device=patches.device)
+    bias = bias.masked_fill(~patches, float("-inf")).flatten(2)[:, None]
+    copies = recognize_regions(vision.encoder.layers[first_layer:], hidden_states, copies, [bias])
+    return F.normalize(model.visual_projection(vision.post_layernorm(copies)), dim=-1)
 
 
 # -------------------------------------------------------------------------------------------------------- embeddings

@@ -79,7 +79,7 @@ def _normalize_label(label: object, position: int) -> str:
 
 
 def _refuse_duplicates(labels: list[str]) -> None:
-    """Two equal labels would share their pixels by chance."""
+    """Two equal labels, or two with a synonym in common, would share their pixels by chance."""
     repeated = _first_repeated(labels)
     if repeated is not None:
         positions = [position for position, label in enumerate(labels) if label == repeated]
@@ -87,6 +87,10 @@ def _refuse_duplicates(labels: list[str]) -> None:
             f"label {repeated!r} is given {len(positions)} times (positions {', '.join(map(str, positions))}; upper "
             "and lower case and white space do not count): pass every label once"
         )
+    shared = _first_repeated([name for label in labels for name in split_synonyms(label)])
+    if shared is not None:
+        owners = " and ".join(repr(label) for label in labels if shared in split_synonyms(label))
+        raise ValueError(f"{shared!r} belongs to the labels {owners}: leave it in one of them")
 
 
 def _first_repeated(items: list[str]) -> str | None:

@@ -321,6 +321,7 @@ def test_labels_are_lowered_stripped_and_folded():
         ([], "text holds no labels: pass at least one class name"),
         (["sky", " "], "label 1 .*is empty"),
         (["car|"], "empty synonym"),
+        (["car|auto", "auto"], "'auto' belongs to the labels 'car|auto' and 'auto'"),
         (["sky", "road", "Sky "], "'sky' is given 2 times .positions 0, 2"),
         (["car|Car"], "names 'car' twice"),
         ([["sky"]], "not a string"),

@@ -1,5 +1,6 @@
 """Reading labelled pictures, counting IoU, fine-tuning."""
 
+import io
 import json
 
 import numpy as np
@@ -125,6 +126,31 @@ def test_a_label_map_of_another_size_is_refused():
         to_arrays({"image": picture, "annotation": labels})
 
 
+def test_one_class_for_a_whole_picture_is_no_label_map(tmp_path):
+    for name in ("sky", "road"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        two_tone(0)[0].save(tmp_path / "images" / name / "0.png")
+    with pytest.raises(ValueError, match="none of which is known to hold label maps"):
+        load_pictures(tmp_path / "images")
+
+
+def test_pictures_of_16_bits_are_scaled_not_clipped():
+    grey = Image.fromarray(np.full((4, 6), 30000, np.uint16))
+    picture, _ = to_arrays({"image": grey, "annotation": np.zeros((4, 6), np.uint8)})
+    assert np.asarray(picture).max() == round(30000 * 255 / 65535)
+
+
+def test_encoded_pictures_are_turned_upright_like_their_label_maps():
+    picture, exif, file = Image.new("RGB", (8, 4)), Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    picture.save(file, "jpeg", exif=exif)
+    upright, label_map = to_arrays(
+        {"image": {"bytes": file.getvalue(), "path": None}, "annotation": np.zeros((8, 4), np.uint8)}
+    )
+    assert upright.size == (4, 8)
+    assert label_map.shape == (8, 4)
+
+
 def test_augmented_labels_stay_on_their_pixels(processor):
     torch.manual_seed(0)
     pictures = TrainingPictures(
@@ -208,6 +234,29 @@ def test_labels_that_are_too_few_stop_before_training(tmp_path, parquet, process
     with pytest.raises(ValueError, match=r"the label map holds \[1\], but there are 1 labels"):
         fine_tune(small_model, processor, parquet, ["dark"], tmp_path / "out", steps=1)
     assert not (tmp_path / "out").exists()
+
+
+def test_validation_pictures_without_any_label_are_refused(processor, small_model):
+    small_model.set_labels(LABELS, processor)
+    picture, _ = two_tone(0)
+    unlabelled = make_dataset([(picture, Image.new("L", picture.size, 255))])
+    with pytest.raises(ValueError, match="nothing to measure"):
+        evaluate(small_model, processor, unlabelled, LABELS, progress=False)
+
+
+@torch.no_grad()
+def test_mixed_precision_ends_with_training(tmp_path, parquet, processor, small_model, monkeypatch):
+    from modeling_san import SANForOpenVocabSegmentation
+    from modeling_san.training import run
+
+    monkeypatch.setattr(run, "pick_device_and_dtype", lambda device: (torch.device("cpu"), torch.bfloat16))
+    with torch.enable_grad():
+        fine_tune(
+            small_model, processor, parquet, LABELS, tmp_path, short_side=48, steps=1, batch_size=2, progress=False
+        )
+    saved = SANForOpenVocabSegmentation.from_pretrained(tmp_path).eval()
+    inputs = processor(images=two_tone(0)[0], return_tensors="pt")
+    assert torch.equal(small_model(**inputs).class_queries_logits, saved(**inputs).class_queries_logits)
 
 
 def test_a_model_in_the_output_folder_is_not_overwritten(tmp_path, parquet, processor, small_model):

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 from PIL import Image
 from torch import Tensor
 
 from modeling_san.processing import SANImageProcessor
+from modeling_san.processing.image_arrays import read_map, read_picture, to_byte_scale
 
 IMAGE_COLUMNS = ("image", "pixel_values", "img")
 LABEL_COLUMNS = ("annotation", "label", "labels", "semantic_segmentation", "segmentation_mask", "mask")
@@ -27,7 +28,7 @@ def load_pictures(source: str | os.PathLike, split: str = "train") -> Dataset:
     Open a labelled data set.
 
     Args:
-        source: a parquet file, a folder of a saved `datasets` data set, an image folder, or a Hub id.
+        source: a parquet file, a folder of a saved `datasets` data set or one that `load_dataset` reads, or a Hub id.
         split: which part of it; a parquet file has one part only.
 
     Returns:
@@ -51,12 +52,12 @@ def load_pictures(source: str | os.PathLike, split: str = "train") -> Dataset:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(
             f"{source} cannot be read as a data set (split {split!r}): {first_line}. Pass a parquet file, a folder "
-            "written by datasets, an image folder, or a Hub id."
+            "written by datasets, or a Hub id."
         ) from error
     if len(dataset) == 0:
         raise ValueError(f"{source} (split {split!r}) holds no pictures.")
     image, label = (
-        _find_column(dataset.column_names, names, kind, source)
+        _find_column(dataset, names, kind, source)
         for names, kind in ((IMAGE_COLUMNS, "pictures"), (LABEL_COLUMNS, "label maps"))
     )
     return dataset.select_columns([image, label]).rename_columns(
@@ -64,12 +65,13 @@ def load_pictures(source: str | os.PathLike, split: str = "train") -> Dataset:
     )
 
 
-def _find_column(columns: Sequence[str], known: Sequence[str], kind: str, source: object) -> str:
+def _find_column(dataset: Dataset, known: Sequence[str], kind: str, source: object) -> str:
     for name in known:
-        if name in columns:
+        # One class for a whole picture, as image folders have it, is no label map.
+        if name in dataset.column_names and not isinstance(dataset.features[name], (ClassLabel, Value)):
             return name
     raise ValueError(
-        f"{source} has the columns {', '.join(columns)}, none of which is known to hold {kind}: rename it to "
+        f"{source} has the columns {', '.join(dataset.column_names)}, none of which is known to hold {kind}: name it "
         f"{known[0]!r}."
     )
 
@@ -82,15 +84,14 @@ def to_arrays(example: dict[str, Any]) -> tuple[Image.Image, np.ndarray]:
         example: with `image` and `annotation`, pictures or encoded files.
 
     Returns:
-        the picture in RGB and its label map, an integer array `(height, width)`.
+        the picture in RGB, upright and with 8 bits a channel, and its label map, an integer array `(height, width)`.
 
     Raises:
-        ValueError: where the label map has several channels, or another size than the picture.
+        ValueError: where one of them cannot be read, the label map has several channels, or their sizes differ.
     """
-    image = _as_picture(example["image"]).convert("RGB")
-    label_map = np.asarray(_as_picture(example["annotation"]))
-    if label_map.ndim != 2:
-        raise ValueError(f"a label map has shape {label_map.shape}: expected one channel of class indices.")
+    picture = read_picture(_as_picture(example["image"]), "the picture")
+    image = Image.fromarray(to_byte_scale(picture, "the picture").astype(np.uint8))
+    label_map = read_map(_as_picture(example["annotation"]), "the label map")
     if label_map.shape != image.size[::-1]:
         raise ValueError(
             f"a picture is {image.width} x {image.height} and its label map {label_map.shape[1]} x "
@@ -99,10 +100,11 @@ def to_arrays(example: dict[str, Any]) -> tuple[Image.Image, np.ndarray]:
     return image, label_map
 
 
-def _as_picture(value: Any) -> Image.Image:
+def _as_picture(value: Any) -> Image.Image | np.ndarray:
+    """A column's entry: decoded, as an encoded file, or as nested lists of numbers."""
     if isinstance(value, dict):
-        value = Image.open(io.BytesIO(value["bytes"])) if value.get("bytes") else Image.open(value["path"])
-    return value if isinstance(value, Image.Image) else Image.fromarray(np.asarray(value))
+        return Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"])
+    return value if isinstance(value, Image.Image) else np.asarray(value)
 
 
 class TrainingPictures(torch.utils.data.Dataset):

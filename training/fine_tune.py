@@ -134,6 +134,9 @@ def evaluate(
 
     Returns:
         `mean_iou`, `pixel_accuracy`, and `per_class_iou` by name (`None` for a class that does not occur).
+
+    Raises:
+        ValueError: where no pixel has a label.
     """
     model.eval()
     confusion = ConfusionMatrix(len(labels))
@@ -142,6 +145,8 @@ def evaluate(
         inputs = processor(images=image, return_tensors="pt").to(model.device)
         [predicted] = processor.post_process_semantic_segmentation(model(**inputs), target_sizes=[label_map.shape])
         confusion.update(predicted.cpu(), torch.from_numpy(label_map.astype(np.int64)))
+    if not confusion.counts.sum():
+        raise ValueError("no pixel of the validation pictures has a label: there is nothing to measure.")
     iou = confusion.iou().tolist()
     return {
         "mean_iou": confusion.mean_iou(),

@@ -57,12 +57,17 @@ def run_training(
         weight_decay: AdamW's.
         max_grad_norm: gradients are scaled down to this norm.
         seed: of the order of pictures and of the points on which masks are compared.
-        device: `"cpu"` keeps the run off a GPU; by default a GPU is used if there is one.
+        device: `"cpu"` keeps the run off a GPU; by default the first GPU is used if there is one.
         workers: processes that prepare pictures.
         progress: whether to show a progress bar.
         training_arguments: further fields of `TrainingArguments`.
+
+    Raises:
+        ValueError: for a GPU other than the first.
     """
     device, dtype = pick_device_and_dtype(device)
+    if device.index:
+        raise ValueError(f"training runs on the first GPU, not {device}: set CUDA_VISIBLE_DEVICES={device.index}.")
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -87,12 +92,17 @@ def run_training(
             disable_tqdm=not progress,
             **training_arguments,
         )
-        SANTrainer(
+        # Without a launcher Trainer spreads over all GPUs by cutting every tensor, the vocabulary's too, into parts.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        trainer = SANTrainer(
             model=model,
             args=arguments,
             train_dataset=dataset,
             data_collator=Collator(prompts or {}),
-        ).train()
+        )
+        trainer.train()
+        # Mixed precision wraps `forward`; what is evaluated has to be what is saved.
+        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     model.eval()
 
 

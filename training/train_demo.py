@@ -138,7 +138,8 @@ def check_clip(clip: CLIPModel, tokenizer: CLIPTokenizer) -> dict[str, float]:
         print(f"CLIP {name.replace('_', ' ')}: {value:.3f} (needs {least[name]})")
         if value < least[name]:
             raise UndertrainedError(
-                f"CLIP's {name} is {value:.3f}, below {least[name]}: remove its folder and train it for more steps."
+                f"CLIP's {name} is {value:.3f}, below {least[name]}: remove the folder `clip` of the output and train "
+                "for more steps."
             )
     return figures
 
@@ -178,7 +179,9 @@ def train_demo(
     output_dir = Path(output_dir)
     clip_dir = output_dir / "clip"
     start = time.monotonic()
-    if not (clip_dir / "model.safetensors").is_file():
+    if (clip_dir / "model.safetensors").is_file():
+        print(f"taking up CLIP from {clip_dir}")
+    else:
         pretrain_clip(clip_dir, steps=clip_steps, seed=seed, device=device, progress=progress)
     clip = CLIPModel.from_pretrained(clip_dir).eval()
     tokenizer = CLIPTokenizer.from_pretrained(clip_dir)

@@ -264,17 +264,6 @@ def world_iterable_dataset(
     )
 
 
-def contact_sheet(scenes: Sequence[Scene], columns: int = 6, gap: int = 6) -> PILImage.Image:
-    """Lay pictures of one size out in rows, `gap` white pixels apart."""
-    height, width = scenes[0].image.shape[:2]
-    rows = -(-len(scenes) // columns)
-    sheet = PILImage.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
-    for position, scene in enumerate(scenes):
-        row, column = divmod(position, columns)
-        sheet.paste(PILImage.fromarray(scene.image), (gap + column * (width + gap), gap + row * (height + gap)))
-    return sheet
-
-
 # ---------------------------------------------------------------------------------------------------- rows and names
 
 

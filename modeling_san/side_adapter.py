@@ -218,16 +218,14 @@ class SideAdapter(nn.Module):
 
         tokens, positions, grid = self.embeddings(pixel_values)
         tokens = fuse(tokens, 0)
+        decoded = self.deep_supervision_layers if self.training else self.deep_supervision_layers[-1:]
         proposals = []
         for index, layer in enumerate(self.layers, start=1):
             tokens = fuse(layer(tokens + positions), index)
-            if index in self._decoded_layers():
+            if index in decoded:
                 queries, patches = tokens[:, : self.num_queries], tokens[:, self.num_queries :]
                 proposals.append(self.mask_decoder(queries, patches, grid))
         return proposals
-
-    def _decoded_layers(self) -> Sequence[int]:
-        return self.deep_supervision_layers if self.training else self.deep_supervision_layers[-1:]
 
 
 __all__ = ["MaskProposals", "SideAdapter"]

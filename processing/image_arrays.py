@@ -137,6 +137,20 @@ def to_byte_scale(picture: np.ndarray, name: str) -> np.ndarray:
     return picture * np.float32(255) if high <= 1 else picture
 
 
+def read_byte_picture(image: Any, name: str) -> np.ndarray:
+    """One picture as bytes (height, width, 3): `read_picture` on the scale of `to_byte_scale`, rounded.
+
+    Args:
+        image: what `read_picture` takes.
+        name: what an error calls it.
+
+    Raises:
+        ValueError: as those two.
+    """
+    picture = to_byte_scale(read_picture(image, name), name)
+    return picture if picture.dtype == np.uint8 else np.rint(picture).astype(np.uint8)
+
+
 def resize_picture(picture: np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:
     """Resize with PIL's filters: bytes as bytes (rounded, like the reference), floats as floats.
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from modeling_san.processing import SANImageProcessor
-from modeling_san.processing.image_arrays import read_map, read_picture, to_byte_scale
+from modeling_san.processing.image_arrays import read_byte_picture, read_map
 
 IMAGE_COLUMNS = ("image", "pixel_values", "img")
 LABEL_COLUMNS = ("annotation", "label", "labels", "semantic_segmentation", "segmentation_mask", "mask")
@@ -89,8 +89,7 @@ def to_arrays(example: dict[str, Any]) -> tuple[Image.Image, np.ndarray]:
     Raises:
         ValueError: where one of them cannot be read, the label map has several channels, or their sizes differ.
     """
-    picture = read_picture(_as_picture(example["image"]), "the picture")
-    image = Image.fromarray(to_byte_scale(picture, "the picture").astype(np.uint8))
+    image = Image.fromarray(read_byte_picture(_as_picture(example["image"]), "the picture"))
     label_map = read_map(_as_picture(example["annotation"]), "the label map")
     if label_map.shape != image.size[::-1]:
         raise ValueError(
@@ -141,13 +140,12 @@ class TrainingPictures(torch.utils.data.Dataset):
         """`pixel_values` `(3, height, width)` and `labels` `(height, width)` of a fresh crop of picture `index`."""
         image, label_map = to_arrays(self.dataset[int(index)])
         image, label_map = self._augment(image, label_map)
-        inputs = self.image_processor(image, do_resize=False, return_tensors="pt")
         height, width = self.crop_size
-        pixel_values = torch.zeros(3, height, width)
-        pixel_values[:, : image.height, : image.width] = inputs["pixel_values"][0, :, : image.height, : image.width]
+        frame = {"height": height, "width": width}
+        inputs = self.image_processor(image, do_resize=False, pad_size=frame, return_tensors="pt")
         labels = torch.full((height, width), IGNORE_INDEX, dtype=torch.int64)
         labels[: image.height, : image.width] = torch.from_numpy(label_map.astype(np.int64))
-        return {"pixel_values": pixel_values, "labels": labels}
+        return {"pixel_values": inputs["pixel_values"][0], "labels": labels}
 
     def _augment(self, image: Image.Image, label_map: np.ndarray) -> tuple[Image.Image, np.ndarray]:
         rng = np.random.default_rng(int(torch.randint(2**31, ())))

@@ -14,14 +14,12 @@ from tqdm import tqdm
 
 from modeling_san.modeling_san import SANForOpenVocabSegmentation
 from modeling_san.processing import SANProcessor
-from modeling_san.training.data import TrainingPictures, load_pictures, to_arrays
-from modeling_san.training.metrics import ConfusionMatrix
+from modeling_san.training.data import IGNORE_INDEX, TrainingPictures, load_pictures, to_arrays
+from modeling_san.training.metrics import RESULTS_FILE, ConfusionMatrix
 from modeling_san.training.run import run_training
 
 TRAIN_CLIP = ("vision_model", "visual_projection", "text_model", "text_projection", "logit_scale")
 """All of CLIP: what to train as well where it knows neither the pictures nor the words."""
-
-RESULTS_FILE = "results.json"
 
 
 def fine_tune(
@@ -166,7 +164,7 @@ def _check_first_pictures(pictures: Dataset, num_labels: int, source: object) ->
         except (OSError, ValueError) as error:
             raise ValueError(f"{source}, example {index}: {error}") from error
         values = np.unique(label_map)
-        outside = values[(values != 255) & ((values < 0) | (values >= num_labels))]
+        outside = values[(values != IGNORE_INDEX) & ((values < 0) | (values >= num_labels))]
         if len(outside):
             raise ValueError(
                 f"{source}, example {index}: the label map holds {outside[:5].tolist()}, but there are {num_labels} "
@@ -191,4 +189,4 @@ def _crop_size(pictures: Dataset, short_side: int, divisor: int) -> tuple[int, i
     return height, width
 
 
-__all__ = ["RESULTS_FILE", "TRAIN_CLIP", "evaluate", "fine_tune"]
+__all__ = ["TRAIN_CLIP", "evaluate", "fine_tune"]

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+RESULTS_FILE = "results.json"
+"""What lies beside a trained model with the figures that it reached."""
+
 
 class ConfusionMatrix:
     """
@@ -61,4 +64,4 @@ class ConfusionMatrix:
         return float(iou.nanmean() if classes is None else iou[list(classes)].nanmean())
 
 
-__all__ = ["ConfusionMatrix"]
+__all__ = ["RESULTS_FILE", "ConfusionMatrix"]

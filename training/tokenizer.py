@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from importlib.resources import files
 
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import CLIPTokenizer
+
+from modeling_san.processing import load_vocabulary, prompt_templates, vocabulary_names
 
 from .world import CLASS_NAMES, ON_BACKGROUND_TEMPLATES, SEVERAL_TEMPLATES, SINGLE_TEMPLATES
 
@@ -44,30 +45,19 @@ def build_tokenizer(vocab_size: int = 3000, model_max_length: int = 48) -> CLIPT
 
 def training_sentences() -> Iterator[str]:
     """The text that the vocabulary is learned from, always in the same order."""
-    templates = _read_vocabulary("prompt_templates.json")
-    for template in [*SINGLE_TEMPLATES, *SEVERAL_TEMPLATES, *templates["vild"]]:
+    for template in [*SINGLE_TEMPLATES, *SEVERAL_TEMPLATES, *prompt_templates("vild")]:
         for name in CLASS_NAMES:
             yield template.format(name)
     for template in ON_BACKGROUND_TEMPLATES:
         for name in CLASS_NAMES:
             yield template.format(name, name)
-    yield from (template.format("") for template in templates["imagenet"])
-    for label_set in _label_sets():
-        yield from _read_vocabulary(label_set)["classes"]
+    yield from (template.format("") for template in prompt_templates("imagenet"))
+    for name in vocabulary_names():
+        yield from load_vocabulary(name).classes
 
 
 def _byte_alphabet() -> list[str]:
     return sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
-def _label_sets() -> list[str]:
-    folder = files("modeling_san.processing") / "vocabularies"
-    names = sorted(item.name for item in folder.iterdir() if item.name.endswith(".json"))
-    return [name for name in names if name != "prompt_templates.json"]
-
-
-def _read_vocabulary(name: str) -> dict:
-    return json.loads((files("modeling_san.processing") / "vocabularies" / name).read_text(encoding="utf-8"))
 
 
 def _learn_merges(vocab_size: int) -> list[tuple[str, str]]:

@@ -20,7 +20,8 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from modeling_san.modeling_san import SANForOpenVocabSegmentation
 from modeling_san.processing import SANImageProcessor, SANProcessor
-from modeling_san.training.metrics import ConfusionMatrix
+from modeling_san.training.data import IGNORE_INDEX
+from modeling_san.training.metrics import RESULTS_FILE, ConfusionMatrix
 from modeling_san.training.pretrain_clip import (
     CLIP_RESIZE_FACTOR,
     GATE_TEMPLATES,
@@ -45,8 +46,6 @@ EVALUATION_SEED = 90_011
 LEAST_ZERO_SHOT = 0.9
 LEAST_MASKED_RECOGNITION = 0.6
 """What CLIP must reach before SAN is trained on it; chance is 1 in 32 and 1 in 38."""
-
-RESULTS_FILE = "results.json"
 
 SAN_OPTIONS: dict[str, Any] = {
     "clip_input_scale": CLIP_RESIZE_FACTOR,
@@ -88,7 +87,7 @@ class WorldPictures(torch.utils.data.Dataset):
         self.combinations = [name for name in class_names if name not in BACKGROUNDS]
         self.image_processor = image_processor
         self.seed = seed
-        self.new_index = torch.full((256,), 255, dtype=torch.int64)
+        self.new_index = torch.full((256,), IGNORE_INDEX, dtype=torch.int64)
         for new, name in enumerate(class_names):
             self.new_index[CLASS_NAMES.index(name)] = new
 

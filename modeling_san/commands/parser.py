@@ -2,9 +2,12 @@
 
 import argparse
 import sys
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 from .errors import one_line
+
+_Number = TypeVar("_Number", int, float)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -56,21 +59,19 @@ def share(text: str) -> float:
 
 def positive_number(text: str) -> float:
     """A finite number above 0, as an argument's type."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
+    return _positive(text, float, "a number above 0")
 
 
 def positive_integer(text: str) -> int:
     """A whole number from 1, as an argument's type."""
+    return _positive(text, int, "a whole number of at least 1")
+
+
+def _positive(text: str, convert: Callable[[str], _Number], expected: str) -> _Number:
     try:
-        value = int(text)
+        value = convert(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        value = convert("0")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
     return value

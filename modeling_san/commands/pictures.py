@@ -86,10 +86,9 @@ def load_picture(path: Path) -> np.ndarray:
     Raises:
         CommandError: says why the file is no picture that can be read.
     """
-    import numpy as np
     from PIL import Image, UnidentifiedImageError
 
-    from modeling_san.processing.image_arrays import read_picture, to_byte_scale
+    from modeling_san.processing.image_arrays import read_byte_picture
 
     _check_file(path)
     try:
@@ -97,7 +96,7 @@ def load_picture(path: Path) -> np.ndarray:
             # Pictures of this size would take gigabytes; PIL itself refuses them from twice as many pixels only
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                picture = to_byte_scale(read_picture(image, "the picture"), "the picture")
+                return read_byte_picture(image, "the picture")
     except UnidentifiedImageError as error:
         raise CommandError(f"{path} is no picture of a known format: pass PNG, JPEG, WebP, TIFF ...") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -109,7 +108,6 @@ def load_picture(path: Path) -> np.ndarray:
     except Exception as error:
         # Decoders of damaged files raise what they please
         raise CommandError(f"{path} cannot be read: {one_line(error)}") from error
-    return picture if picture.dtype == np.uint8 else np.rint(picture).astype(np.uint8)
 
 
 def _check_file(path: Path) -> None:

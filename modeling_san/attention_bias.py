@@ -49,15 +49,17 @@ def pool_attention_bias(attention_bias: Tensor, size: tuple[int, int], method: s
     return _POOLING[method](attention_bias.flatten(0, 2)[:, None], size).view(*attention_bias.shape[:3], -1)
 
 
-def make_attention_mask(attention_bias: Tensor) -> Tensor:
+def make_attention_mask(attention_bias: Tensor, prompts: int = 0) -> Tensor:
     """
     The additive mask of the table above.
 
     Args:
         attention_bias: `(batch, heads, queries, patches)`; `heads` may be 1, shared by all heads.
+        prompts: number of learned prompt tokens behind the [SLS] tokens, which only these see.
 
     Returns:
-        `(batch, heads, tokens, tokens)` for the tokens [CLS], patches, [SLS]; `tokens = 1 + patches + queries`.
+        `(batch, heads, tokens, tokens)` for the tokens [CLS], patches, [SLS], prompts;
+        `tokens = 1 + patches + queries + prompts`.
     """
     queries, patches = attention_bias.shape[-2:]
     hidden = float("-inf")
@@ -72,7 +74,13 @@ def make_attention_mask(attention_bias: Tensor) -> Tensor:
     )
     clip_row = nn.functional.pad(attention_bias.new_zeros(1 + patches), (0, queries), value=hidden)
     clip_rows = clip_row.expand(*attention_bias.shape[:2], 1 + patches, -1)
-    return torch.cat([clip_rows, sls_rows], dim=-2)
+    mask = torch.cat([clip_rows, sls_rows], dim=-2)
+    if prompts:
+        mask = nn.functional.pad(mask, (0, prompts), value=hidden)
+        mask[..., -queries:, -prompts:] = 0.0
+        # What the prompts themselves attend to is never read; a row must not be hidden from everything.
+        mask = nn.functional.pad(mask, (0, 0, 0, prompts))
+    return mask
 
 
 def recognize_regions(
@@ -80,6 +88,7 @@ def recognize_regions(
     hidden_states: Tensor,
     sls_tokens: Tensor,
     attention_biases: Sequence[Tensor],
+    prompts: Tensor | None = None,
     call: Callable[..., Tensor] = lambda layer, *args: layer(*args),
 ) -> Tensor:
     """
@@ -91,17 +100,24 @@ def recognize_regions(
         sls_tokens: what the [SLS] tokens start as: `(batch, queries, width)`.
         attention_biases: for each layer, or once for all of them, a bias on CLIP's grid of shape
             `(batch, heads, queries, patches)`; `heads` may be 1.
+        prompts: learned tokens that [SLS] tokens see beside the patches, new ones in each layer (visual prompt tuning,
+            arXiv 2203.12119, "deep"): `(layers, prompts, width)`.
         call: how to run a layer; replaced where activations are checkpointed.
 
     Returns:
         the [SLS] tokens after the last layer: `(batch, queries, width)`.
     """
-    queries = sls_tokens.shape[1]
-    masks = [make_attention_mask(bias) for bias in attention_biases]
+    batch, queries = sls_tokens.shape[:2]
+    num_prompts = 0 if prompts is None else prompts.shape[1]
+    masks = [make_attention_mask(bias, num_prompts) for bias in attention_biases]
     hidden_states = torch.cat([hidden_states, sls_tokens], dim=1)
+    tokens = hidden_states.shape[1]
     for index, layer in enumerate(layers):
+        if prompts is not None:
+            layer_prompts = prompts[index].to(hidden_states.dtype).expand(batch, -1, -1)
+            hidden_states = torch.cat([hidden_states[:, :tokens], layer_prompts], dim=1)
         hidden_states = call(layer, hidden_states, masks[index if len(masks) > 1 else 0])
-    return hidden_states[:, -queries:]
+    return hidden_states[:, tokens - queries : tokens]
 
 
 __all__ = ["make_attention_mask", "pool_attention_bias", "recognize_regions"]

@@ -35,6 +35,8 @@ class SANConfig(PreTrainedConfig):
             `"pos_embedding"`, learned tokens added to [CLS].
         num_queries (`int`, defaults to 100):
             Q: mask proposals per picture.
+        num_clip_prompts (`int`, defaults to 0):
+            Learned prompt tokens that [SLS] tokens see in each CLIP layer after `sls_start_layer`; 0 is the paper's model.
         side_hidden_size (`int`, defaults to 240), side_num_layers (`int`, defaults to 8),
         side_num_heads (`int`, defaults to 6), side_mlp_ratio (`float`, defaults to 4.0):
             Shape of the side adapter's vision transformer.
@@ -113,6 +115,7 @@ class SANConfig(PreTrainedConfig):
     sls_token_format: str = "cls_token"
 
     num_queries: int = 100
+    num_clip_prompts: int = 0
     side_hidden_size: int = 240
     side_num_layers: int = 8
     side_num_heads: int = 6
@@ -185,6 +188,10 @@ class SANConfig(PreTrainedConfig):
             0 < self.clip_input_scale <= 1,
             f"clip_input_scale is {self.clip_input_scale}: it must lie in (0, 1], as CLIP sees the same or a smaller "
             "picture.",
+        )
+        _require(
+            self.num_clip_prompts >= 0,
+            f"num_clip_prompts is {self.num_clip_prompts}: it must be 0, for no prompts, or more.",
         )
         _require(self.projection_dim > 0, f"projection_dim is {self.projection_dim}: it must be at least 1.")
         _require_choice("sls_token_format", self.sls_token_format, SLS_TOKEN_FORMATS)

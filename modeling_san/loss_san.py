@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerLoss,
     dice_loss,
@@ -96,8 +96,7 @@ class SANLoss(Mask2FormerLoss):
         Returns:
             the weighted terms `loss_cross_entropy`, `loss_mask`, `loss_dice`. A picture without labels adds to none.
         """
-        # `Any`: the library's annotations ask for less than its functions take.
-        num_masks: Any = self.get_num_masks(class_labels, device=class_queries_logits.device)
+        num_masks, class_weight = self._count_over_processes(class_labels, class_queries_logits)
         matches: dict[int, Any] = {}
         logits, targets = [], []
         for indices, size in groups:
@@ -119,14 +118,8 @@ class SANLoss(Mask2FormerLoss):
         if not matches:
             nothing = 0.0 * (masks_queries_logits.sum() + class_queries_logits.sum())
             return dict.fromkeys(self.weight_dict, nothing)
-        kept = sorted(matches)
-        kept_matches: Any = [matches[index] for index in kept]
         terms = {
-            **self.loss_labels(
-                class_queries_logits[kept].float(),
-                [class_labels[index] for index in kept],
-                kept_matches,
-            ),
+            "loss_cross_entropy": self._cross_entropy(class_queries_logits, class_labels, matches) / class_weight,
             "loss_mask": sigmoid_cross_entropy_loss(torch.cat(logits), torch.cat(targets), num_masks),
             "loss_dice": dice_loss(torch.cat(logits), torch.cat(targets), num_masks),
         }
@@ -135,10 +128,34 @@ class SANLoss(Mask2FormerLoss):
     def get_num_masks(self, class_labels: Any, device: torch.device) -> Tensor:
         """Number of masks in the batch, averaged over processes, at least 1."""
         num_masks = torch.tensor(float(sum(map(len, class_labels))), device=device)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(num_masks)
-            num_masks /= torch.distributed.get_world_size()
-        return num_masks.clamp(min=1)
+        return _average_over_processes(num_masks).clamp(min=1)
+
+    def _count_over_processes(self, class_labels: Sequence[Tensor], class_queries_logits: Tensor) -> tuple[Any, Tensor]:
+        """
+        What the mask terms and the classification term are divided by, the same in every process.
+
+        Then the average of the processes' gradients is the gradient of all their pictures in one batch, however
+        unevenly the masks are spread. Returns the number of masks and the sum of the queries' class weights.
+        """
+        queries = class_queries_logits.shape[1]
+        masks = sum(map(len, class_labels))
+        labelled = sum(len(classes) > 0 for classes in class_labels)
+        matched = sum(min(len(classes), queries) for classes in class_labels)
+        class_weight = matched + self.eos_coef * (labelled * queries - matched)
+        counts = torch.tensor([float(masks), float(class_weight)], device=class_queries_logits.device)
+        counts = _average_over_processes(counts)
+        return counts[0].clamp(min=1), counts[1].clamp(min=1e-6)
+
+    def _cross_entropy(
+        self, class_queries_logits: Tensor, class_labels: Sequence[Tensor], matches: dict[int, Any]
+    ) -> Tensor:
+        """Sum over the queries of labelled pictures, "no object" being the class of those that matched no mask."""
+        targets = torch.full(class_queries_logits.shape[:2], self.num_labels, device=class_queries_logits.device)
+        for index, (queries, chosen) in matches.items():
+            targets[index, queries] = class_labels[index].to(targets)[chosen]
+        kept = sorted(matches)
+        logits = class_queries_logits[kept].float().flatten(0, 1)
+        return nn.functional.cross_entropy(logits, targets[kept].flatten(), self.empty_weight, reduction="sum")
 
     @torch.no_grad()
     def _choose_points(self, masks: Tensor) -> Tensor:
@@ -158,6 +175,13 @@ class SANLoss(Mask2FormerLoss):
         rows = true_masks.shape[-2] * size[0] // pred_masks.shape[-2]
         columns = true_masks.shape[-1] * size[1] // pred_masks.shape[-1]
         return true_masks[:, :rows, :columns].to(pred_masks.device, torch.float32)
+
+
+def _average_over_processes(counts: Tensor) -> Tensor:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts)
+        counts = counts / torch.distributed.get_world_size()
+    return counts
 
 
 __all__ = ["SANLoss", "masks_from_label_map"]

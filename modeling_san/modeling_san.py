@@ -97,6 +97,8 @@ class SANPreTrainedModel(PreTrainedModel):
             init.normal_(module.text_projection.weight, std=self.config.text_config.hidden_size**-0.5)
             if module.sls_embedding is not None:
                 init.trunc_normal_(module.sls_embedding, std=std)
+            if module.prompt_embedding is not None:
+                init.trunc_normal_(module.prompt_embedding, std=std)
             if module.stored_class_embeds is not None:
                 init.zeros_(module.stored_class_embeds)
 
@@ -144,6 +146,8 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
             nn.Parameter(torch.zeros(1, config.num_queries, vision.hidden_size)) if learned_sls else None
         )
         stored = torch.zeros(len(config.id2label or ()), config.projection_dim) if config.has_stored_labels else None
+        prompts = (vision.num_hidden_layers - config.sls_start_layer, config.num_clip_prompts, vision.hidden_size)
+        self.prompt_embedding = nn.Parameter(torch.zeros(prompts)) if config.num_clip_prompts else None
         self.register_buffer("stored_class_embeds", stored)
         self.post_init()
         self.freeze_clip()
@@ -182,12 +186,12 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
 
     def freeze_clip(self) -> None:
         """
-        Let gradients reach the side adapter, the background embedding and `config.trainable_clip_parameters` only.
+        Let gradients reach what SAN adds to CLIP, and of CLIP `config.trainable_clip_parameters` only.
 
         Raises:
             ValueError: where an entry of `trainable_clip_parameters` names no parameter of CLIP.
         """
-        own = ("side_adapter.", "background_embedding", "sls_embedding")
+        own = ("side_adapter.", "background_embedding", "sls_embedding", "prompt_embedding")
         patterns = self.config.trainable_clip_parameters
         clip_names = [name for name, _ in self.named_parameters() if not name.startswith(own)]
         for pattern in patterns:
@@ -379,7 +383,9 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         pooled = [pool_attention_bias(bias, clip_grid, self.config.attention_bias_pooling) for bias in biases]
         sls_tokens = self._start_sls_tokens(hidden_states[:, :1]).repeat(1, len(attention_biases), 1)
         layers = self.vision_model.encoder.layers[self.config.sls_start_layer :]
-        sls_tokens = recognize_regions(layers, hidden_states, sls_tokens, pooled, call=self._run_clip_layer)
+        sls_tokens = recognize_regions(
+            layers, hidden_states, sls_tokens, pooled, self.prompt_embedding, call=self._run_clip_layer
+        )
         embeds = self.visual_projection(self.vision_model.post_layernorm(sls_tokens))
         return list(nn.functional.normalize(embeds.float(), dim=-1).chunk(len(attention_biases), dim=1))
 

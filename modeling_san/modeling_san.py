@@ -204,6 +204,28 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
             parameter.requires_grad_(name.startswith(own) or any(pattern in name for pattern in patterns))
         self.train(self.training)
 
+    def text_trains(self) -> bool:
+        """Whether the text encoder trains: stored label embeddings grow stale then, and a batch has to bring prompts."""
+        parts = (self.text_model, self.text_projection)
+        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+
+    def add_clip_prompts(self, num_prompts: int) -> None:
+        """
+        Give CLIP's deep layers learned prompt tokens that [SLS] tokens see, in place of any that it has.
+
+        Args:
+            num_prompts: tokens in each layer after `config.sls_start_layer`.
+
+        Raises:
+            ValueError: for less than one.
+        """
+        if num_prompts < 1:
+            raise ValueError(f"num_prompts is {num_prompts}: give at least 1.")
+        layers = self.vision_model.encoder.layers[self.config.sls_start_layer :]
+        prompts = self.background_embedding.new_empty(len(layers), num_prompts, self.config.vision_config.hidden_size)
+        self.prompt_embedding = nn.Parameter(init.trunc_normal_(prompts, std=self.config.initializer_range))
+        self.config.num_clip_prompts = num_prompts
+
     def train(self, mode: bool = True) -> "SANForOpenVocabSegmentation":
         """Switch to training; parts that hold frozen parameters only stay in evaluation mode."""
         super().train(mode)
@@ -237,7 +259,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
                 f"input_ids have shape {tuple(input_ids.shape)}: expected (classes, prompts, tokens) with at least "
                 'one of each, as processor(text=["sky", "road"]) makes them.'
             )
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._text_trains()):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_trains()):
             pooled = [self.text_model(chunk).pooler_output for chunk in input_ids.flatten(0, 1).split(TEXT_BATCH_SIZE)]
             prompts = nn.functional.normalize(self.text_projection(torch.cat(pooled)).float(), dim=-1)
             prompts = prompts.view(*input_ids.shape[:2], -1)
@@ -433,10 +455,6 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         if self.config.sls_token_format == "learnable_token":
             return self.sls_embedding.expand(len(cls_token), -1, -1)
         return cls_token + self.sls_embedding
-
-    def _text_trains(self) -> bool:
-        parts = (self.text_model, self.text_projection)
-        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
     def _choose_class_embeds(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, class_embeds: Tensor | None

@@ -70,6 +70,32 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     _flush(path.parent)
 
 
+@contextmanager
+def filling_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """
+    Write several files beside a folder's own and move them in at the end of the block, replacing older ones.
+
+    Args:
+        path: the folder, made if it is missing; what else it holds stays.
+
+    Yields:
+        folder to write into. If the block fails nothing of it comes to `path`.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    beside = path / f"{_UNFINISHED}{uuid.uuid4().hex[:8]}"
+    beside.mkdir()
+    try:
+        yield beside
+        for file in beside.iterdir():
+            _flush(file)
+        for file in beside.iterdir():
+            os.replace(file, path / file.name)
+        _flush(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text file in UTF-8, complete or not at all."""
     with replacing_file(path) as beside:
@@ -103,4 +129,4 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-__all__ = ["new_folder", "remove_unfinished", "replacing_file", "write_json", "write_text"]
+__all__ = ["filling_folder", "new_folder", "remove_unfinished", "replacing_file", "write_json", "write_text"]

@@ -1,0 +1,227 @@
+"""What a training run is made of: a recipe, as a YAML file and options that change it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_FOLDER = Path(__file__).parent / "recipes"
+
+TRAINABLE: dict[str, list[str]] = {
+    "paper": ["vision_model.embeddings.position_embedding"],
+    "side-adapter": [],
+    "prompts": [],
+    "everything": ["vision_model", "visual_projection", "text_model", "text_projection", "logit_scale"],
+}
+"""Which parameters of CLIP train beside the side adapter, by name; `prompts` adds learned tokens instead."""
+
+MIXED_PRECISION = ("auto", "no", "bf16", "fp16")
+
+
+def _option(default: Any, help: str) -> Any:
+    metadata = {"help": help}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Recipe:
+    """
+    A training run. The defaults are the paper's (section 4.1).
+
+    Each field is a key of the YAML file and an option of `san train`; `san train --help` says what they mean.
+
+    Raises:
+        ValueError: where a value makes no sense; the sentence names the field.
+    """
+
+    model: str | None = _option(None, "SAN model to start from: folder or Hub id (default: the built-in model)")
+    clip: str | None = _option(None, "start a new side adapter beside this CLIP instead: folder or Hub id")
+    san: dict[str, Any] | str = _option({}, "fields of SANConfig for a new side adapter, as JSON")
+    trainable: str = _option(
+        "paper",
+        "paper (side adapter and CLIP's position embedding), side-adapter, prompts (side adapter, and learned prompt "
+        "tokens in CLIP's last layers), everything, or parts of parameter names of CLIP, separated by commas",
+    )
+    num_clip_prompts: int = _option(16, "prompt tokens in each layer where trainable is prompts")
+    templates: str | None = _option(None, "prompt templates: vild, imagenet or a file (default: the model's)")
+
+    dataset: str | None = _option(None, "pictures with label maps: parquet file, folder or Hub id")
+    split: str = _option("train", "part of the data set")
+    labels: str | None = _option(None, "label set: name of a preset or a file (default: what the data set says)")
+    image_column: str | None = _option(None, "column of the pictures (default: recognised)")
+    label_column: str | None = _option(None, "column of the label maps (default: recognised)")
+    reduce_labels: bool = _option(False, "0 in the label maps means no label, and all others move down by one")
+    ignore_index: int | None = _option(None, "value in the label maps for no label (default: the label set's)")
+    streaming: bool = _option(False, "read the data set as it comes, without downloading or indexing it first")
+    shuffle_buffer: int = _option(1000, "pictures to shuffle among where the data set is streamed")
+    validation: str | None = _option(None, "data set to evaluate on (default: none)")
+    validation_split: str = _option("validation", "part of it")
+    validation_limit: int | None = _option(None, "evaluate on its first pictures only, while training and at the end")
+
+    crop_size: list[int] = _option([640], "side of the crops in pixels, or height and width")
+    short_sides: list[int] = _option(list(range(320, 961, 64)), "short sides that pictures are scaled to, in pixels")
+    max_long_side: int = _option(2560, "longest side of scaled pictures in pixels")
+    photometric: bool = _option(True, "whether brightness, contrast, saturation and hue vary")
+    flip: float = _option(0.5, "share of pictures that are mirrored")
+    short_side: int | None = _option(None, "short side in use, kept in the processor (default: the model's)")
+
+    output_dir: str | None = _option(None, "folder for the model, checkpoints and figures")
+    resume: str = _option(
+        "never", "never; auto (the latest checkpoint in output_dir if there is one); or a checkpoint"
+    )
+    steps: int = _option(60_000, "optimisation steps")
+    batch_size: int = _option(32, "pictures a step, over all processes and accumulated batches")
+    gradient_accumulation_steps: int = _option(1, "parts that a step's pictures are computed in")
+    learning_rate: float = _option(1e-4, "AdamW's")
+    weight_decay: float = _option(1e-4, "AdamW's; 0 for norms and position, query and prompt embeddings")
+    warmup_steps: int = _option(0, "steps of linear warm-up")
+    power: float = _option(0.9, "of the polynomial that the learning rate falls by")
+    max_grad_norm: float = _option(0.01, "gradients are scaled down to this norm over all trained parameters")
+    mixed_precision: str = _option("auto", "no, bf16, fp16, or auto (bf16 where the hardware computes in it)")
+    gradient_checkpointing: bool = _option(False, "recompute activations: less memory, more time")
+    seed: int = _option(0, "of all random choices")
+    cpu: bool = _option(False, "keep off GPUs")
+    workers: int = _option(4, "processes that prepare pictures, for each process that trains")
+
+    log_every: int = _option(50, "steps between lines of metrics.jsonl")
+    evaluate_every: int = _option(5000, "steps between evaluations; the end has one, too")
+    checkpoint_every: int = _option(1000, "steps between checkpoints; the end has one, too")
+    keep_checkpoints: int = _option(2, "latest checkpoints to keep; the best stays as well")
+    overlays: int = _option(4, "pictures of the validation data that each evaluation draws")
+    trackers: list[str] = _option([], "where Accelerate reports to as well: tensorboard, wandb, ...")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.san, str):
+            self.san = _parse_json("san", self.san)
+        if len(self.crop_size) == 1:
+            self.crop_size = self.crop_size * 2
+        for name, least in _LEAST.items():
+            values = getattr(self, name)
+            for value in values if isinstance(values, list) else [values]:
+                if value is not None and not least <= value < float("inf"):
+                    raise ValueError(f"{name} is {value}: it must be at least {least}.")
+        if len(self.crop_size) != 2:
+            raise ValueError(f"crop_size is {self.crop_size}: give one side, or height and width.")
+        if not self.short_sides:
+            raise ValueError("short_sides is empty: name at least one short side in pixels.")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip is {self.flip}: it must lie from 0 to 1.")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate is {self.learning_rate}: it must be above 0.")
+        if not 0 < self.max_grad_norm:
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm}: it must be above 0.")
+        if self.mixed_precision not in MIXED_PRECISION:
+            raise ValueError(f"mixed_precision is {self.mixed_precision!r}: choose {', '.join(MIXED_PRECISION)}.")
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide into {self.gradient_accumulation_steps} accumulated "
+                "batches: change one of the two."
+            )
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} leave none of the {self.steps} steps.")
+        if self.model is not None and self.clip is not None:
+            raise ValueError("both model and clip are given: start from a SAN model or from a CLIP.")
+        if self.san and self.clip is None:
+            raise ValueError("san describes a new side adapter: give the clip that it goes with.")
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML file, whole."""
+        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+
+
+_LEAST = {
+    "num_clip_prompts": 1,
+    "shuffle_buffer": 1,
+    "validation_limit": 1,
+    "crop_size": 1,
+    "short_sides": 1,
+    "max_long_side": 1,
+    "short_side": 1,
+    "steps": 1,
+    "batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+    "power": 0,
+    "workers": 0,
+    "log_every": 1,
+    "evaluate_every": 1,
+    "checkpoint_every": 1,
+    "keep_checkpoints": 1,
+    "overlays": 0,
+    "seed": 0,
+}
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Recipes that ship with the package."""
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
+
+
+def read_recipe(source: str | Path) -> dict[str, Any]:
+    """
+    Fields of a recipe file.
+
+    Args:
+        source: one of `recipe_names()`, or a YAML file.
+
+    Raises:
+        ValueError: where there is no such recipe, it is not YAML, or a key is none of `Recipe`'s.
+    """
+    path = _FOLDER / f"{source}.yaml" if str(source) in recipe_names() else Path(source)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"recipe {source} cannot be read ({error.strerror or error}): pass a YAML file, or one of "
+            f"{', '.join(recipe_names())}."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {source} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe {source} holds no `key: value` lines: see {', '.join(recipe_names())}.")
+    known = [option.name for option in fields(Recipe)]
+    for key in content:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "`san train --help` lists them."
+            raise ValueError(f"recipe {source}: there is no field {key!r}: {hint}")
+    return content
+
+
+def as_arguments(values: dict[str, Any]) -> list[str]:
+    """Fields as command-line arguments, so that a file's values are read and checked as those of the command line."""
+    arguments: list[str] = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, dict):
+            # One word, as an empty object or a leading minus would otherwise be taken for something else
+            arguments.append(f"--{key}={json.dumps(value)}")
+        elif isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)]
+        else:
+            arguments.append(f"--{key}={value}")
+    return arguments
+
+
+def _parse_json(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as error:
+        raise ValueError(f"{name} is not valid JSON ({error}): write it as '{{\"num_queries\": 100}}'.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {text}: expected a JSON object such as '{{\"num_queries\": 100}}'.")
+    return value
+
+
+__all__ = ["MIXED_PRECISION", "TRAINABLE", "Recipe", "as_arguments", "read_recipe", "recipe_names"]

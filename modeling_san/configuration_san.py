@@ -36,7 +36,7 @@ class SANConfig(PreTrainedConfig):
         num_queries (`int`, defaults to 100):
             Q: mask proposals per picture.
         num_clip_prompts (`int`, defaults to 0):
-            Learned prompt tokens that [SLS] tokens see in each CLIP layer after `sls_start_layer`; 0 is the paper's model.
+            Learned prompt tokens that [SLS] tokens see in each CLIP layer after `sls_start_layer`; the paper has none.
         side_hidden_size (`int`, defaults to 240), side_num_layers (`int`, defaults to 8),
         side_num_heads (`int`, defaults to 6), side_mlp_ratio (`float`, defaults to 4.0):
             Shape of the side adapter's vision transformer.

@@ -130,19 +130,19 @@ class SANLoss(Mask2FormerLoss):
         num_masks = torch.tensor(float(sum(map(len, class_labels))), device=device)
         return _average_over_processes(num_masks).clamp(min=1)
 
-    def _count_over_processes(self, class_labels: Sequence[Tensor], class_queries_logits: Tensor) -> tuple[Any, Tensor]:
+    def _count_over_processes(self, class_labels: Sequence[Tensor], class_logits: Tensor) -> tuple[Any, Tensor]:
         """
         What the mask terms and the classification term are divided by, the same in every process.
 
         Then the average of the processes' gradients is the gradient of all their pictures in one batch, however
         unevenly the masks are spread. Returns the number of masks and the sum of the queries' class weights.
         """
-        queries = class_queries_logits.shape[1]
+        queries = class_logits.shape[1]
         masks = sum(map(len, class_labels))
         labelled = sum(len(classes) > 0 for classes in class_labels)
         matched = sum(min(len(classes), queries) for classes in class_labels)
         class_weight = matched + self.eos_coef * (labelled * queries - matched)
-        counts = torch.tensor([float(masks), float(class_weight)], device=class_queries_logits.device)
+        counts = torch.tensor([float(masks), float(class_weight)], device=class_logits.device)
         counts = _average_over_processes(counts)
         return counts[0].clamp(min=1), counts[1].clamp(min=1e-6)
 

@@ -205,7 +205,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         self.train(self.training)
 
     def text_trains(self) -> bool:
-        """Whether the text encoder trains: stored label embeddings grow stale then, and a batch has to bring prompts."""
+        """Whether the text encoder trains: stored label embeddings grow stale then, and batches bring prompts."""
         parts = (self.text_model, self.text_projection)
         return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 

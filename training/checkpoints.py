@@ -98,8 +98,8 @@ def load_training_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except Exception as error:
         # torch.load raises what its parts raise: unpickling, zip, end of file, ...
         raise ValueError(
-            f"{path} cannot be resumed from ({(str(error) or type(error).__name__).splitlines()[0]}): pass a checkpoint "
-            "folder that training wrote, such as OUTPUT/checkpoints/step-00001000."
+            f"{path} cannot be resumed from ({(str(error) or type(error).__name__).splitlines()[0]}): pass a "
+            "checkpoint folder that training wrote, such as OUTPUT/checkpoints/step-00001000."
         ) from error
     return state, progress
 

@@ -1,4 +1,5 @@
 """What a training run is made of: a recipe, as a YAML file and options that change it."""
+# ruff: noqa: RUF009 - `_option` makes a field, which the linter cannot see
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ MIXED_PRECISION = ("auto", "no", "bf16", "fp16")
 def _option(default: Any, help: str) -> Any:
     metadata = {"help": help}
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: default.copy(), metadata=metadata)
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -74,7 +75,7 @@ class Recipe:
 
     output_dir: str | None = _option(None, "folder for the model, checkpoints and figures")
     resume: str = _option(
-        "never", "never; auto (the latest checkpoint in output_dir if there is one); or a checkpoint"
+        "never", "never, auto (the latest checkpoint in output_dir if there is one), or a checkpoint"
     )
     steps: int = _option(60_000, "optimisation steps")
     batch_size: int = _option(32, "pictures a step, over all processes and accumulated batches")
@@ -98,38 +99,47 @@ class Recipe:
     trackers: list[str] = _option([], "where Accelerate reports to as well: tensorboard, wandb, ...")
 
     def __post_init__(self) -> None:
+        """Check what can be checked without data or model."""
         if isinstance(self.san, str):
             self.san = _parse_json("san", self.san)
         if len(self.crop_size) == 1:
             self.crop_size = self.crop_size * 2
+        self._check_numbers()
+        for is_wrong, message in (
+            (len(self.crop_size) != 2, f"crop_size is {self.crop_size}: give one side, or height and width."),
+            (not self.short_sides, "short_sides is empty: name at least one short side in pixels."),
+            (self.flip > 1, f"flip is {self.flip}: it must lie from 0 to 1."),
+            (
+                self.mixed_precision not in MIXED_PRECISION,
+                f"mixed_precision is {self.mixed_precision!r}: choose {', '.join(MIXED_PRECISION)}.",
+            ),
+            (
+                bool(self.batch_size % self.gradient_accumulation_steps),
+                f"batch_size {self.batch_size} does not divide into {self.gradient_accumulation_steps} accumulated "
+                "batches: change one of the two.",
+            ),
+            (
+                self.warmup_steps >= self.steps,
+                f"warmup_steps {self.warmup_steps} leave none of the {self.steps} steps.",
+            ),
+            (
+                self.model is not None and self.clip is not None,
+                "both model and clip are given: start from a SAN model or from a CLIP.",
+            ),
+            (bool(self.san) and self.clip is None, "san describes a new side adapter: give the clip it goes with."),
+        ):
+            if is_wrong:
+                raise ValueError(message)
+
+    def _check_numbers(self) -> None:
         for name, least in _LEAST.items():
             values = getattr(self, name)
             for value in values if isinstance(values, list) else [values]:
                 if value is not None and not least <= value < float("inf"):
                     raise ValueError(f"{name} is {value}: it must be at least {least}.")
-        if len(self.crop_size) != 2:
-            raise ValueError(f"crop_size is {self.crop_size}: give one side, or height and width.")
-        if not self.short_sides:
-            raise ValueError("short_sides is empty: name at least one short side in pixels.")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip is {self.flip}: it must lie from 0 to 1.")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate is {self.learning_rate}: it must be above 0.")
-        if not 0 < self.max_grad_norm:
-            raise ValueError(f"max_grad_norm is {self.max_grad_norm}: it must be above 0.")
-        if self.mixed_precision not in MIXED_PRECISION:
-            raise ValueError(f"mixed_precision is {self.mixed_precision!r}: choose {', '.join(MIXED_PRECISION)}.")
-        if self.batch_size % self.gradient_accumulation_steps:
-            raise ValueError(
-                f"batch_size {self.batch_size} does not divide into {self.gradient_accumulation_steps} accumulated "
-                "batches: change one of the two."
-            )
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} leave none of the {self.steps} steps.")
-        if self.model is not None and self.clip is not None:
-            raise ValueError("both model and clip are given: start from a SAN model or from a CLIP.")
-        if self.san and self.clip is None:
-            raise ValueError("san describes a new side adapter: give the clip that it goes with.")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0.")
 
     def to_yaml(self) -> str:
         """The recipe as a YAML file, whole."""
@@ -157,6 +167,7 @@ _LEAST = {
     "keep_checkpoints": 1,
     "overlays": 0,
     "seed": 0,
+    "flip": 0,
 }
 
 

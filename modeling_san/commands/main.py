@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from modeling_san import __version__
 
-from . import convert, demo, fine_tune, segment, train_demo
+from . import convert, curves, demo, fine_tune, prepare, segment, train, train_demo
 from .errors import CommandError, report_error
 from .parser import CommandParser
 
@@ -17,7 +17,10 @@ _COMMANDS = {
     "segment": segment,
     "demo": demo,
     "convert": convert,
+    "train": train,
     "fine-tune": fine_tune,
+    "curves": curves,
+    "prepare": prepare,
     "train-demo": train_demo,
 }
 

@@ -1,0 +1,111 @@
+"""`san train`: train by a recipe, on one process or many."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .errors import say
+
+_DESCRIPTION = """\
+Train a model as a recipe says: a YAML file whose keys are the options below, which change it. With `accelerate launch
+-m modeling_san.training.train` in place of `san train` the same runs on several GPUs or machines.
+
+OUTPUT_DIR holds in the end the model (from_pretrained loads it), metrics.jsonl, curves.png, overlays of the validation
+pictures after each evaluation, and checkpoints. Killed at any moment, the run goes on with --resume auto; SIGTERM and
+Ctrl-C save a checkpoint first.
+"""
+_EXAMPLE = """\
+example:
+  san train --config fine_tune --model san-vit-b-16 --dataset train.parquet --validation val.parquet \\
+      --labels classes.json --output-dir my-model
+  san train --config my-model/recipe.yaml --resume auto
+  accelerate launch --num_processes 8 -m modeling_san.training.train --config coco_stuff_vit_b_16 \\
+      --dataset coco_stuff --validation coco_stuff --output-dir san-vit-b-16
+  san curves my-model
+
+A look at the augmented pictures before: san contact-sheet --help
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command to the parser of `san`; its own options are those of a recipe, which take longer to load."""
+    parser = subparsers.add_parser("train", help="train by a recipe, on one process or many", add_help=False)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+
+
+def run(args: argparse.Namespace) -> int:
+    """
+    Train.
+
+    Returns:
+        exit code, 0 also where SIGTERM or Ctrl-C ended the run after a checkpoint.
+    """
+    recipe = parse_recipe(args.arguments)
+
+    from datasets.utils import logging as datasets_logging
+
+    from modeling_san.training.train import train
+
+    from .models import quiet_libraries
+
+    quiet_libraries()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
+    datasets_logging.disable_progress_bar()
+    results = train(recipe)
+    if not _is_main_process():
+        return 0
+    for label, iou in results.get("per_class_iou", {}).items():
+        say(f"{label:<24}{'-' if iou is None else format(iou, '.3f'):>8}")
+    if "mean_iou" in results:
+        say(f"{'mean IoU':<24}{results['mean_iou']:>8.3f}")
+        say(f"{'pixel accuracy':<24}{results['overall_accuracy']:>8.3f}")
+    if results["finished"]:
+        say(
+            f"{results['steps']} steps, {results['minutes']:.1f} minutes, "
+            f"{results['images_per_second']:.1f} pictures a second; saved to {recipe.output_dir}"
+        )
+    else:
+        say(f"stopped after step {results['steps']} of {recipe.steps}; go on with --resume auto")
+    return 0
+
+
+def parse_recipe(arguments: list[str]) -> Any:
+    """
+    The recipe that a file and options make.
+
+    Args:
+        arguments: those of `san train`. A file's values are put in front of them, so that both are read alike and the
+            options win.
+
+    Raises:
+        ValueError: for a recipe that cannot be read or makes no sense.
+        SystemExit: for options that cannot be read, after a line that says why.
+    """
+    from transformers import HfArgumentParser
+
+    from modeling_san.training.recipe import Recipe, as_arguments, read_recipe, recipe_names
+
+    from .parser import CommandParser
+
+    class RecipeParser(CommandParser, HfArgumentParser):
+        """Options from the fields of a dataclass, with the errors of our commands."""
+
+    config_parser = CommandParser(prog="san train", add_help=False)
+    config_parser.add_argument("--config")
+    config, options = config_parser.parse_known_args(arguments)
+    parser = RecipeParser(dataclass_types=Recipe, prog="san train", description=_DESCRIPTION, epilog=_EXAMPLE)
+    parser.add_argument("--config", metavar="RECIPE", help=f"YAML file, or one of: {', '.join(recipe_names())}")
+    from_file = as_arguments(read_recipe(config.config)) if config.config else []
+    namespace = parser.parse_args([*from_file, *options])
+    del namespace.config
+    return Recipe(**vars(namespace))
+
+
+def _is_main_process() -> bool:
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+__all__ = ["add_parser", "parse_recipe", "run"]

@@ -1,96 +1,66 @@
-"""Labelled pictures for training: reading, checking, augmenting, collating."""
+"""Labelled pictures for training: decoding, checking, augmenting, ordering, collating."""
 
 from __future__ import annotations
 
 import io
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+from datasets import Dataset, IterableDataset
+from datasets import Image as ImageFeature
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from modeling_san.processing import SANImageProcessor
-from modeling_san.processing.image_arrays import read_byte_picture, read_map
+from modeling_san.processing.image_arrays import read_byte_picture
+from modeling_san.training.augmentation import Augmentation
+from modeling_san.training.label_sets import LabelSet
+from modeling_san.training.sources import load_pictures
 
-IMAGE_COLUMNS = ("image", "pixel_values", "img")
-LABEL_COLUMNS = ("annotation", "label", "labels", "semantic_segmentation", "segmentation_mask", "mask")
-IGNORE_INDEX = 255
+_ORDER, _SHARDS, _BUFFER = 1, 2, 3
+"""Kinds of chance beside the augmentation's; no two may share their random numbers."""
+
+_MAX_WORKERS = 256
+
+_logger = logging.getLogger(__name__)
 
 
-def load_pictures(source: str | os.PathLike, split: str = "train") -> Dataset:
+class PictureError(ValueError):
     """
-    Open a labelled data set.
+    A training picture cannot be used; the message says which, and why.
 
-    Args:
-        source: a parquet file, a folder of a saved `datasets` data set or one that `load_dataset` reads, or a Hub id.
-        split: which part of it; a parquet file has one part only.
-
-    Returns:
-        a data set with the columns `image` and `annotation`.
-
-    Raises:
-        ValueError: where the source cannot be read or holds no pictures with label maps.
+    Data loaders raise a worker's error anew with its traceback as the message; what it said is the last line.
     """
-    path = Path(source)
-    try:
-        if path.suffix == ".parquet":
-            dataset = load_dataset("parquet", data_files=str(path), split="train")
-        elif (path / "state.json").is_file():
-            dataset = Dataset.load_from_disk(str(path))
-        elif (path / "dataset_dict.json").is_file():
-            dataset = DatasetDict.load_from_disk(str(path))[split]
-        else:
-            dataset = load_dataset(str(source), split=split)
-    except Exception as error:
-        # The readers behind raise dozens of types; what a user can do about them is the same.
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ValueError(
-            f"{source} cannot be read as a data set (split {split!r}): {first_line}. Pass a parquet file, a folder "
-            "written by datasets, or a Hub id."
-        ) from error
-    if len(dataset) == 0:
-        raise ValueError(f"{source} (split {split!r}) holds no pictures.")
-    image, label = (
-        _find_column(dataset, names, kind, source)
-        for names, kind in ((IMAGE_COLUMNS, "pictures"), (LABEL_COLUMNS, "label maps"))
-    )
-    return dataset.select_columns([image, label]).rename_columns(
-        {old: new for old, new in ((image, "image"), (label, "annotation")) if old != new}
-    )
+
+    def __init__(self, message: str) -> None:
+        last = message.strip().rpartition("\n")[2]
+        super().__init__(last.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: "))
 
 
-def _find_column(dataset: Dataset, known: Sequence[str], kind: str, source: object) -> str:
-    for name in known:
-        # One class for a whole picture, as image folders have it, is no label map.
-        if name in dataset.column_names and not isinstance(dataset.features[name], (ClassLabel, Value)):
-            return name
-    raise ValueError(
-        f"{source} has the columns {', '.join(dataset.column_names)}, none of which is known to hold {kind}: name it "
-        f"{known[0]!r}."
-    )
-
-
-def to_arrays(example: dict[str, Any]) -> tuple[Image.Image, np.ndarray]:
+def to_arrays(example: Mapping[str, Any], label_set: LabelSet) -> tuple[Image.Image, np.ndarray]:
     """
     Decode one example.
 
     Args:
         example: with `image` and `annotation`, pictures or encoded files.
+        label_set: what the values of the label map mean.
 
     Returns:
-        the picture in RGB, upright and with 8 bits a channel, and its label map, an integer array `(height, width)`.
+        the picture in RGB, upright and with 8 bits a channel, and its label map `(height, width)` int32 with values
+        from 0 to C - 1 or the label set's ignore index.
 
     Raises:
-        ValueError: where one of them cannot be read, the label map has several channels, or their sizes differ.
+        ValueError: where one of them cannot be read, their sizes differ, or the label map holds other values.
     """
-    image = Image.fromarray(read_byte_picture(_as_picture(example["image"]), "the picture"))
-    label_map = read_map(_as_picture(example["annotation"]), "the label map")
+    image = Image.fromarray(read_byte_picture(_as_picture(example["image"], "the picture"), "the picture"))
+    label_map = label_set.read(_as_picture(example["annotation"], "the label map"))
     if label_map.shape != image.size[::-1]:
         raise ValueError(
             f"a picture is {image.width} x {image.height} and its label map {label_map.shape[1]} x "
@@ -99,68 +69,251 @@ def to_arrays(example: dict[str, Any]) -> tuple[Image.Image, np.ndarray]:
     return image, label_map
 
 
-def _as_picture(value: Any) -> Image.Image | np.ndarray:
+def check_first_pictures(
+    dataset: Dataset | IterableDataset, label_set: LabelSet, source: object, *, count: int = 8
+) -> None:
+    """
+    Meet unreadable pictures and wrong label lists before training, not in the middle of it.
+
+    Args:
+        dataset: examples with `image` and `annotation`.
+        label_set: what the values of label maps mean.
+        source: what an error calls the data set.
+        count: how many pictures to look at.
+
+    Raises:
+        ValueError: the first picture that cannot be used, and why.
+    """
+    for index, example in enumerate(islice(_undecoded(dataset), count)):
+        try:
+            to_arrays(example, label_set)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{source}, example {index}: {error}") from error
+
+
+def _as_picture(value: Any, what: str) -> Image.Image | np.ndarray:
     """A column's entry: decoded, as an encoded file, or as nested lists of numbers."""
-    if isinstance(value, dict):
-        return Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"])
-    return value if isinstance(value, Image.Image) else np.asarray(value)
+    if value is None:
+        raise ValueError(f"{what} is missing: remove the example, or add it.")
+    if isinstance(value, (Image.Image, np.ndarray)):
+        return value
+    try:
+        if isinstance(value, (bytes, bytearray)):
+            return Image.open(io.BytesIO(value))
+        if isinstance(value, (str, os.PathLike)):
+            return Image.open(value)
+        if isinstance(value, Mapping):
+            if value.get("bytes"):
+                return Image.open(io.BytesIO(value["bytes"]))
+            # Paths into archives and on the Hub are opened as datasets does
+            return ImageFeature().decode_example(value)
+        return np.asarray(value)
+    except (Image.DecompressionBombError, OSError, SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(f"{what} cannot be read ({error}): the file may be missing or damaged.") from error
+
+
+def _undecoded(dataset: Any) -> Any:
+    """A data set that leaves its pictures encoded, so that what is passed over costs nothing."""
+    for name, feature in (getattr(dataset, "features", None) or {}).items():
+        if isinstance(feature, ImageFeature) and feature.decode:
+            dataset = dataset.cast_column(name, ImageFeature(decode=False))
+    return dataset
+
+
+# Reporting
+
+
+class DataReport:
+    """
+    Counts what is odd in a data set but does no harm, and says each kind once.
+
+    The counts lie in memory that data loader workers share.
+    """
+
+    KINDS = ("without_labels",)
+    _SENTENCES = {
+        "without_labels": "{example}: no pixel of its label map has a label; such pictures are kept and do no harm. "
+        "Further ones are counted, not named."
+    }
+
+    def __init__(self) -> None:
+        # A row for each worker: none has to wait for another
+        self._counts = torch.zeros(_MAX_WORKERS, len(self.KINDS), dtype=torch.int64).share_memory_()
+
+    def add(self, kind: str, example: str) -> None:
+        """
+        Count one oddity, and say so if it is the first of its kind.
+
+        Args:
+            kind: one of `KINDS`.
+            example: which one it is, for the sentence.
+        """
+        worker = get_worker_info()
+        first = self.count(kind) == 0
+        self._counts[0 if worker is None else 1 + worker.id % (_MAX_WORKERS - 1), self.KINDS.index(kind)] += 1
+        if first:
+            _logger.warning(self._SENTENCES[kind].format(example=example))
+
+    def count(self, kind: str) -> int:
+        """How often a kind was met, by all workers; a picture counts each time that it is used."""
+        return int(self._counts[:, self.KINDS.index(kind)].sum())
+
+
+# Augmented examples
+
+
+class _Views:
+    """Turns decoded pictures into augmented tensors; what `TrainingPictures` and `StreamedPictures` share."""
+
+    def __init__(
+        self,
+        label_set: LabelSet,
+        image_processor: SANImageProcessor,
+        augmentation: Augmentation,
+        seed: int,
+        report: DataReport,
+    ) -> None:
+        if seed < 0:
+            raise ValueError(f"seed is {seed}: pass a whole number from 0 on.")
+        self.label_set = label_set
+        self.augmentation = augmentation
+        self.seed = seed
+        self.report = report
+        # Normalising takes each byte to one float a channel: the processor is asked once, for all bytes
+        every_byte = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
+        outputs = image_processor(every_byte, do_resize=False, do_pad=False, return_tensors="np")
+        self.table = np.ascontiguousarray(outputs["pixel_values"][0, :, 0], dtype=np.float32)
+
+    def make(self, example: Mapping[str, Any], epoch: int, index: int, name: str) -> dict[str, Tensor]:
+        """
+        One augmented example; chance comes from `(seed, epoch, index)` alone.
+
+        Raises:
+            PictureError: it cannot be used; `name` says which it is.
+        """
+        try:
+            image, label_map = to_arrays(example, self.label_set)
+        except (OSError, ValueError) as error:
+            raise PictureError(f"{name}: {error}") from error
+        ignore_index = self.label_set.ignore_index
+        if (label_map == ignore_index).all():
+            self.report.add("without_labels", name)
+        rng = np.random.default_rng([self.seed, epoch, index])
+        image, label_map = self.augmentation(image, label_map, rng, ignore_index)
+        pixels = np.asarray(image)
+        pixel_values = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
+        for channel in range(3):
+            np.take(self.table[channel], pixels[..., channel], out=pixel_values[channel], mode="clip")
+        return {
+            "pixel_values": torch.from_numpy(pixel_values),
+            "labels": torch.from_numpy(label_map.astype(np.int64)),
+            "index": torch.tensor(index),
+        }
 
 
 class TrainingPictures(torch.utils.data.Dataset):
     """
-    Augmented crops of labelled pictures: random scale, random place, random flip.
+    Augmented views of labelled pictures, a fresh one of each in every epoch.
 
-    Chance comes from torch's generator, which data loaders seed for each worker and epoch.
+    Sample numbers go on over epochs: number `epoch * len + index` is the view of picture `index` in that epoch,
+    whichever worker or process makes it. Samplers that begin anew with 0 call `set_epoch` instead.
 
     Args:
         dataset: examples with `image` and `annotation`.
+        label_set: what the values of label maps mean.
         image_processor: normalises pictures.
-        crop_size: height and width of the crops in pixels, multiples of the model's size divisor.
-        short_side: range of the picture's short side before cropping, in pixels.
+        augmentation: random scale, crop, colours and flip.
+        seed: of the augmentation.
     """
 
     def __init__(
         self,
         dataset: Dataset,
+        label_set: LabelSet,
         image_processor: SANImageProcessor,
-        *,
-        crop_size: tuple[int, int],
-        short_side: tuple[int, int],
+        augmentation: Augmentation,
+        seed: int = 0,
     ) -> None:
-        self.dataset = dataset
-        self.image_processor = image_processor
-        self.crop_size = crop_size
-        self.short_side = short_side
+        self.dataset = _undecoded(dataset)
+        self.report = DataReport()
+        self._views = _Views(label_set, image_processor, augmentation, seed, self.report)
+        # Shared: workers that outlive an epoch hear of the next one
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         """Number of pictures."""
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """`pixel_values` `(3, height, width)` and `labels` `(height, width)` of a fresh crop of picture `index`."""
-        image, label_map = to_arrays(self.dataset[int(index)])
-        image, label_map = self._augment(image, label_map)
-        height, width = self.crop_size
-        frame = {"height": height, "width": width}
-        inputs = self.image_processor(image, do_resize=False, pad_size=frame, return_tensors="pt")
-        labels = torch.full((height, width), IGNORE_INDEX, dtype=torch.int64)
-        labels[: image.height, : image.width] = torch.from_numpy(label_map.astype(np.int64))
-        return {"pixel_values": inputs["pixel_values"][0], "labels": labels}
+    @property
+    def epoch(self) -> int:
+        """Added to the epoch that a sample's number tells."""
+        return int(self._epoch)
 
-    def _augment(self, image: Image.Image, label_map: np.ndarray) -> tuple[Image.Image, np.ndarray]:
-        rng = np.random.default_rng(int(torch.randint(2**31, ())))
-        scale = rng.uniform(*self.short_side) / min(image.size)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        height, width = self.crop_size
-        left = int(rng.integers(0, max(size[0] - width, 0) + 1))
-        top = int(rng.integers(0, max(size[1] - height, 0) + 1))
-        box = (left, top, min(left + width, size[0]), min(top + height, size[1]))
-        image = image.resize(size, Image.Resampling.BILINEAR).crop(box)
-        labels = Image.fromarray(label_map.astype(np.int32)).resize(size, Image.Resampling.NEAREST).crop(box)
-        if rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            labels = labels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return image, np.asarray(labels)
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the numbers from 0 belong to."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        """
+        `pixel_values` `(3, height, width)`, `labels` `(height, width)` and `index` `()` of sample `number`.
+
+        Raises:
+            PictureError: the picture cannot be used; its index is named.
+        """
+        if number < 0:
+            raise IndexError(f"samples are numbered from 0, {number} is none.")
+        epoch, index = divmod(int(number), len(self))
+        try:
+            example = self.dataset[index]
+        except (OSError, ValueError) as error:
+            raise PictureError(f"example {index}: {error}") from error
+        return self._views.make(example, self.epoch + epoch, index, f"example {index}")
+
+
+class EndlessOrder(torch.utils.data.Sampler[int]):
+    """
+    Shuffled sample numbers without end: `epoch * length + index`, each epoch in an order of its own.
+
+    `world_size * batch_size` consecutive positions make one step: process r takes the r-th block of `batch_size`. So
+    two processes with batches of 4 see together what one with batches of 8 sees.
+
+    Args:
+        length: number of pictures.
+        seed: of the orders.
+        start: position, counted over all processes, at which to begin.
+        rank: of this process.
+        world_size: number of processes.
+        batch_size: of each process.
+    """
+
+    def __init__(
+        self, length: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1, batch_size: int = 1
+    ) -> None:
+        if length < 1:
+            raise ValueError("there are no pictures to put into an order.")
+        if start < 0 or seed < 0 or batch_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"start {start} and seed {seed} must be at least 0, batch_size {batch_size} at least 1, and rank "
+                f"{rank} below world_size {world_size}."
+            )
+        self.length = length
+        self.seed = seed
+        self.start = start
+        self.rank = rank
+        self.world_size = world_size
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        """Sample numbers of this process."""
+        step = self.world_size * self.batch_size
+        known, order = -1, np.empty(0, dtype=np.int64)
+        for first in count(self.start + self.rank * self.batch_size, step):
+            for position in range(first, first + self.batch_size):
+                epoch, place = divmod(position, self.length)
+                if epoch != known:
+                    known = epoch
+                    order = np.random.default_rng([self.seed, epoch, 0, _ORDER]).permutation(self.length)
+                yield epoch * self.length + int(order[place])
 
 
 @dataclass(frozen=True)
@@ -181,4 +334,13 @@ class Collator:
         return {**batch, **self.prompts}
 
 
-__all__ = ["IGNORE_INDEX", "Collator", "TrainingPictures", "load_pictures", "to_arrays"]
+__all__ = [
+    "Collator",
+    "DataReport",
+    "EndlessOrder",
+    "PictureError",
+    "TrainingPictures",
+    "check_first_pictures",
+    "load_pictures",
+    "to_arrays",
+]

@@ -14,7 +14,9 @@ from tqdm import tqdm
 
 from modeling_san.modeling_san import SANForOpenVocabSegmentation
 from modeling_san.processing import SANProcessor
-from modeling_san.training.data import IGNORE_INDEX, TrainingPictures, load_pictures, to_arrays
+from modeling_san.training.augmentation import Augmentation
+from modeling_san.training.data import TrainingPictures, check_first_pictures, load_pictures, to_arrays
+from modeling_san.training.label_sets import LabelSet, load_label_set
 from modeling_san.training.metrics import RESULTS_FILE, ConfusionMatrix
 from modeling_san.training.run import run_training
 
@@ -72,9 +74,10 @@ def fine_tune(
         raise ValueError(f"{output_dir} already holds a model: choose another output folder.")
     pictures = load_pictures(dataset)
     validation_pictures = None if validation is None else load_pictures(validation, split="validation")
+    label_set = load_label_set(labels)
     for source, examples in ((dataset, pictures), (validation, validation_pictures)):
         if examples is not None:
-            _check_first_pictures(examples, len(labels), source)
+            check_first_pictures(examples, label_set, source)
 
     if templates is not None:
         processor = SANProcessor(processor.image_processor, processor.tokenizer, templates=templates)
@@ -88,9 +91,10 @@ def fine_tune(
         model,
         TrainingPictures(
             pictures,
+            label_set,
             processor.image_processor,
-            crop_size=_crop_size(pictures, short_side, model.config.size_divisor),
-            short_side=(round(0.75 * short_side), round(1.5 * short_side)),
+            Augmentation.for_size(short_side, _crop_size(pictures, label_set, short_side, model.config.size_divisor)),
+            seed,
         ),
         steps=steps,
         prompts=prompts,
@@ -137,9 +141,10 @@ def evaluate(
         ValueError: where no pixel has a label.
     """
     model.eval()
-    confusion = ConfusionMatrix(len(labels))
+    label_set = load_label_set(labels)
+    confusion = ConfusionMatrix(len(labels), label_set.ignore_index)
     for example in tqdm(pictures, desc="evaluating", unit="picture", disable=not progress):
-        image, label_map = to_arrays(example)
+        image, label_map = to_arrays(example, label_set)
         inputs = processor(images=image, return_tensors="pt").to(model.device)
         [predicted] = processor.post_process_semantic_segmentation(model(**inputs), target_sizes=[label_map.shape])
         confusion.update(predicted.cpu(), torch.from_numpy(label_map.astype(np.int64)))
@@ -156,22 +161,6 @@ def evaluate(
     }
 
 
-def _check_first_pictures(pictures: Dataset, num_labels: int, source: object) -> None:
-    """Meet unreadable pictures and wrong label lists before training, not in the middle of it."""
-    for index in range(min(8, len(pictures))):
-        try:
-            _, label_map = to_arrays(pictures[index])
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{source}, example {index}: {error}") from error
-        values = np.unique(label_map)
-        outside = values[(values != IGNORE_INDEX) & ((values < 0) | (values >= num_labels))]
-        if len(outside):
-            raise ValueError(
-                f"{source}, example {index}: the label map holds {outside[:5].tolist()}, but there are {num_labels} "
-                f"labels (0 to {num_labels - 1}, 255 = no label): give every class a name."
-            )
-
-
 def _set_short_side(processor: SANProcessor, short_side: int | None) -> int:
     """Working size of the pictures, kept in the processor so that the saved model is used as it was trained."""
     size = dict(processor.image_processor.size)
@@ -181,9 +170,9 @@ def _set_short_side(processor: SANProcessor, short_side: int | None) -> int:
     return int(size["shortest_edge"])
 
 
-def _crop_size(pictures: Dataset, short_side: int, divisor: int) -> tuple[int, int]:
+def _crop_size(pictures: Dataset, label_set: LabelSet, short_side: int, divisor: int) -> tuple[int, int]:
     """A crop of the first picture's shape at the working size, in multiples of `divisor`."""
-    image, _ = to_arrays(pictures[0])
+    image, _ = to_arrays(pictures[0], label_set)
     scale = short_side / min(image.size)
     height, width = (max(divisor, round(side * scale / divisor) * divisor) for side in image.size[::-1])
     return height, width

@@ -20,7 +20,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from modeling_san.modeling_san import SANForOpenVocabSegmentation
 from modeling_san.processing import SANImageProcessor, SANProcessor
-from modeling_san.training.data import IGNORE_INDEX
+from modeling_san.training.label_sets import IGNORE_INDEX
 from modeling_san.training.metrics import RESULTS_FILE, ConfusionMatrix
 from modeling_san.training.pretrain_clip import (
     CLIP_RESIZE_FACTOR,
@@ -30,7 +30,7 @@ from modeling_san.training.pretrain_clip import (
     pretrain_clip,
     zero_shot_accuracy,
 )
-from modeling_san.training.run import run_training
+from modeling_san.training.trainer import run_training
 from modeling_san.training.world import (
     BACKGROUNDS,
     CLASS_NAMES,

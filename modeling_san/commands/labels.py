@@ -1,12 +1,10 @@
 """Labels and prompt templates as they are given on the command line."""
 
 import argparse
-import json
 import os
 from pathlib import Path
-from typing import Any
 
-from .errors import CommandError, one_line
+from .errors import CommandError
 
 _FILE_FORMS = 'a JSON list ["sky", "road"], an object {"classes": ["sky", "road"]}, or one name per line'
 
@@ -53,7 +51,7 @@ def read_labels_file(path: str | Path) -> list[str]:
     Read class names from a JSON or a text file.
 
     Args:
-        path: of a JSON list, a JSON object with the key `classes`, or a text with one name per line.
+        path: of a file in one of the forms that `processing.label_files` knows.
 
     Returns:
         normalised labels, in the file's order.
@@ -61,13 +59,12 @@ def read_labels_file(path: str | Path) -> list[str]:
     Raises:
         CommandError: the file cannot be read or has another shape, or a label is refused.
     """
-    from modeling_san.processing import normalize_labels
+    from modeling_san.processing.label_files import read_label_file
 
-    names = _read_names(Path(path), "labels file", _FILE_FORMS, key="classes")
     try:
-        return normalize_labels(names)
+        return list(read_label_file(path).names)
     except ValueError as error:
-        raise CommandError(f"labels file {path}: {error}") from error
+        raise CommandError(str(error)) from error
 
 
 def read_templates(given: str | None) -> str | list[str] | None:
@@ -84,6 +81,7 @@ def read_templates(given: str | None) -> str | list[str] | None:
         CommandError: there is neither a set nor a file of that name, or its templates cannot be used.
     """
     from modeling_san.processing import template_names
+    from modeling_san.processing.label_files import describe_json, read_json_or_lines
     from modeling_san.processing.processing_san import resolve_templates
 
     if given is None or given in template_names():
@@ -94,38 +92,14 @@ def read_templates(given: str | None) -> str | list[str] | None:
             f"--templates {given}: there is no set of prompt templates and no file of that name: choose "
             f"{' or '.join(template_names())}, or pass a file with one template per line, such as: a photo of a {{}}."
         )
-    templates = _read_names(path, "templates file", 'a JSON list ["a photo of a {}."], or one template per line')
+    forms = 'a JSON list ["a photo of a {}."], or one template per line'
+    try:
+        templates = read_json_or_lines(path, "templates file", forms)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    if not isinstance(templates, list):
+        raise CommandError(f"templates file {path} holds {describe_json(templates)}: expected {forms}")
     try:
         return resolve_templates(templates)[1]
     except ValueError as error:
         raise CommandError(f"templates file {path}: {error}") from error
-
-
-def _read_names(path: Path, what: str, forms: str, key: str | None = None) -> list[Any]:
-    """The list in a JSON file, or the lines of a text file that are not blank."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CommandError(f"{what} {path} is not text in UTF-8: expected {forms}") from error
-    except OSError as error:
-        raise CommandError(f"{what} {path} cannot be read ({error.strerror or error}): check the path") from error
-    if not text.strip():
-        raise CommandError(f"{what} {path} is empty: expected {forms}")
-    if path.suffix.lower() != ".json" and text.lstrip()[0] not in "[{":
-        return [line for line in text.splitlines() if line.strip()]
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise CommandError(f"{what} {path} is not valid JSON ({one_line(error)}): expected {forms}") from error
-    names = data[key] if isinstance(data, dict) and key in data else data
-    if not isinstance(names, list):
-        raise CommandError(f"{what} {path} holds {_describe(names)}: expected {forms}")
-    return names
-
-
-def _describe(value: Any) -> str:
-    """What a JSON value is, for an error message."""
-    if isinstance(value, dict):
-        keys = ", ".join(map(repr, list(value)[:3])) or "none"
-        return f"a JSON object with the keys {keys}" + (", ..." if len(value) > 3 else "")
-    return f"the single value {str(value)[:40]!r}"

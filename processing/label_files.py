@@ -1,0 +1,140 @@
+"""Files with class names: a JSON list, a JSON object, or one name per line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .labels import normalize_labels
+
+FILE_FORMS = (
+    'a JSON list ["sky", "road"], an object {"classes": ["sky", "road"]} or {"0": "sky", "1": "road"}, or one name '
+    "per line"
+)
+
+Color = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class LabelFile:
+    """What a label file says.
+
+    Attributes:
+        names: normalised class names in the order of their indices.
+        ignore_index: value of label maps that stands for "no label"; None where the file does not say.
+        reduce_labels: whether label maps store class c as c + 1 and "no label" as 0.
+        colors: colour of each class in RGB-coded label maps; None where the file does not say.
+        ignore_color: colour of pixels without a label, likewise.
+    """
+
+    names: tuple[str, ...]
+    ignore_index: int | None = None
+    reduce_labels: bool = False
+    colors: tuple[Color, ...] | None = None
+    ignore_color: Color | None = None
+
+
+def read_label_file(path: str | Path) -> LabelFile:
+    """Read class names, and what else a label file says.
+
+    Args:
+        path: of a JSON list, a JSON object with the key `classes` (and, if wanted, `ignore_index`, `reduce_labels`,
+            `colors` and `ignore_color`), an object from index to name as the Hub's `id2label.json`, or a text with
+            one name per line.
+
+    Raises:
+        ValueError: the file cannot be read or has another shape, or a label is refused.
+    """
+    what = f"labels file {path}"
+    data = read_json_or_lines(path, "labels file", FILE_FORMS)
+    options = data if isinstance(data, dict) else {}
+    if isinstance(data, dict):
+        data = data["classes"] if "classes" in data else _names_by_index(data, what)
+    if not isinstance(data, list):
+        raise ValueError(f"{what} holds {describe_json(data)}: expected {FILE_FORMS}")
+    try:
+        names = normalize_labels(data)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+    colors = options.get("colors")
+    if colors is not None:
+        if not isinstance(colors, list) or len(colors) != len(names):
+            raise ValueError(f"{what}: `colors` has to be a list with one [red, green, blue] for each of the classes")
+        colors = tuple(_color(color, what) for color in colors)
+    ignore_color = options.get("ignore_color")
+    return LabelFile(
+        names=tuple(names),
+        ignore_index=_typed(options, "ignore_index", int, what),
+        reduce_labels=bool(_typed(options, "reduce_labels", bool, what)),
+        colors=colors,
+        ignore_color=None if ignore_color is None else _color(ignore_color, what),
+    )
+
+
+def read_json_or_lines(path: str | Path, what: str, forms: str) -> Any:
+    """The content of a JSON file, or the lines of a text file that are not blank.
+
+    Args:
+        path: of the file.
+        what: what an error calls it, for example "labels file".
+        forms: what an error says was expected.
+
+    Raises:
+        ValueError: the file cannot be read, is empty, or is no valid JSON.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} {path} is not text in UTF-8: expected {forms}") from error
+    except OSError as error:
+        raise ValueError(f"{what} {path} cannot be read ({error.strerror or error}): check the path") from error
+    if not text.strip():
+        raise ValueError(f"{what} {path} is empty: expected {forms}")
+    if path.suffix.lower() != ".json" and text.lstrip()[0] not in "[{":
+        return [line for line in text.splitlines() if line.strip()]
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} {path} is not valid JSON ({error}): expected {forms}") from error
+
+
+def describe_json(value: Any) -> str:
+    """What a JSON value is, for an error message."""
+    if isinstance(value, dict):
+        keys = ", ".join(map(repr, list(value)[:3])) or "none"
+        return f"a JSON object with the keys {keys}" + (", ..." if len(value) > 3 else "")
+    return f"the single value {str(value)[:40]!r}"
+
+
+def _names_by_index(data: dict[str, Any], what: str) -> list[Any]:
+    """The names of {"0": "sky", "1": "road"} in the order of their indices."""
+    if not data or not all(key.isascii() and key.isdigit() for key in data):
+        raise ValueError(f"{what} holds {describe_json(data)}: expected {FILE_FORMS}")
+    by_index = {int(key): name for key, name in data.items()}
+    missing = next(index for index in range(len(data) + 1) if index not in by_index)
+    if missing < len(data):
+        raise ValueError(f"{what} names {len(data)} classes but none of index {missing}: number them from 0 on")
+    return [by_index[index] for index in range(len(data))]
+
+
+def _typed(options: dict[str, Any], key: str, kind: type, what: str) -> Any:
+    """An entry that may be missing, of one type; true and false are no numbers."""
+    value = options.get(key)
+    if value is not None and type(value) is not kind:
+        expected = "true or false" if kind is bool else "a whole number"
+        raise ValueError(f"{what}: `{key}` is {value!r}, expected {expected}")
+    return value
+
+
+def _color(value: Any, what: str) -> Color:
+    """Red, green and blue, 0 ... 255."""
+    if (
+        not isinstance(value, list)
+        or len(value) != 3
+        or not all(type(part) is int and 0 <= part <= 255 for part in value)
+    ):
+        raise ValueError(f"{what} holds the colour {value!r}: expected [red, green, blue], each 0 ... 255")
+    return (value[0], value[1], value[2])

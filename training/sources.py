@@ -1,0 +1,226 @@
+"""Opening data sets of labelled pictures, in whatever form they are kept."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Value, load_dataset
+from datasets import Image as ImageFeature
+
+IMAGE_COLUMNS = ("image", "pixel_values", "img", "picture")
+LABEL_COLUMNS = (
+    "annotation",
+    "label",
+    "labels",
+    "semantic_segmentation",
+    "segmentation_mask",
+    "mask",
+    "segmentation",
+    "label_map",
+    "annotations",
+)
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "JPEGImages")
+LABEL_FOLDERS = ("annotations", "annotation", "labels", "label", "masks", "mask", "SegmentationClass")
+
+_PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_SPLIT_FOLDERS = {"train": ("train", "training"), "validation": ("validation", "val", "valid")}
+_FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
+_STREAM_SHARDS = 64
+"""Parts that a data set on disk is streamed in, so that processes and workers can share it."""
+
+_logger = logging.getLogger(__name__)
+
+
+def load_pictures(
+    source: str | os.PathLike,
+    split: str = "train",
+    *,
+    streaming: bool = False,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    labelled: bool = True,
+) -> Dataset | IterableDataset:
+    """
+    Open a data set of pictures with label maps.
+
+    Args:
+        source: a parquet or arrow file, a pattern such as `data/train-*.parquet`, a folder (of such files, written by
+            `save_to_disk`, an image folder with a metadata file, or two folders such as `images` and `annotations`
+            that hold files of the same names), or a Hub id.
+        split: which part of it; a file or a pattern has one part only.
+        streaming: read the data set as it is used instead of copying it into a cache; its length stays unknown.
+        image_column: where the pictures are; recognised by its name by default.
+        label_column: where the label maps are; recognised by its name by default.
+        labelled: whether label maps are needed; pictures to segment have none.
+
+    Returns:
+        a data set with the columns `image` and, where it is labelled, `annotation`; lists of classes with names stay.
+
+    Raises:
+        ValueError: where the source cannot be read or holds no pictures with label maps.
+    """
+    try:
+        dataset = _open(os.fspath(source), split, streaming, labelled)
+        columns = _first_columns(dataset)
+        features = dict(dataset.features or dict.fromkeys(columns))
+    except Exception as error:
+        # The readers behind raise dozens of types; what a user can do about them is the same.
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"{source} cannot be read as a data set (split {split!r}): {first_line}. Pass a parquet or arrow file, a "
+            "folder of pictures and label maps, a folder written by datasets, or a Hub id."
+        ) from error
+    if not columns:
+        raise ValueError(f"{source} (split {split!r}) holds no pictures.")
+    image = _find_column(features, image_column, IMAGE_COLUMNS, "pictures", source)
+    wanted = {image: "image"}
+    if labelled or label_column is not None:
+        label = _find_column(features, label_column, LABEL_COLUMNS, "label maps", source)
+        if label == image:
+            raise ValueError(f"{source}: column {image!r} cannot hold both the pictures and the label maps.")
+        wanted[label] = "annotation"
+    for name in wanted:
+        if isinstance(features[name], Value):
+            # Only a column chosen by name comes here: paths, or encoded files
+            dataset = dataset.cast_column(name, ImageFeature())
+    return _with_columns(dataset, features, wanted)
+
+
+def class_names_in(feature: Any) -> list[str] | None:
+    """Class names of a list of classes, nested at will; None for all else, one class for a whole picture too."""
+    while (feature := _item_of(feature)) is not None:
+        if isinstance(feature, ClassLabel) and feature.names:
+            return list(feature.names)
+    return None
+
+
+def _item_of(feature: Any) -> Any:
+    """The feature of a list's items; `datasets` has written lists in two ways."""
+    if isinstance(feature, list):
+        return feature[0] if feature else None
+    return getattr(feature, "feature", None)
+
+
+def _with_columns(dataset: Any, features: dict[str, Any], wanted: dict[str, str]) -> Any:
+    """The wanted columns under their new names, and beside them those that name classes."""
+    naming = [name for name in features if name not in wanted and class_names_in(features[name]) is not None]
+    dataset = dataset.select_columns([*wanted, *naming])
+    # A column of class names may sit on a name that is needed
+    renamed = {name: f"{name}_classes" for name in naming if name in wanted.values()}
+    if renamed:
+        dataset = dataset.rename_columns(renamed)
+    renamed = {old: new for old, new in wanted.items() if old != new}
+    return dataset.rename_columns(renamed) if renamed else dataset
+
+
+def _open(source: str, split: str, streaming: bool, labelled: bool) -> Any:
+    path = Path(source)
+    reader = _FILE_FORMATS.get(path.suffix)
+    if reader is not None:
+        return load_dataset(reader, data_files=source, split="train", streaming=streaming)
+    if glob.has_magic(source):
+        raise ValueError(f"a pattern has to end in {' or '.join(_FILE_FORMATS)}")
+    if (path / "state.json").is_file():
+        return _streamed(Dataset.load_from_disk(source), streaming)
+    if (path / "dataset_dict.json").is_file():
+        parts = DatasetDict.load_from_disk(source)
+        if split not in parts:
+            raise ValueError(f"it has the splits {', '.join(parts)}")
+        return _streamed(parts[split], streaming)
+    if labelled and path.is_dir():
+        pairs = _paired_files(path, split)
+        if pairs is not None:
+            return _streamed(_from_pairs(*pairs), streaming)
+    return load_dataset(source, split=split, streaming=streaming)
+
+
+def _streamed(dataset: Dataset, streaming: bool) -> Dataset | IterableDataset:
+    """A data set on disk, as it is or as a stream."""
+    if not streaming or len(dataset) == 0:
+        return dataset
+    return dataset.to_iterable_dataset(num_shards=min(_STREAM_SHARDS, len(dataset)))
+
+
+def _paired_files(folder: Path, split: str) -> tuple[dict[str, Path], dict[str, Path]] | None:
+    """Files by their name without ending in a folder of pictures and in one of label maps; None without these two."""
+    names = _SPLIT_FOLDERS.get(split, (split,))
+    for base in (*(folder / name for name in names), folder):
+        images = next((base / name for name in IMAGE_FOLDERS if (base / name).is_dir()), None)
+        labels = next((base / name for name in LABEL_FOLDERS if (base / name).is_dir()), None)
+        if images is None or labels is None:
+            continue
+        parts = [next((place / name for name in names if (place / name).is_dir()), None) for place in (images, labels)]
+        if None in parts and any(_has_folders(place) for place in (images, labels)) and base == folder:
+            raise ValueError(f"{images} and {labels} hold folders, but none called {' or '.join(names)}")
+        return _files_by_stem(parts[0] or images), _files_by_stem(parts[1] or labels)
+    return None
+
+
+def _has_folders(folder: Path) -> bool:
+    return any(entry.is_dir() for entry in folder.iterdir())
+
+
+def _files_by_stem(folder: Path) -> dict[str, Path]:
+    """Pictures in a folder and those below, by their path without ending."""
+    files: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in _PICTURE_ENDINGS or path.name.startswith("."):
+            continue
+        stem = path.relative_to(folder).with_suffix("").as_posix()
+        if stem in files:
+            raise ValueError(f"{files[stem]} and {path} share the name {stem!r}: keep one of them")
+        files[stem] = path
+    return files
+
+
+def _from_pairs(images: dict[str, Path], labels: dict[str, Path]) -> Dataset:
+    """Pictures with the label maps of the same names."""
+    stems = [stem for stem in images if stem in labels]
+    if not stems:
+        raise ValueError(f"{len(images)} pictures and {len(labels)} label maps lie there, but no two of the same name")
+    alone = len(images) - len(stems), len(labels) - len(stems)
+    if any(alone):
+        _logger.warning(
+            "%d pictures without a label map of the same name and %d label maps without a picture are left out.",
+            *alone,
+        )
+    columns = {
+        "image": [str(images[stem]) for stem in stems],
+        "annotation": [str(labels[stem]) for stem in stems],
+    }
+    return Dataset.from_dict(columns).cast_column("image", ImageFeature()).cast_column("annotation", ImageFeature())
+
+
+def _first_columns(dataset: Any) -> tuple[str, ...]:
+    """Columns of the first example; none of an empty data set."""
+    if isinstance(dataset, Dataset):
+        return tuple(dataset.column_names) if len(dataset) else ()
+    for name, feature in (dataset.features or {}).items():
+        if isinstance(feature, ImageFeature):
+            dataset = dataset.cast_column(name, ImageFeature(decode=False))
+    return tuple(next(iter(dataset), ()))
+
+
+def _find_column(features: dict[str, Any], chosen: str | None, known: Sequence[str], kind: str, source: object) -> str:
+    if chosen is not None:
+        if chosen not in features:
+            raise ValueError(f"{source} has no column {chosen!r}, but {', '.join(features)}.")
+        if isinstance(features[chosen], ClassLabel):
+            raise ValueError(f"{source}: column {chosen!r} holds one class for each whole picture, and no {kind}.")
+        return chosen
+    for name in known:
+        # One class for a whole picture, as image folders have it, is no label map.
+        if name in features and not isinstance(features[name], (ClassLabel, Value)):
+            return name
+    raise ValueError(
+        f"{source} has the columns {', '.join(features)}, none of which is known to hold {kind}: name it "
+        f"{known[0]!r}, or say which column it is."
+    )
+
+
+__all__ = ["IMAGE_COLUMNS", "LABEL_COLUMNS", "class_names_in", "load_pictures"]

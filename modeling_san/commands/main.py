@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from modeling_san import __version__
 
-from . import convert, curves, demo, fine_tune, prepare, segment, train, train_demo
+from . import convert, curves, demo, evaluate, fine_tune, prepare, segment, train, train_demo
 from .errors import CommandError, report_error
 from .parser import CommandParser
 
@@ -19,10 +19,14 @@ _COMMANDS = {
     "convert": convert,
     "train": train,
     "fine-tune": fine_tune,
+    "evaluate": evaluate,
     "curves": curves,
     "prepare": prepare,
     "train-demo": train_demo,
 }
+
+# Commands that read further options themselves, from `args.others`
+_TAKES_OTHERS = ("train",)
 
 _EXAMPLE = """\
 example:
@@ -59,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         exit code: 0, 2 for bad input, 130 after Ctrl-C.
     """
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args, args.others = parser.parse_known_args(argv)
+    if args.others and args.command not in _TAKES_OTHERS:
+        parser.error(f"unrecognized arguments: {' '.join(args.others)}")
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A name that the terminal has no letters for must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -1,0 +1,518 @@
+"""Official benchmark folders turned into parquet shards that `datasets` reads."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Features
+from datasets import Image as ImageFeature
+from PIL import Image
+from tqdm import tqdm
+
+from .files import remove_unfinished, replacing_file, write_json, write_text
+from .presets import (
+    FoundSplit,
+    LabelReader,
+    MissingFolderError,
+    Pair,
+    Preset,
+    UnreadableFileError,
+    load_preset,
+)
+
+PICTURES_PER_SHARD = 2000
+"""About 400 MB of COCO's or ADE20K's pictures."""
+
+# Readers of data sets pass hidden folders over: nobody trains on a half of a split.
+_WORK = ".unfinished"
+_RECORD = "prepared.json"
+_FEATURES = Features(image=ImageFeature(), annotation=ImageFeature())
+_ROW_GROUP_BYTES = 32 * 2**20
+_LISTED = 5
+_WAITING_PER_WORKER = 4
+_EXIF_ORIENTATION = 0x0112
+# How a label map is turned as its picture is, by the picture's EXIF orientation.
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda labels: labels[:, ::-1],
+    3: lambda labels: labels[::-1, ::-1],
+    4: lambda labels: labels[::-1],
+    5: lambda labels: labels.T,
+    6: lambda labels: np.rot90(labels, -1),
+    7: lambda labels: labels[::-1, ::-1].T,
+    8: np.rot90,
+}
+
+
+@dataclass(frozen=True)
+class PreparedSplit:
+    """
+    What became of one split.
+
+    Attributes:
+        pictures: how many the shards hold.
+        shards: number of parquet files.
+        skipped: files that could not be used, each with the reason.
+        layout: which release was read and how its values were.
+        plan: fingerprint of the pictures' names and their division into shards.
+    """
+
+    pictures: int
+    shards: int
+    skipped: tuple[str, ...]
+    layout: str
+    plan: str
+
+
+def prepare(
+    preset: str | Preset,
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    split: str = "all",
+    workers: int | None = None,
+    pictures_per_shard: int = PICTURES_PER_SHARD,
+    allow_incomplete: bool = False,
+    skip_unreadable: bool = False,
+    progress: bool = True,
+    warn: Callable[[str], object] = warnings.warn,
+) -> dict[str, PreparedSplit]:
+    """
+    Turn an official folder into parquet shards with the columns `image` and `annotation`.
+
+    Pictures are copied byte for byte; label maps become PNG files of class indices in full size, of 8 bits where the
+    ignore label is 255 and of 16 where it is 65535. Beside the shards come `README.md`, `id2label.json` and
+    `label_set.json`. A run that was cut off goes on where it stopped when it is started again with the same arguments:
+    until a split is complete, its finished shards wait in the hidden folder `.unfinished`.
+
+    Args:
+        preset: name of a label set, such as "ade20k_150".
+        source: folder into which the official archives were unpacked.
+        output: folder to write; empty, missing, or begun by the same preset.
+        split: "train", "validation", "train_aug" (VOC's) or "all", which is the first two.
+        workers: threads that read and encode; None takes one for each core, at most 8.
+        pictures_per_shard: how many pictures a parquet file holds.
+        allow_incomplete: go on, with a warning, where the number of pictures is not the official one.
+        skip_unreadable: leave out, and count, damaged files and label maps of another size than their picture.
+        progress: show a progress bar.
+        warn: takes what should be known before hours of work are over.
+
+    Returns:
+        what became of each split.
+
+    Raises:
+        ValueError: the source is not what the preset expects, files are damaged or missing, or `output` holds
+            something else; the message says what to do. Finished shards stay.
+        OSError: it cannot be written, for example because the disk is full. Finished shards stay.
+    """
+    preset = load_preset(preset) if isinstance(preset, str) else preset
+    source, output = Path(source), Path(output)
+    if pictures_per_shard < 1 or (workers is not None and workers < 1):
+        raise ValueError(
+            f"pictures_per_shard is {pictures_per_shard} and workers {workers}: both have to be at least 1."
+        )
+    found = _find(preset, source, _splits(preset, split), allow_incomplete, warn)
+    _check_counts(preset, found, allow_incomplete, warn)
+    workers = workers or min(8, os.cpu_count() or 1)
+    try:
+        with _claimed(output, preset) as record, ThreadPoolExecutor(workers) as pool:
+            for name, files in found.items():
+                writer = _SplitWriter(
+                    output, name, files, pool, workers, pictures_per_shard, skip_unreadable, progress=progress
+                )
+                record[name] = writer.write(record.get(name))
+                _write_record(output, preset, record)
+            _write_card(output, preset, record)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"no space is left on the disk of {output}: finished shards stay; make room and run the same command "
+            "again."
+        ) from error
+    for name in found:
+        if record[name].skipped:
+            warn(f"{name}: skipped {len(record[name].skipped)}: {' '.join(record[name].skipped[:_LISTED])}")
+    return {name: record[name] for name in found}
+
+
+class _SplitWriter:
+    """Writes the shards of one split."""
+
+    def __init__(
+        self,
+        output: Path,
+        split: str,
+        files: FoundSplit,
+        pool: ThreadPoolExecutor,
+        workers: int,
+        pictures_per_shard: int,
+        skip_unreadable: bool,
+        *,
+        progress: bool,
+    ) -> None:
+        self.output = output
+        self.split = split
+        self.files = files
+        self.pool = pool
+        self.waiting = workers * _WAITING_PER_WORKER
+        self.skip_unreadable = skip_unreadable
+        self.progress = progress
+        self.work = output / _WORK / split
+        self.parts = [
+            files.pairs[start : start + pictures_per_shard] for start in range(0, len(files.pairs), pictures_per_shard)
+        ]
+        self.names = [f"{split}-{number:05d}-of-{len(self.parts):05d}.parquet" for number in range(len(self.parts))]
+        self.plan = _fingerprint(files.pairs, pictures_per_shard)
+
+    def write(self, before: PreparedSplit | None) -> PreparedSplit:
+        """
+        Write what is not written yet.
+
+        Args:
+            before: what the record says, where the split is complete already.
+        """
+        if before is not None:
+            if before.plan != self.plan:
+                raise ValueError(
+                    f"{self.output} holds {self.split} already, of other pictures or other shards ({before.pictures} "
+                    f"pictures in {before.shards}): pass another folder, or delete this one to start anew."
+                )
+            if all((self.output / name).is_file() for name in self.names):
+                shutil.rmtree(self.work, ignore_errors=True)
+                return before
+        self._begin()
+        bar = tqdm(
+            total=len(self.files.pairs), desc=self.split, unit=" pictures", smoothing=0.05, disable=not self.progress
+        )
+        with bar:
+            for number, part in enumerate(self.parts):
+                if self._is_finished(number):
+                    bar.update(len(part))
+                    # The speed shown is that of this run
+                    bar.initial = bar.n
+                else:
+                    self._write_shard(number, bar)
+        return self._finish()
+
+    def _begin(self) -> None:
+        plan = {"plan": self.plan, "pictures": len(self.files.pairs), "shards": len(self.parts)}
+        path = self.work / "plan.json"
+        if path.is_file():
+            begun = json.loads(path.read_text(encoding="utf-8"))
+            if begun != plan:
+                raise ValueError(
+                    f"{self.output} holds an unfinished run over {begun['pictures']} pictures of {self.split} in "
+                    f"{begun['shards']} shards, and this one is over {plan['pictures']} in {plan['shards']} or over "
+                    f"others: go on with the same folder and options, or delete {self.work} to start anew."
+                )
+        remove_unfinished(self.work)
+        write_json(path, plan)
+
+    def _place(self, number: int) -> Path | None:
+        """Where a finished shard is: among the unfinished split's, or in its place already."""
+        for folder in (self.work, self.output):
+            if (folder / self.names[number]).is_file():
+                return folder / self.names[number]
+        return None
+
+    def _skipped_file(self, number: int) -> Path:
+        return self.work / f"skipped-{number:05d}.json"
+
+    def _skipped(self, number: int) -> list[str]:
+        path = self._skipped_file(number)
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+    def _rows(self, number: int) -> int:
+        """Pictures in a finished shard, -1 if there is none."""
+        place = self._place(number)
+        try:
+            return -1 if place is None else pq.read_metadata(place).num_rows
+        except (pa.ArrowException, OSError):
+            return -1
+
+    def _is_finished(self, number: int) -> bool:
+        return self._rows(number) == len(self.parts[number]) - len(self._skipped(number))
+
+    def _write_shard(self, number: int, bar: tqdm) -> None:
+        skipped: list[str] = []
+        with replacing_file(self.work / self.names[number]) as beside:
+            self._fill(beside, self.parts[number], skipped, bar)
+            # Before the shard is in its place, so that a shard in its place always has its list.
+            write_json(self._skipped_file(number), skipped)
+
+    def _fill(self, path: Path, part: Sequence[Pair], skipped: list[str], bar: tqdm) -> None:
+        schema = _FEATURES.arrow_schema
+        # Pictures are compressed already, and no two are equal.
+        options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+        with pq.ParquetWriter(path, schema, **options) as writer:
+            rows: list[dict[str, dict[str, Any]]] = []
+            size = 0
+            for row in self._read_in_order(part):
+                if isinstance(row, UnreadableFileError):
+                    if not self.skip_unreadable:
+                        raise ValueError(
+                            f"{row} Mend it and run the same command again, finished shards stay; or pass "
+                            "--skip-unreadable to leave out such pictures."
+                        ) from row
+                    skipped.append(str(row))
+                else:
+                    rows.append(row)
+                    size += sum(len(cell["bytes"]) for cell in row.values())
+                if size >= _ROW_GROUP_BYTES:
+                    writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                    rows, size = [], 0
+                bar.update()
+            if rows:
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+    def _read_in_order(self, part: Sequence[Pair]) -> Iterator[dict[str, dict[str, Any]] | UnreadableFileError]:
+        """Rows of `part`, read by all workers and given out in order; few wait in memory at any time."""
+        waiting: deque[Future] = deque()
+        try:
+            for pair in part:
+                waiting.append(self.pool.submit(_try_row, pair, self.files.reader))
+                if len(waiting) >= self.waiting:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def _finish(self) -> PreparedSplit:
+        """Check the counts and move the shards into their place."""
+        skipped = tuple(reason for number in range(len(self.parts)) for reason in self._skipped(number))
+        rows = sum(self._rows(number) for number in range(len(self.parts)))
+        if rows != len(self.files.pairs) - len(skipped):
+            raise ValueError(
+                f"the shards of {self.split} hold {rows} pictures where {len(self.files.pairs) - len(skipped)} were "
+                f"written: the disk of {self.output} cannot be trusted; delete {self.work} and try another disk."
+            )
+        for name in self.names:
+            if (self.work / name).is_file():
+                os.replace(self.work / name, self.output / name)
+        return PreparedSplit(
+            pictures=rows, shards=len(self.parts), skipped=skipped, layout=self.files.layout, plan=self.plan
+        )
+
+
+def _try_row(pair: Pair, reader: LabelReader) -> dict[str, dict[str, Any]] | UnreadableFileError:
+    """A row, or why there is none: the caller says what then, after the rows before it."""
+    try:
+        return _read_row(pair, reader)
+    except UnreadableFileError as error:
+        return error
+
+
+def _read_row(pair: Pair, reader: LabelReader) -> dict[str, dict[str, Any]]:
+    """The cells of one picture: its file as it is, and its label map as a PNG file."""
+    picture, (width, height), orientation = _read_picture(pair.picture)
+    labels = reader.read(pair.label_map)
+    if orientation in _TURNS and labels.shape == (height, width):
+        # Official label maps lie on the stored pixels, and readers turn pictures upright: turn the label map along.
+        labels = _TURNS[orientation](labels)
+    elif labels.shape != ((width, height) if orientation >= 5 else (height, width)):
+        raise UnreadableFileError(
+            f"{pair.label_map} is {labels.shape[1]} x {labels.shape[0]} pixels and its picture {width} x {height}."
+        )
+    encoded = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(labels)).save(encoded, format="PNG")
+    return {
+        "image": {"bytes": picture, "path": pair.picture.name},
+        "annotation": {"bytes": encoded.getvalue(), "path": f"{pair.picture.stem}.png"},
+    }
+
+
+def _read_picture(path: Path) -> tuple[bytes, tuple[int, int], int]:
+    """A picture's file, its stored width and height, and its EXIF orientation; decoded once to see that it can be."""
+    try:
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            size = image.size
+            orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+            # An eighth of the size goes through all of a JPEG file in half the time.
+            image.draft("RGB", (1, 1))
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableFileError(f"{path} cannot be read as a picture: {error}.") from error
+    return content, size, orientation if orientation in _TURNS else 1
+
+
+def _splits(preset: Preset, split: str) -> tuple[str, ...]:
+    if split == "all":
+        return ("train", "validation")
+    if split not in preset.counts:
+        raise ValueError(f"{preset.name} has no split {split!r}: choose one of all, {', '.join(preset.counts)}.")
+    return (split,)
+
+
+def _find(
+    preset: Preset, source: Path, splits: Sequence[str], allow_incomplete: bool, warn: Callable[[str], object]
+) -> dict[str, FoundSplit]:
+    """Files of the splits that are there."""
+    found: dict[str, FoundSplit] = {}
+    missing: list[str] = []
+    for split in splits:
+        try:
+            files = preset.find(source, split)
+        except MissingFolderError as error:
+            missing.append(f"{split}: {error}")
+            continue
+        if files.pairs:
+            found[split] = files
+        else:
+            missing.append(
+                f"{split}: {source} holds no picture with its label map"
+                + _unpaired(files.without_label_map, files.without_picture)
+                + "."
+            )
+    if missing and (not found or not allow_incomplete):
+        rest = f" To go on with {', '.join(found)} alone, pass --split or --allow-incomplete." if found else ""
+        raise ValueError(f"{missing[0]} {preset.name} expects {preset.expected}.{rest}")
+    for reason in missing:
+        warn(f"left out: {reason}")
+    return found
+
+
+def _check_counts(
+    preset: Preset, found: dict[str, FoundSplit], allow_incomplete: bool, warn: Callable[[str], object]
+) -> None:
+    """Compare the numbers of pictures with the official ones."""
+    complaints = []
+    for split, files in found.items():
+        official = preset.counts[split]
+        unpaired = _unpaired(files.without_label_map, files.without_picture)
+        if len(files.pairs) not in official or unpaired:
+            expected = " or ".join(map(str, official))
+            complaints.append(f"{split}: found {len(files.pairs)} of {expected} pictures with label maps{unpaired}")
+    if complaints and not allow_incomplete:
+        raise ValueError(
+            f"{'. '.join(complaints)}. Is an archive missing or unpacked in part? To go on with what is there, pass "
+            "--allow-incomplete."
+        )
+    for complaint in complaints:
+        warn(complaint)
+
+
+def _unpaired(without_label_map: Sequence[str], without_picture: Sequence[str]) -> str:
+    parts = [
+        f"; {len(names)} {kind}: {_some(names)}"
+        for names, kind in (
+            (without_label_map, "without label map"),
+            (without_picture, "without picture"),
+        )
+        if names
+    ]
+    return "".join(parts)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+
+
+def _fingerprint(pairs: Sequence[Pair], pictures_per_shard: int) -> str:
+    """Tells plans apart by names: a mended file, or a moved source, leaves the plan what it was."""
+    digest = hashlib.sha256(f"{pictures_per_shard}\n".encode())
+    for pair in pairs:
+        digest.update(os.fsencode(f"{pair.picture.name}\t{pair.label_map.name}\n"))
+    return digest.hexdigest()
+
+
+@contextmanager
+def _claimed(output: Path, preset: Preset) -> Iterator[dict[str, PreparedSplit]]:
+    """
+    Hold `output` for this process alone.
+
+    Yields:
+        the splits that are complete.
+
+    Raises:
+        ValueError: it holds something else, or another process writes there.
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file: pass a folder to write to.")
+    work, path = output / _WORK, output / _RECORD
+    if not work.is_dir() and not path.is_file() and output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty, and not from `san prepare`: pass an empty or a new folder.")
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "lock", "w", encoding="utf-8") as lock:
+        try:
+            # The system lets go of the lock however the process ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise ValueError(
+                f"another process is writing to {output}: wait for it, or pass another folder."
+            ) from error
+        remove_unfinished(output)
+        if not path.is_file():
+            _write_record(output, preset, {})
+        record = _read_record(path, preset)
+        yield record
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _read_record(path: Path, preset: Preset) -> dict[str, PreparedSplit]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["preset"] != preset.name:
+            raise ValueError(f"{path.parent} holds {data['preset']}, not {preset.name}: pass another folder.")
+        return {
+            name: PreparedSplit(**{**fields, "skipped": tuple(fields["skipped"])})
+            for name, fields in data["splits"].items()
+        }
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: delete {path.parent} to start anew, or pass another folder.") from error
+
+
+def _write_record(output: Path, preset: Preset, record: dict[str, PreparedSplit]) -> None:
+    splits = {name: asdict(split) for name, split in record.items()}
+    write_json(output / _RECORD, {"preset": preset.name, "splits": splits})
+
+
+def _write_card(output: Path, preset: Preset, record: dict[str, PreparedSplit]) -> None:
+    """What describes the data set: for people, for `datasets`, and for other programs."""
+    vocabulary = preset.vocabulary
+    write_json(output / "id2label.json", {str(index): name for index, name in enumerate(vocabulary.classes)})
+    write_json(
+        output / "label_set.json", {"classes": list(vocabulary.classes), "ignore_index": vocabulary.ignore_index}
+    )
+    order = [name for name in preset.counts if name in record]
+    files = "".join(f"  - split: {name}\n    path: {name}-*.parquet\n" for name in order)
+    rows = "".join(
+        f"| {name} | {record[name].pictures} | {' or '.join(map(str, preset.counts[name]))} | "
+        f"{len(record[name].skipped)} | {record[name].layout} |\n"
+        for name in order
+    )
+    write_text(
+        output / "README.md",
+        f"---\npretty_name: {json.dumps(preset.title)}\ntask_categories:\n- image-segmentation\n"
+        f"configs:\n- config_name: default\n  data_files:\n{files}---\n\n"
+        f"# {preset.title}\n\n"
+        f"The official archives ({preset.homepage}; their terms hold for these files) as parquet files: `image`, the "
+        f"original file, and `annotation`, a PNG file of class indices 0 ... {len(vocabulary) - 1}, "
+        f"{vocabulary.ignore_index} = no label. Class names: `id2label.json`, or `--labels {preset.name}`.\n\n"
+        "| split | pictures | official number | skipped | label maps read from |\n|---|---|---|---|---|\n"
+        f"{rows}\nMade by `san prepare {preset.name}`.\n",
+    )
+
+
+__all__ = ["PICTURES_PER_SHARD", "PreparedSplit", "prepare"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any
 
+import fsspec
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
@@ -179,10 +180,11 @@ class _Views:
         self.augmentation = augmentation
         self.seed = seed
         self.report = report
-        # Normalising takes each byte to one float a channel: the processor is asked once, for all bytes
-        every_byte = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
-        outputs = image_processor(every_byte, do_resize=False, do_pad=False, return_tensors="np")
-        self.table = np.ascontiguousarray(outputs["pixel_values"][0, :, 0], dtype=np.float32)
+        # What the processor does to bytes is a factor and a shift for each channel: black and white show them
+        ends = np.repeat(np.array([0, 255], dtype=np.uint8)[None, :, None], 3, axis=2)
+        outputs = image_processor(ends, do_resize=False, do_pad=False, return_tensors="np")
+        black, white = outputs["pixel_values"][0, :, 0].astype(np.float64).T[..., None, None]
+        self._factor, self._shift = ((white - black) / 255).astype(np.float32), black.astype(np.float32)
 
     def make(self, example: Mapping[str, Any], epoch: int, index: int, name: str) -> dict[str, Tensor]:
         """
@@ -200,10 +202,9 @@ class _Views:
             self.report.add("without_labels", name)
         rng = np.random.default_rng([self.seed, epoch, index])
         image, label_map = self.augmentation(image, label_map, rng, ignore_index)
-        pixels = np.asarray(image)
-        pixel_values = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
-        for channel in range(3):
-            np.take(self.table[channel], pixels[..., channel], out=pixel_values[channel], mode="clip")
+        pixel_values = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).astype(np.float32)
+        pixel_values *= self._factor
+        pixel_values += self._shift
         return {
             "pixel_values": torch.from_numpy(pixel_values),
             "labels": torch.from_numpy(label_map.astype(np.int64)),
@@ -268,6 +269,130 @@ class TrainingPictures(torch.utils.data.Dataset):
         except (OSError, ValueError) as error:
             raise PictureError(f"example {index}: {error}") from error
         return self._views.make(example, self.epoch + epoch, index, f"example {index}")
+
+
+class StreamedPictures(torch.utils.data.IterableDataset):
+    """
+    Augmented views of labelled pictures that are read one after the other, without end and without a known length.
+
+    Processes and workers share every epoch without overlap or loss. Each takes whole shards; those that are left over
+    when shards do not divide evenly, all of them where there are fewer shards than readers, are shared out picture by
+    picture, so that any number of workers is right. Every epoch has the shards in another order, and each reader draws
+    from a buffer. A reader that is through with its share goes on with that of the next epoch, alone.
+
+    The order follows from the seed and from the number of processes and workers.
+
+    Args:
+        dataset: examples with `image` and `annotation`, in shards.
+        label_set: what the values of label maps mean.
+        image_processor: normalises pictures.
+        augmentation: random scale, crop, colours and flip.
+        seed: of order and augmentation.
+        batch_size: of the data loader; needed to find the place where `skip` ends.
+        rank: of this process.
+        world_size: number of processes.
+        skip: batches of this process that were used already. The stream goes on behind them as it would have without
+            the pause, if processes, workers and batch size are the same; what is skipped is read but not decoded.
+        buffer_size: encoded pictures that each reader holds to draw from.
+        epochs: how often to go through the pictures; None never ends.
+    """
+
+    def __init__(
+        self,
+        dataset: IterableDataset,
+        label_set: LabelSet,
+        image_processor: SANImageProcessor,
+        augmentation: Augmentation,
+        seed: int = 0,
+        *,
+        batch_size: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        skip: int = 0,
+        buffer_size: int = 256,
+        epochs: int | None = None,
+    ) -> None:
+        if batch_size < 1 or buffer_size < 1 or skip < 0 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"batch_size {batch_size} and buffer_size {buffer_size} must be at least 1, skip {skip} at least 0, "
+                f"and rank {rank} below world_size {world_size}."
+            )
+        self.dataset = _undecoded(dataset)
+        self.report = DataReport()
+        self._views = _Views(label_set, image_processor, augmentation, seed, self.report)
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.skip = skip
+        self.buffer_size = buffer_size
+        self.epochs = epochs
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """
+        Items as those of `TrainingPictures`; `index` is position in the shard * number of shards + shard.
+
+        Raises:
+            PictureError: a picture cannot be used; its index is named.
+            ValueError: there are too few pictures for so many readers.
+        """
+        worker = get_worker_info()
+        workers = 1 if worker is None else worker.num_workers
+        if worker is not None:
+            # File systems of the network must not use the event loop of the process that this one was forked from
+            fsspec.asyn.reset_lock()
+        # A loader asks its workers in turn, beginning with the first: that one takes the role of the worker whose turn
+        # it was when the stream was left.
+        role = self.skip % workers if worker is None else (self.skip + worker.id) % workers
+        used = len(range(role, self.skip, workers)) * self.batch_size
+        examples = self._shuffled(self.rank * workers + role, self.world_size * workers)
+        for epoch, index, example in islice(examples, used, None):
+            yield self._views.make(example, epoch, index, f"example {index}")
+
+    def _shuffled(self, reader: int, readers: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Epoch, index and encoded example of all that one reader takes, in its order."""
+        idle = 0
+        for epoch in count() if self.epochs is None else range(self.epochs):
+            rng = np.random.default_rng([self._views.seed, epoch, reader, _BUFFER])
+            idle += 1
+            for index, example in _drawn(self._share(epoch, reader, readers), self.buffer_size, rng):
+                idle = 0
+                yield epoch, index, example
+            if idle > readers:
+                raise ValueError(f"there are too few pictures for {readers} processes and workers: take fewer.")
+
+    def _share(self, epoch: int, reader: int, readers: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Index and encoded example of what one reader takes from an epoch, unshuffled within shards."""
+        shards = self.dataset.num_shards
+        order = np.random.default_rng([self._views.seed, epoch, 0, _SHARDS]).permutation(shards)
+        even = shards - shards % readers
+        for shard in order[reader:even:readers]:
+            yield from self._read(int(shard), 0, 1)
+        left = order[even:]
+        if len(left):
+            place = reader % len(left)
+            companions = range(place, readers, len(left))
+            # Turning with the epochs: where pictures are fewer than readers, each has some in its turn
+            turn = (companions.index(reader) + epoch) % len(companions)
+            yield from self._read(int(left[place]), turn, len(companions))
+
+    def _read(self, shard: int, first: int, step: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Index and encoded example of every `step`-th picture of a shard."""
+        shards = self.dataset.num_shards
+        # `iter` reads what it is asked for; plain iteration would share the shard out to workers once more.
+        rows = self.dataset.shard(num_shards=shards, index=shard).iter(batch_size=1)
+        for position, row in islice(enumerate(rows), first, None, step):
+            yield position * shards + shard, {name: values[0] for name, values in row.items()}
+
+
+def _drawn(items: Iterator[Any], size: int, rng: np.random.Generator) -> Iterator[Any]:
+    """Items in the order in which they are drawn from a buffer that is refilled as long as there are any."""
+    buffer = list(islice(items, size))
+    for item in items:
+        place = int(rng.integers(len(buffer)))
+        drawn, buffer[place] = buffer[place], item
+        yield drawn
+    for place in rng.permutation(len(buffer)):
+        yield buffer[place]
 
 
 class EndlessOrder(torch.utils.data.Sampler[int]):
@@ -339,6 +464,7 @@ __all__ = [
     "DataReport",
     "EndlessOrder",
     "PictureError",
+    "StreamedPictures",
     "TrainingPictures",
     "check_first_pictures",
     "load_pictures",

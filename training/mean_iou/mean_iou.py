@@ -172,7 +172,7 @@ class MeanIoU(evaluate.Metric):
             description=_DESCRIPTION,
             citation="",
             inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": datasets.Image(), "references": datasets.Image()}),
+            features=datasets.Features(predictions=datasets.Image(), references=datasets.Image()),
         )
 
     def _build_data_dir(self) -> str:

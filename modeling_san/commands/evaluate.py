@@ -1,0 +1,188 @@
+"""`san evaluate`: measure how well a model segments a labelled data set."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .errors import CommandError, say
+from .labels import read_templates
+from .parser import add_device_option, add_model_option, positive_integer
+
+_DESCRIPTION = """\
+Segment a labelled data set and compare: a table with the IoU and accuracy of each class, and in DIR
+  results.json          all figures
+  per_class.csv         a line for each class
+  per_class_iou.png     the classes from best to worst
+  confusion_matrix.npz  pixels of each true class that were given to each class
+  model-index.yml       the results as the metadata of a model card has them
+  overlays/             the best and worst pictures: picture, truth, prediction
+A run that was cut goes on where it stopped when the same command is given again.
+"""
+_EXAMPLE = """\
+example:
+  san evaluate --model my-model --dataset val.parquet --labels classes.json
+  san evaluate --model san-vit-b-16 --dataset ade20k --split validation --labels ade20k_150 --tta --output ade-150
+  san evaluate --dataset val.parquet --labels classes.json --subset base=base.txt --subset novel="car, bicyclist"
+  accelerate launch --num_processes 8 -m modeling_san.commands.main evaluate --model san-vit-b-16 \\
+      --dataset ade20k --labels ade20k_847
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command to the parser of `san`."""
+    parser = subparsers.add_parser(
+        "evaluate", help="measure a model on a labelled data set", description=_DESCRIPTION, epilog=_EXAMPLE
+    )
+    add_model_option(parser)
+    parser.add_argument(
+        "--dataset", required=True, metavar="PATH_OR_HUB_ID", help="parquet file, folder or Hub data set"
+    )
+    parser.add_argument(
+        "--labels",
+        metavar="PRESET_OR_FILE",
+        help="label set such as ade20k_150, or a file with class names (default: the names that the data set brings)",
+    )
+    parser.add_argument("--split", default="validation", help="part of the data set (default: %(default)s)")
+    parser.add_argument(
+        "--tta",
+        action="store_true",
+        help="average the scores of six sizes, each with its mirror image: 20 times the work",
+    )
+    parser.add_argument("--limit", type=positive_integer, metavar="N", help="evaluate the first N pictures only")
+    parser.add_argument(
+        "--subset",
+        action="append",
+        default=[],
+        metavar="NAME=FILE_OR_NAMES",
+        help="classes that get means of their own: a file, or names with commas between; may be given several times",
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", default="evaluation", help="folder to write to (default: ./evaluation)"
+    )
+    parser.add_argument(
+        "--overlays",
+        type=int,
+        default=4,
+        metavar="N",
+        help="how many of the best and of the worst pictures to draw (default: %(default)s)",
+    )
+    parser.add_argument("--streaming", action="store_true", help="read the data set as it is used, without a copy")
+    parser.add_argument("--image-column", metavar="NAME", help="where the pictures are (default: known names)")
+    parser.add_argument("--label-column", metavar="NAME", help="where the label maps are (default: known names)")
+    parser.add_argument(
+        "--reduce-labels", action="store_true", help="label maps count classes from 1, and 0 stands for no label"
+    )
+    parser.add_argument(
+        "--ignore-index", type=int, metavar="VALUE", help="stands for no label (default: the label set's, else 255)"
+    )
+    parser.add_argument(
+        "--templates",
+        metavar="SET_OR_FILE",
+        help="prompts that names are put into: vild, imagenet, or a file with one template per line (default: those "
+        "saved with the model)",
+    )
+    add_device_option(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """
+    Evaluate, on one process or on those that `accelerate launch` started; the first one prints and writes.
+
+    Returns:
+        exit code.
+    """
+    from accelerate import Accelerator
+    from datasets.utils import logging as datasets_logging
+
+    from modeling_san.training.data import load_pictures
+    from modeling_san.training.evaluation import evaluate, find_subsets, format_table
+    from modeling_san.training.label_sets import load_label_set
+
+    from .models import load_model, pick_device, quiet_libraries
+    from .results import make_folder
+
+    quiet_libraries()
+    # What cannot be read is said once, by this command
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
+    datasets_logging.disable_progress_bar()
+    if args.overlays < 0:
+        raise CommandError(f"--overlays is {args.overlays}: pass 0 or more")
+    templates = read_templates(args.templates)
+    pictures = load_pictures(
+        args.dataset,
+        split=args.split,
+        streaming=args.streaming,
+        image_column=args.image_column,
+        label_column=args.label_column,
+    )
+    label_set = load_label_set(
+        args.labels,
+        dataset=pictures,
+        source=args.dataset,
+        ignore_index=args.ignore_index,
+        reduce_labels=args.reduce_labels,
+    )
+    subsets = _read_subsets(args.subset)
+    find_subsets(subsets, label_set.names)
+    folder = make_folder(args.output)
+    accelerator = Accelerator(cpu=args.device == "cpu")
+    # Each process has a GPU of its own
+    device = accelerator.device if accelerator.num_processes > 1 else pick_device(args.device)
+    loaded = load_model(args.model, device)
+    processor, class_embeds = loaded.processor, None
+    if templates is not None:
+        class_embeds = _encode(loaded, label_set.names, templates)
+    results = evaluate(
+        loaded.model,
+        processor,
+        pictures,
+        label_set,
+        output_dir=folder,
+        tta=args.tta,
+        limit=args.limit,
+        subsets=subsets,
+        accelerator=accelerator,
+        class_embeds=class_embeds,
+        overlays=args.overlays,
+        about={"model": loaded.name, "dataset": args.dataset, "split": args.split},
+    )
+    if accelerator.is_main_process:
+        say(format_table(results))
+        without = results["unlabelled_pictures"]
+        ignored = f", {without} of them without any label" if without else ""
+        say(f"{results['pictures']} pictures{ignored}; results in {folder}")
+    if accelerator.num_processes > 1:
+        accelerator.end_training()
+    return 0
+
+
+def _read_subsets(given: list[str]) -> dict[str, list[str]]:
+    """Class names of `--subset NAME=FILE_OR_NAMES`."""
+    from modeling_san.processing import parse_labels
+
+    from .labels import read_labels_file
+
+    subsets: dict[str, list[str]] = {}
+    for text in given:
+        name, separator, members = text.partition("=")
+        name = name.strip()
+        if not separator or not name or not members.strip():
+            raise CommandError(f'--subset {text}: write NAME=FILE or NAME="sky, road", for example base=base.txt')
+        if name in subsets:
+            raise CommandError(f"--subset {name} is given twice: name each subset once")
+        try:
+            subsets[name] = read_labels_file(members) if Path(members).is_file() else parse_labels(members)
+        except ValueError as error:
+            raise CommandError(f"--subset {name}: {error}") from error
+    return subsets
+
+
+def _encode(loaded: Any, names: Any, templates: Any) -> Any:
+    """The names in other prompts than the model's own."""
+    import torch
+
+    prompts = loaded.processor(text=list(names), templates=templates, return_tensors="pt").to(loaded.model.device)
+    with torch.no_grad():
+        return loaded.model.get_class_embeds(prompts["input_ids"], prompts["attention_mask"])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from modeling_san import __version__
 
-from . import convert, curves, demo, evaluate, fine_tune, prepare, segment, train, train_demo
+from . import contact_sheet, convert, curves, demo, evaluate, fine_tune, prepare, segment, train, train_demo
 from .errors import CommandError, report_error
 from .parser import CommandParser
 
@@ -17,6 +17,7 @@ _COMMANDS = {
     "segment": segment,
     "demo": demo,
     "convert": convert,
+    "contact-sheet": contact_sheet,
     "train": train,
     "fine-tune": fine_tune,
     "evaluate": evaluate,

@@ -1,0 +1,194 @@
+"""Contact sheets: augmented pictures beside the same with their labels painted over, for people to check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from modeling_san.processing.drawing import label_colors, overlay
+from modeling_san.training.augmentation import Augmentation
+from modeling_san.training.data import to_arrays
+from modeling_san.training.label_sets import LabelSet
+
+_VIEW_SIDE = 512
+_GAP = 16
+_TITLE_HEIGHT, _TITLE_SIZE = 26, 15
+_PAPER, _INK = (255, 255, 255), (90, 94, 100)
+_LISTED = 12
+
+
+@dataclass(frozen=True)
+class ContactSheet:
+    """
+    What a look at some pictures of a data set showed.
+
+    Attributes:
+        picture: the sheet.
+        pictures: how many pictures the data set holds; None where that is not known.
+        sampled: how many of them were looked at, each counted once.
+        pixels: `(C + 1,)`, labelled pixels of each class in whole pictures, behind them those without a label.
+        without_labels: indices of the pictures without any label.
+        names: of the classes.
+    """
+
+    picture: Image.Image
+    pictures: int | None
+    sampled: int
+    pixels: np.ndarray
+    without_labels: tuple[int, ...]
+    names: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """The findings, a few lines of text."""
+        total = max(int(self.pixels.sum()), 1)
+        order = [int(index) for index in np.argsort(-self.pixels[:-1], kind="stable") if self.pixels[index]]
+        missing = [name for name, number in zip(self.names, self.pixels, strict=False) if not number]
+        known = "pictures, their number is not known" if self.pictures is None else f"{self.pictures} pictures"
+        seen = [f"{self.names[index]} {_percent(self.pixels[index] / total)}" for index in order]
+        lines = [
+            f"{known}; looked at {self.sampled}",
+            f"{len(order)} of {len(self.names)} classes seen, with their share of the pixels: {_listed(seen)}",
+            f"pixels without a label: {_percent(self.pixels[-1] / total)}",
+        ]
+        if missing:
+            lines.insert(2, f"{len(missing)} not seen: {_listed(missing)}")
+        if self.without_labels:
+            indices = _listed([str(index) for index in self.without_labels])
+            lines.append(f"pictures without any label: {len(self.without_labels)} (examples {indices})")
+        else:
+            lines.append("pictures without any label: none")
+        return lines
+
+
+def draw_contact_sheet(
+    dataset: Dataset | IterableDataset,
+    label_set: LabelSet,
+    augmentation: Augmentation,
+    *,
+    count: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+) -> ContactSheet:
+    """
+    Draw random views of a data set as training sees them.
+
+    Args:
+        dataset: examples with `image` and `annotation`; of a stream, the first ones are taken.
+        label_set: what the values of label maps mean.
+        augmentation: random scale, crop, colours and flip.
+        count: number of views; where there are fewer pictures, some are shown several times.
+        seed: of the choice of pictures and of the augmentation, as in training.
+        progress: whether to show a progress bar.
+
+    Returns:
+        the sheet, and what was found.
+
+    Raises:
+        ValueError: where a picture cannot be used; its index is named.
+    """
+    if count < 1 or seed < 0:
+        raise ValueError(f"count is {count} and seed {seed}: pass a count of at least 1 and a seed of at least 0.")
+    pixels = np.zeros(len(label_set) + 1, dtype=np.int64)
+    seen: dict[int, bool] = {}
+    cells = []
+    colors = label_colors(label_set.names)
+    chosen = _chosen(dataset, count, seed)
+    for epoch, index, example in tqdm(chosen, total=count, desc="drawing", unit="view", disable=not progress):
+        try:
+            image, label_map = to_arrays(example, label_set)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"example {index}: {error}") from error
+        if index not in seen:
+            counts = np.bincount(np.minimum(label_map, len(label_set)).ravel(), minlength=len(pixels))
+            pixels += counts
+            seen[index] = counts[:-1].any()
+        rng = np.random.default_rng([seed, epoch, index])
+        view, labels = augmentation(image, label_map, rng, label_set.ignore_index)
+        cells.append(_cell(f"example {index}", view, labels, label_set.names, colors))
+    return ContactSheet(
+        picture=_grid(cells),
+        pictures=len(dataset) if isinstance(dataset, Dataset) else None,
+        sampled=len(seen),
+        pixels=pixels,
+        without_labels=tuple(index for index, labelled in seen.items() if not labelled),
+        names=label_set.names,
+    )
+
+
+def _chosen(dataset: Any, count: int, seed: int) -> Iterator[tuple[int, int, Any]]:
+    """Epoch, index and example of each view."""
+    if not isinstance(dataset, Dataset):
+        for index, example in enumerate(islice(dataset, count)):
+            yield 0, index, example
+        return
+    order = np.random.default_rng([seed, 0, 0, 1]).permutation(len(dataset))
+    for number in range(count):
+        epoch, place = divmod(number, len(dataset))
+        index = int(order[place])
+        try:
+            example = dataset[index]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"example {index}: {error}") from error
+        yield epoch, index, example
+
+
+def _cell(title: str, view: Image.Image, labels: np.ndarray, names: Sequence[str], colors: np.ndarray) -> Image.Image:
+    """A view beside the same with its labels, and a line above."""
+    scale = _VIEW_SIDE / max(view.size)
+    size = (max(1, round(view.width * scale)), max(1, round(view.height * scale)))
+    columns = ((np.arange(size[0]) + 0.5) * view.width / size[0]).astype(np.intp)
+    rows = ((np.arange(size[1]) + 0.5) * view.height / size[1]).astype(np.intp)
+    view = view.resize(size, Image.Resampling.LANCZOS)
+    painted = overlay(view, labels[rows][:, columns], names, colors=colors, max_entries=14)
+    cell = Image.new(
+        "RGB", (view.width + _GAP // 2 + painted.width, _TITLE_HEIGHT + max(view.height, painted.height)), _PAPER
+    )
+    font = _font()
+    ImageDraw.Draw(cell).text((0, 2), title, fill=_INK, font=font)
+    cell.paste(view, (0, _TITLE_HEIGHT))
+    cell.paste(painted, (view.width + _GAP // 2, _TITLE_HEIGHT))
+    return cell
+
+
+def _grid(cells: Sequence[Image.Image]) -> Image.Image:
+    """Cells in two columns, or in one where there are few."""
+    columns = 1 if len(cells) < 3 else 2
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    widths = [max(row[column].width for row in rows if column < len(row)) for column in range(columns)]
+    heights = [max(cell.height for cell in row) for row in rows]
+    sheet = Image.new("RGB", (sum(widths) + _GAP * (columns + 1), sum(heights) + _GAP * (len(rows) + 1)), _PAPER)
+    top = _GAP
+    for row, height in zip(rows, heights, strict=True):
+        left = _GAP
+        for cell, width in zip(row, widths, strict=False):
+            sheet.paste(cell, (left, top))
+            left += width + _GAP
+        top += height + _GAP
+    return sheet
+
+
+def _font() -> Any:
+    """Pillow's own font; before 10.1 it has one size only."""
+    try:
+        return ImageFont.load_default(_TITLE_SIZE)
+    except TypeError:
+        return ImageFont.load_default()
+
+
+def _percent(share: float) -> str:
+    return "< 0.1 %" if 0 < share < 0.001 else f"{100 * share:.1f} %"
+
+
+def _listed(texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - _LISTED} more" if len(texts) > _LISTED else ""
+    return (", ".join(texts[:_LISTED]) + more) or "none"
+
+
+__all__ = ["ContactSheet", "draw_contact_sheet"]

@@ -87,7 +87,7 @@ def only_map(output, split="train"):
     return values
 
 
-# ---------------------------------------------------------------------------------------------- what values become
+# ------------------------------------------------------------------------------------------------- what values become
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_every_label_set_has_a_preset():
         assert {"train", "validation"} <= set(preset.counts)
 
 
-# --------------------------------------------------------------------------------------------------- what is written
+# ---------------------------------------------------------------------------------------------------- what is written
 
 
 def test_pictures_are_copied_byte_for_byte_and_datasets_reads_them(tmp_path):
@@ -336,34 +336,49 @@ def test_label_maps_are_turned_as_readers_turn_pictures(tmp_path, orientation):
 
 # ---------------------------------------------------------------------------------------------------- what interrupts
 
+# Forks a process for each line it reads, which dies where the line says; one import serves all.
 KILLED = """
-import os, signal, sys
+import importlib.util, os, signal, sys
+# The package without what it imports: neither torch nor transformers have a part in this, and both take long
+spec = importlib.util.find_spec("modeling_san.processing")
+sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 from modeling_san.training import prepare as module
-source, output, at = sys.argv[1:]
-die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+source, output = sys.argv[1:]
 read, replace = module._read_row, os.replace
-def read_row(pair, reader):
-    if pair.picture.stem.endswith(at):
-        die()
-    return read(pair, reader)
-def replace_file(before, after):
-    if str(after).endswith(at):
-        die()
-    replace(before, after)
-module._read_row, os.replace = read_row, replace_file
-module.prepare("ade20k_150", source, output, split="train", workers=2, pictures_per_shard=4, allow_incomplete=True,
-               progress=False, warn=print)
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+for line in sys.stdin:
+    at = line.strip()
+    process = os.fork()
+    if process == 0:
+        def read_row(pair, reader):
+            return die() if pair.picture.stem.endswith(at) else read(pair, reader)
+        def replace_file(before, after):
+            return die() if str(after).endswith(at) else replace(before, after)
+        module._read_row, os.replace = read_row, replace_file
+        module.prepare("ade20k_150", source, output, split="train", workers=2, pictures_per_shard=4,
+                       allow_incomplete=True, progress=False, warn=lambda message: None)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 """
 
 
-def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    source, output = make_ade(tmp_path / "in", range(30)), tmp_path / "out"
+@pytest.fixture
+def kill_at(tmp_path):
+    """Prepares tmp_path / "in" into tmp_path / "out" and kills the process at the file whose name ends as given."""
+    command = [sys.executable, "-c", KILLED, tmp_path / "in", tmp_path / "out"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
-    def kill_at(where):
-        process = subprocess.run(
-            [sys.executable, "-c", KILLED, source, output, where], check=False, capture_output=True, text=True
-        )
-        assert process.returncode == -signal.SIGKILL, process.stderr
+        def kill(where):
+            process.stdin.write(f"{where}\n")
+            process.stdin.flush()
+            assert int(process.stdout.readline()) == -signal.SIGKILL
+
+        yield kill
+        process.kill()
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch, kill_at):
+    source, output = make_ade(tmp_path / "in", range(30)), tmp_path / "out"
 
     # In the middle of the third shard: no other program finds a part of the data set
     kill_at("_00000017")
@@ -428,7 +443,7 @@ def test_a_full_disk_is_said_in_one_line_and_finished_shards_stay(tmp_path, monk
                 yield beside
 
     monkeypatch.setattr(prepare_module, "replacing_file", full_disk)
-    with pytest.raises(OSError, match="no space is left on the disk of .*out: finished shards stay") as raised:
+    with pytest.raises(OSError, match=r"no space is left on the disk of .*out: finished shards stay") as raised:
         run("ade20k_150", source, output, pictures_per_shard=2)
     assert "\n" not in str(raised.value)
     monkeypatch.setattr(prepare_module, "replacing_file", replacing)
@@ -634,7 +649,7 @@ def test_a_damaged_record_is_named(tmp_path, content):
         run("ade20k_150", source, tmp_path / "out")
 
 
-# ---------------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------------------------- the command
 
 
 def test_the_command_prepares_and_says_what_it_did(tmp_path, capsys):

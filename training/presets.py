@@ -218,7 +218,7 @@ def _find_ade_847(source: Path, split: str) -> FoundSplit:
             elif file.lower().endswith(".jpg"):
                 pictures[f"{here}/{Path(file).stem}"] = Path(place, file)
     vocabulary = load_vocabulary("ade20k_847")
-    # Ids as the released models' preparation reads them: places in the full list, from 1. That preparation also shrinks
+    # Ids as the released models' preparation reads them: places in the full list, from 1. It also shrinks
     # pictures and label maps to a short side of 512 pixels; here they keep their size.
     known = {source_id: index for index, source_id in enumerate(vocabulary.source_ids or ())}
     # Most of the classes of the full list are none of the 847.

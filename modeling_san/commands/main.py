@@ -8,13 +8,26 @@ from collections.abc import Sequence
 
 from modeling_san import __version__
 
-from . import contact_sheet, convert, curves, demo, evaluate, fine_tune, prepare, segment, train, train_demo
+from . import (
+    contact_sheet,
+    convert,
+    curves,
+    demo,
+    evaluate,
+    fine_tune,
+    prepare,
+    segment,
+    segment_dataset,
+    train,
+    train_demo,
+)
 from .errors import CommandError, report_error
 from .parser import CommandParser
 
 # Modules with `add_parser(subparsers)` and `run(args)`, which import what is heavy inside `run` only.
 _COMMANDS = {
     "segment": segment,
+    "segment-dataset": segment_dataset,
     "demo": demo,
     "convert": convert,
     "contact-sheet": contact_sheet,

@@ -12,7 +12,7 @@ PADDING_VALUE = 128
 
 _BRIGHTNESS = 32.0
 _CONTRAST = _SATURATION = (0.5, 1.5)
-_HUE = 18 / 180 * 6
+_HUE = 18 * 6 / 180
 """Greatest shift of the hue in sextants of the colour circle."""
 
 _STRIPE = 32

@@ -1,0 +1,240 @@
+"""Label maps in every form that data sets keep them in, and the names that belong to them."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from modeling_san.processing import load_vocabulary
+from modeling_san.processing.label_files import read_label_file
+from modeling_san.training.label_sets import LabelSet, load_label_set
+from modeling_san.training.sources import load_pictures
+
+NAMES = ("sky", "road", "tree")
+STORED = np.array([[0, 1, 2], [255, 2, 0]], dtype=np.uint8)
+COLORS = ((10, 20, 30), (0, 0, 255), (255, 0, 0))
+
+
+def reopened(picture: Image.Image, file_format: str = "png") -> Image.Image:
+    file = io.BytesIO()
+    picture.save(file, file_format)
+    return Image.open(file)
+
+
+def palette_picture(values: np.ndarray) -> Image.Image:
+    indexed = Image.new("P", values.shape[::-1])
+    indexed.putdata(values.ravel().tolist())
+    # Colours that say nothing about the indices
+    indexed.putpalette(np.random.default_rng(0).integers(0, 256, 768).astype(np.uint8).tobytes())
+    return indexed
+
+
+def colored(values: np.ndarray, ignore: tuple[int, int, int] = (9, 9, 9)) -> np.ndarray:
+    table = np.zeros((256, 3), np.uint8)
+    table[:3], table[255] = COLORS, ignore
+    return table[values]
+
+
+# Reading label maps
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        STORED,
+        STORED.astype(np.int64),
+        Image.fromarray(STORED),
+        reopened(Image.fromarray(STORED)),
+        reopened(Image.fromarray(STORED.astype(np.uint16))),
+        Image.fromarray(STORED.astype(np.int32)),
+        reopened(palette_picture(STORED)),
+    ],
+    ids=["bytes", "integers", "grey", "8 bits", "16 bits", "32 bits", "palette"],
+)
+def test_a_label_map_means_the_same_in_every_form(picture):
+    label_map = LabelSet(NAMES).read(picture)
+    assert label_map.dtype == np.int32
+    assert label_map.tolist() == STORED.tolist()
+
+
+def test_a_map_of_two_values_in_one_bit_holds_indices():
+    picture = reopened(Image.fromarray(np.array([[True, False]])))
+    assert picture.mode == "1"
+    assert LabelSet(NAMES).read(picture).tolist() == [[1, 0]]
+
+
+def test_a_label_map_is_read_from_its_file(tmp_path):
+    Image.fromarray(STORED).save(tmp_path / "map.png")
+    assert LabelSet(NAMES).read(tmp_path / "map.png").tolist() == STORED.tolist()
+
+
+def test_reduced_labels_count_from_one_and_have_no_label_at_zero():
+    stored = np.array([[0, 1, 3, 255]])
+    assert LabelSet(NAMES, reduce_labels=True).read(stored).tolist() == [[255, 0, 2, 255]]
+
+
+def test_847_classes_and_65535_for_no_label_are_read():
+    stored = np.array([[0, 300, 846, 65535]], np.uint16)
+    label_set = load_label_set("ade20k_847")
+    assert label_set.ignore_index == 65535
+    assert label_set.read(reopened(Image.fromarray(stored))).tolist() == stored.tolist()
+
+
+def test_colours_stand_for_classes():
+    label_set = LabelSet(NAMES, colors=COLORS, ignore_color=(9, 9, 9))
+    assert label_set.read(reopened(Image.fromarray(colored(STORED)))).tolist() == STORED.tolist()
+    # A palette is another way to store the same colours
+    quantised = Image.fromarray(colored(STORED)).convert("P", palette=Image.Palette.ADAPTIVE, colors=8)
+    assert np.array_equal(np.asarray(quantised.convert("RGB")), colored(STORED))
+    assert label_set.read(quantised).tolist() == STORED.tolist()
+
+
+def test_an_unknown_colour_is_named_with_its_pixels():
+    with pytest.raises(ValueError, match=r"\(9, 9, 9\) on 1 pixel: add the class"):
+        LabelSet(NAMES, colors=COLORS).read(Image.fromarray(colored(STORED)))
+
+
+@pytest.mark.parametrize(
+    ("stored", "options", "message"),
+    [
+        ([[3, 3, 0]], {}, r"holds \[3\] on 2 pixels, but there are 3 labels \(0 to 2, 255 = no label\)"),
+        ([[3, 3, 0]], {}, "reduce the labels if 0"),
+        ([[4]], {"reduce_labels": True}, r"holds \[4\] on 1 pixel, .* \(1 to 3, 0 and 255 = no label\)"),
+        ([[255]], {"ignore_index": 65535}, r"holds \[255\]"),
+        ([list(range(3, 12))], {}, "and 4 more values on 9 pixels"),
+        ([[-1]], {}, "from -1 to -1"),
+        ([[70000]], {}, "70000"),
+        ([[0.0, 1.0]], {}, "floats"),
+    ],
+)
+def test_values_that_stand_for_nothing_are_named(stored, options, message):
+    with pytest.raises(ValueError, match=message):
+        LabelSet(NAMES, **options).read(np.array(stored))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "F"])
+def test_pictures_that_are_no_label_maps_are_refused(mode):
+    with pytest.raises(ValueError, match=r"colours|floats"):
+        LabelSet(NAMES).read(Image.new(mode, (4, 3)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"names": ()}, "no class names"),
+        ({"ignore_index": 2}, "ignore_index is 2"),
+        ({"ignore_index": -1}, "ignore_index is -1"),
+        ({"ignore_index": 65536}, "at most 65535"),
+        ({"colors": COLORS[:2]}, "2 colours for 3 classes"),
+        ({"colors": (*COLORS[:2], COLORS[0])}, "stands for two classes"),
+        ({"colors": COLORS, "reduce_labels": True}, "do not reduce"),
+        ({"ignore_color": (0, 0, 0)}, "without colors"),
+    ],
+)
+def test_label_sets_that_contradict_themselves_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LabelSet(**{"names": NAMES, **options})
+
+
+# Finding names
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("classes.json", '["Sky", "road", "tree"]'),
+        ("classes.json", '{"classes": ["sky", "road", "tree"]}'),
+        ("id2label.json", '{"2": "tree", "0": "sky", "1": "road"}'),
+        ("classes.txt", "sky\n\nroad\ntree\n"),
+    ],
+)
+def test_names_come_from_a_file(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert load_label_set(tmp_path / name) == LabelSet(NAMES)
+
+
+def test_a_file_says_how_label_maps_are_stored(tmp_path):
+    data = {"classes": NAMES, "ignore_index": 65535, "colors": COLORS, "ignore_color": [9, 9, 9]}
+    (tmp_path / "classes.json").write_text(json.dumps(data))
+    expected = LabelSet(NAMES, ignore_index=65535, colors=COLORS, ignore_color=(9, 9, 9))
+    assert load_label_set(str(tmp_path / "classes.json")) == expected
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": NAMES, "reduce_labels": True}))
+    assert load_label_set(tmp_path / "classes.json", ignore_index=254) == LabelSet(NAMES, 254, reduce_labels=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"0": "sky", "2": "road"}', "none of index 1"),
+        ('{"0": "sky", "one": "road"}', "keys '0', 'one'"),
+        ("{}", "keys none"),
+        ('{"classes": "sky"}', "single value 'sky'"),
+        ('{"classes": ["sky"], "ignore_index": "255"}', "`ignore_index` is '255'"),
+        ('{"classes": ["sky"], "ignore_index": true}', "`ignore_index` is True"),
+        ('{"classes": ["sky"], "reduce_labels": 1}', "`reduce_labels` is 1"),
+        ('{"classes": ["sky"], "colors": [[1, 2]]}', r"colour \[1, 2\]"),
+        ('{"classes": ["sky"], "colors": [[1, 2, 256]]}', "256"),
+        ('{"classes": ["sky"], "colors": []}', "one .* for each"),
+        ("[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_files_of_another_shape_are_refused(tmp_path, content, message):
+    (tmp_path / "classes.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_label_file(tmp_path / "classes.json")
+
+
+def test_presets_keep_their_names_and_their_ignore_label():
+    label_set = load_label_set("coco_stuff_171")
+    assert label_set.names == load_vocabulary("coco_stuff_171").classes
+    assert label_set.ignore_index == 255
+
+
+def test_more_than_255_classes_have_65535_for_no_label():
+    assert load_label_set([f"class {number}" for number in range(255)]).ignore_index == 255
+    assert load_label_set([f"class {number}" for number in range(256)]).ignore_index == 65535
+
+
+def test_what_is_neither_preset_nor_file_is_refused_with_the_presets():
+    with pytest.raises(ValueError, match=r"neither a label set \(ade20k_150.* nor a file"):
+        load_label_set("ade20k")
+
+
+def test_given_options_win_over_those_of_a_label_set():
+    assert load_label_set(LabelSet(NAMES), ignore_index=9, reduce_labels=True) == LabelSet(NAMES, 9, True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_come_from_class_features_beside_the_label_maps(tmp_path, streaming):
+    features = {"image": ImageFeature(), "annotation": ImageFeature(), "classes": List(ClassLabel(names=list(NAMES)))}
+    picture = Image.new("L", (4, 4))
+    rows = {"image": [picture.convert("RGB")], "annotation": [picture], "classes": [[0]]}
+    Dataset.from_dict(rows, features=Features(features)).to_parquet(tmp_path / "data.parquet")
+    pictures = load_pictures(tmp_path / "data.parquet", streaming=streaming)
+    assert load_label_set(None, dataset=pictures) == LabelSet(NAMES)
+
+
+def test_names_come_from_the_class_feature_of_the_label_maps_themselves(tmp_path):
+    features = {"image": ImageFeature(), "label": List(List(ClassLabel(names=list(NAMES)))), "scene": Value("string")}
+    rows = {"image": [Image.new("RGB", (2, 2))], "label": [[[0, 1], [2, 2]]], "scene": ["town"]}
+    Dataset.from_dict(rows, features=Features(features)).to_parquet(tmp_path / "data.parquet")
+    pictures = load_pictures(tmp_path / "data.parquet")
+    label_set = load_label_set(None, dataset=pictures)
+    assert label_set.names == NAMES
+    assert label_set.read(np.asarray(pictures[0]["annotation"])).tolist() == [[0, 1], [2, 2]]
+
+
+def test_names_come_from_id2label_in_the_folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "id2label.json").write_text('{"0": "sky", "1": "road", "2": "tree"}')
+    assert load_label_set(None, source=tmp_path).names == NAMES
+    assert load_label_set(None, source=tmp_path / "data").names == NAMES
+
+
+def test_a_data_set_without_names_asks_for_some(tmp_path):
+    with pytest.raises(ValueError, match="names no classes: give a label set"):
+        load_label_set(None, source=tmp_path)

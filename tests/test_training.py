@@ -1,7 +1,6 @@
 """Reading labelled pictures, counting IoU, fine-tuning."""
 
 import io
-import json
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from PIL import Image
 
 from modeling_san.processing import SANProcessor
 from modeling_san.training.data import Collator, load_pictures, to_arrays
-from modeling_san.training.fine_tune import evaluate, fine_tune
 from modeling_san.training.label_sets import LabelSet
 from modeling_san.training.metrics import ConfusionMatrix
 from modeling_san.training.tokenizer import build_tokenizer
@@ -169,83 +167,7 @@ def test_the_world_is_relabelled_for_a_shorter_vocabulary(processor):
         assert {names[value] for value in labels.unique().tolist()} == expected
 
 
-# -------------------------------------------------------------------------------------------------------- fine-tuning
-
-
-def test_fine_tuning_saves_a_model_that_loads_with_its_labels(tmp_path, parquet, processor, small_model):
-    from modeling_san import SANForOpenVocabSegmentation
-
-    results = fine_tune(
-        small_model,
-        processor,
-        parquet,
-        LABELS,
-        tmp_path / "out",
-        validation=parquet,
-        short_side=48,
-        train_clip=True,
-        steps=3,
-        batch_size=2,
-        device="cpu",
-        progress=False,
-    )
-    assert set(results["per_class_iou"]) == set(LABELS)
-    assert 0 <= results["mean_iou"] <= 1
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
-    model = SANForOpenVocabSegmentation.from_pretrained(tmp_path / "out").eval()
-    saved_processor = SANProcessor.from_pretrained(tmp_path / "out")
-    assert model.config.id2label == dict(enumerate(LABELS))
-    assert saved_processor.image_processor.size["shortest_edge"] == 48
-    again = evaluate(model, saved_processor, load_pictures(parquet), LABELS, progress=False)
-    assert again == results
-
-
-def test_a_frozen_clip_stays_as_it_was(tmp_path, parquet, processor, small_model):
-    before = {name: tensor.clone() for name, tensor in small_model.state_dict().items()}
-    fine_tune(
-        small_model, processor, parquet, LABELS, tmp_path / "out", short_side=48, steps=1, batch_size=2, device="cpu",
-        progress=False,
-    )  # fmt: skip
-    after = small_model.state_dict()
-    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
-    assert "vision_model.embeddings.position_embedding.weight" in changed
-    assert not any(name.startswith(("vision_model.encoder", "text_model", "visual_projection")) for name in changed)
-
-
-def test_labels_that_are_too_few_stop_before_training(tmp_path, parquet, processor, small_model):
-    with pytest.raises(ValueError, match=r"the label map holds \[1\] on \d+ pixels, but there are 1 labels"):
-        fine_tune(small_model, processor, parquet, ["dark"], tmp_path / "out", steps=1)
-    assert not (tmp_path / "out").exists()
-
-
-def test_validation_pictures_without_any_label_are_refused(processor, small_model):
-    small_model.set_labels(LABELS, processor)
-    picture, _ = two_tone(0)
-    unlabelled = make_dataset([(picture, Image.new("L", picture.size, 255))])
-    with pytest.raises(ValueError, match="nothing to measure"):
-        evaluate(small_model, processor, unlabelled, LABELS, progress=False)
-
-
-@torch.no_grad()
-def test_mixed_precision_ends_with_training(tmp_path, parquet, processor, small_model, monkeypatch):
-    from modeling_san import SANForOpenVocabSegmentation
-    from modeling_san.training import run
-
-    monkeypatch.setattr(run, "pick_device_and_dtype", lambda device: (torch.device("cpu"), torch.bfloat16))
-    with torch.enable_grad():
-        fine_tune(
-            small_model, processor, parquet, LABELS, tmp_path, short_side=48, steps=1, batch_size=2, progress=False
-        )
-    saved = SANForOpenVocabSegmentation.from_pretrained(tmp_path).eval()
-    inputs = processor(images=two_tone(0)[0], return_tensors="pt")
-    assert torch.equal(small_model(**inputs).class_queries_logits, saved(**inputs).class_queries_logits)
-
-
-def test_a_model_in_the_output_folder_is_not_overwritten(tmp_path, parquet, processor, small_model):
-    (tmp_path / "model.safetensors").write_bytes(b"precious")
-    with pytest.raises(ValueError, match="already holds a model"):
-        fine_tune(small_model, processor, parquet, LABELS, tmp_path, steps=1)
-    assert (tmp_path / "model.safetensors").read_bytes() == b"precious"
+# -------------------------------------------------------------------------------------------------------- built-in model
 
 
 def test_switching_the_bias_off_is_undone(small_model):

@@ -25,16 +25,22 @@ MIXED_PRECISION = ("auto", "no", "bf16", "fp16")
 
 
 def _option(default: Any, help: str) -> Any:
-    metadata = {"help": help}
+    metadata = {"help": help if default in (None, [], {}) else f"{help} (default: %(default)s)"}
+    if not isinstance(default, bool):
+        metadata["metavar"] = "X" if isinstance(default, float) else "N" if _counts(default) else "VALUE"
     if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
+def _counts(default: Any) -> bool:
+    return isinstance(default, int) or (isinstance(default, list) and bool(default))
+
+
 @dataclass
 class Recipe:
     """
-    A training run. The defaults are the paper's (section 4.1).
+    A training run. The defaults are the paper's (section 4.1), but for sizes, which are the model's and the data's.
 
     Each field is a key of the YAML file and an option of `san train`; `san train --help` says what they mean.
 
@@ -44,7 +50,7 @@ class Recipe:
 
     model: str | None = _option(None, "SAN model to start from: folder or Hub id (default: the built-in model)")
     clip: str | None = _option(None, "start a new side adapter beside this CLIP instead: folder or Hub id")
-    san: dict[str, Any] | str = _option({}, "fields of SANConfig for a new side adapter, as JSON")
+    san: str = _option("{}", "fields of SANConfig for a new side adapter, as JSON")
     trainable: str = _option(
         "paper",
         "paper (side adapter and CLIP's position embedding), side-adapter, prompts (side adapter, and learned prompt "
@@ -66,12 +72,12 @@ class Recipe:
     validation_split: str = _option("validation", "part of it")
     validation_limit: int | None = _option(None, "evaluate on its first pictures only, while training and at the end")
 
-    crop_size: list[int] = _option([640], "side of the crops in pixels, or height and width")
-    short_sides: list[int] = _option(list(range(320, 961, 64)), "short sides that pictures are scaled to, in pixels")
-    max_long_side: int = _option(2560, "longest side of scaled pictures in pixels")
+    short_side: int | None = _option(None, "short side in use, kept in the processor (default: the model's)")
+    short_sides: list[int] = _option([], "short sides to draw from in training (default: 0.75 to 1.5 of short_side)")
+    max_long_side: int | None = _option(None, "longest side of scaled pictures in pixels (default: 4 short sides)")
+    crop_size: list[int] = _option([], "crops' height and width, or side (default: the first picture at short_side)")
     photometric: bool = _option(True, "whether brightness, contrast, saturation and hue vary")
     flip: float = _option(0.5, "share of pictures that are mirrored")
-    short_side: int | None = _option(None, "short side in use, kept in the processor (default: the model's)")
 
     output_dir: str | None = _option(None, "folder for the model, checkpoints and figures")
     resume: str = _option(
@@ -100,14 +106,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Check what can be checked without data or model."""
-        if isinstance(self.san, str):
-            self.san = _parse_json("san", self.san)
+        if isinstance(self.san, dict):
+            self.san = json.dumps(self.san)
         if len(self.crop_size) == 1:
             self.crop_size = self.crop_size * 2
         self._check_numbers()
         for is_wrong, message in (
-            (len(self.crop_size) != 2, f"crop_size is {self.crop_size}: give one side, or height and width."),
-            (not self.short_sides, "short_sides is empty: name at least one short side in pixels."),
+            (len(self.crop_size) > 2, f"crop_size is {self.crop_size}: give one side, or height and width."),
             (self.flip > 1, f"flip is {self.flip}: it must lie from 0 to 1."),
             (
                 self.mixed_precision not in MIXED_PRECISION,
@@ -126,7 +131,10 @@ class Recipe:
                 self.model is not None and self.clip is not None,
                 "both model and clip are given: start from a SAN model or from a CLIP.",
             ),
-            (bool(self.san) and self.clip is None, "san describes a new side adapter: give the clip it goes with."),
+            (
+                bool(self.san_options) and self.clip is None,
+                "san describes a new side adapter: give the clip it goes with.",
+            ),
         ):
             if is_wrong:
                 raise ValueError(message)
@@ -140,6 +148,11 @@ class Recipe:
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0.")
+
+    @property
+    def san_options(self) -> dict[str, Any]:
+        """Fields of SANConfig, from the JSON in `san`."""
+        return _parse_json("san", self.san)
 
     def to_yaml(self) -> str:
         """The recipe as a YAML file, whole."""
@@ -213,7 +226,7 @@ def as_arguments(values: dict[str, Any]) -> list[str]:
     """Fields as command-line arguments, so that a file's values are read and checked as those of the command line."""
     arguments: list[str] = []
     for key, value in values.items():
-        if value is None:
+        if value is None or value == []:
             continue
         if isinstance(value, dict):
             # One word, as an empty object or a leading minus would otherwise be taken for something else

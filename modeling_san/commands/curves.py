@@ -9,7 +9,7 @@ from typing import Any
 from .errors import CommandError, say
 
 _DESCRIPTION = """\
-Draw the loss, its terms, the validation figures, the learning rate and the gradient norm of a training run, finished or
+Draw the loss, its terms, validation figures, learning rate and gradient norm of a training run, finished or
 not, as OUTPUT_DIR/curves.png.
 """
 _EXAMPLE = """\

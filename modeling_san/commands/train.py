@@ -30,8 +30,7 @@ A look at the augmented pictures before: san contact-sheet --help
 
 def add_parser(subparsers: Any) -> None:
     """Add the command to the parser of `san`; its own options are those of a recipe, which take longer to load."""
-    parser = subparsers.add_parser("train", help="train by a recipe, on one process or many", add_help=False)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    subparsers.add_parser("train", help="train by a recipe, on one process or many", add_help=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,8 +40,16 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         exit code, 0 also where SIGTERM or Ctrl-C ended the run after a checkpoint.
     """
-    recipe = parse_recipe(args.arguments)
+    return run_recipe(parse_recipe(args.others))
 
+
+def run_recipe(recipe: Any) -> int:
+    """
+    Train by a recipe, and say what came of it.
+
+    Returns:
+        exit code.
+    """
     from datasets.utils import logging as datasets_logging
 
     from modeling_san.training.train import train
@@ -94,7 +101,13 @@ def parse_recipe(arguments: list[str]) -> Any:
     config_parser = CommandParser(prog="san train", add_help=False)
     config_parser.add_argument("--config")
     config, options = config_parser.parse_known_args(arguments)
-    parser = RecipeParser(dataclass_types=Recipe, prog="san train", description=_DESCRIPTION, epilog=_EXAMPLE)
+    parser = RecipeParser(
+        dataclass_types=Recipe,
+        prog="san train",
+        usage="san train --config RECIPE [--resume auto] [options]",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+    )
     parser.add_argument("--config", metavar="RECIPE", help=f"YAML file, or one of: {', '.join(recipe_names())}")
     from_file = as_arguments(read_recipe(config.config)) if config.config else []
     namespace = parser.parse_args([*from_file, *options])
@@ -108,4 +121,4 @@ def _is_main_process() -> bool:
     return PartialState().is_main_process
 
 
-__all__ = ["add_parser", "parse_recipe", "run"]
+__all__ = ["add_parser", "parse_recipe", "run", "run_recipe"]

@@ -1,4 +1,4 @@
-"""One training run on transformers' `Trainer`, shared by the demo model and fine-tuning."""
+"""What transformers' `Trainer` needs to train and evaluate SAN, and the built-in model's training run on it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from modeling_san.modeling_san import SANForOpenVocabSegmentation
+from modeling_san.modeling_san import SANForOpenVocabSegmentation, SANOutput
+from modeling_san.processing import SANProcessor
 from modeling_san.training.data import Collator
 from modeling_san.training.device import pick_device_and_dtype
-
-_NO_DECAY = ("norm", "position_embedding", "query_embedding")
+from modeling_san.training.metrics import ConfusionMatrix
+from modeling_san.training.optimization import is_decayed
+from modeling_san.training.train import seed_step
 
 
 class SANTrainer(Trainer):
@@ -22,7 +24,73 @@ class SANTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Names of the parameters that weight decay applies to."""
-        return [name for name, _ in model.named_parameters() if not any(part in name for part in _NO_DECAY)]
+        return [name for name, _ in model.named_parameters() if is_decayed(name)]
+
+
+class SeedEachStep(TrainerCallback):
+    """Draws the random points of each step as `san train` does, so that both give the same losses on the same data."""
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Seed PyTorch from the run's seed and the step."""
+        seed_step(args.seed, state.global_step, args.process_index)
+
+
+class StreamingMeanIoU:
+    """
+    `compute_metrics` of a `Trainer` with `batch_eval_metrics=True`: no picture is kept.
+
+    Pass `preprocess_logits_for_metrics=metrics.to_label_map` as well: it turns the outputs into label maps on the
+    device, so that nothing larger is gathered.
+
+    Args:
+        processor: the model's.
+        num_labels: C, the number of classes.
+        ignore_index: value of `labels` for pixels that do not count.
+    """
+
+    def __init__(self, processor: SANProcessor, num_labels: int, ignore_index: int = 255) -> None:
+        self.processor = processor
+        self.num_labels = num_labels
+        self.ignore_index = ignore_index
+        self.confusion = ConfusionMatrix(num_labels, ignore_index)
+
+    def to_label_map(self, logits: tuple[Any, ...], labels: Tensor) -> Tensor:
+        """
+        Segment a batch.
+
+        Args:
+            logits: mask logits `(batch, queries, h, w)` and class logits `(batch, queries, C + 1)`, as the model's
+                output begins.
+            labels: `(batch, height, width)`.
+
+        Returns:
+            label maps of the shape of `labels`.
+        """
+        masks, classes = logits[:2]
+        outputs = SANOutput(masks_queries_logits=masks, class_queries_logits=classes)
+        size = tuple(labels.shape[-2:])
+        maps = self.processor.post_process_semantic_segmentation(outputs, target_sizes=[size] * len(labels))
+        return torch.stack(maps)
+
+    def __call__(self, prediction: EvalPrediction, compute_result: bool = False) -> dict[str, float]:
+        """
+        Count a batch.
+
+        Args:
+            prediction: label maps and labels.
+            compute_result: true with the last batch.
+
+        Returns:
+            `mean_iou` and `overall_accuracy` with the last batch, otherwise nothing.
+        """
+        self.confusion.update(torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids))
+        if not compute_result:
+            return {}
+        confusion, self.confusion = self.confusion, ConfusionMatrix(self.num_labels, self.ignore_index)
+        correct = confusion.counts.diagonal().sum() / confusion.counts.sum().clamp(min=1)
+        return {"mean_iou": confusion.mean_iou(), "overall_accuracy": float(correct)}
 
 
 def run_training(
@@ -67,7 +135,7 @@ def run_training(
     """
     device, dtype = pick_device_and_dtype(device)
     if device.index:
-        raise ValueError(f"training runs on the first GPU, not {device}: set CUDA_VISIBLE_DEVICES={device.index}.")
+        raise ValueError(f"this run uses the first GPU, not {device}: set CUDA_VISIBLE_DEVICES={device.index}.")
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -106,4 +174,4 @@ def run_training(
     model.eval()
 
 
-__all__ = ["SANTrainer", "run_training"]
+__all__ = ["SANTrainer", "SeedEachStep", "StreamingMeanIoU", "run_training"]

@@ -127,7 +127,7 @@ def evaluate(
     confusion = run.state.confusion
     confusion.all_reduce()
     counted = _gather((run.state.done, run.state.unlabelled), world_size)
-    drawn = [drawing for part in _gather(run.state.drawn, world_size) for drawing in part]
+    extremes = [one for part in _gather(run.state.extremes, world_size) for one in part]
     if not confusion.counts.sum():
         raise ValueError("no pixel of the pictures has a label: there is nothing to measure.")
     results = {
@@ -148,7 +148,7 @@ def evaluate(
     if folder is not None and rank == 0:
         about = {"model": getattr(model, "name_or_path", "") or "model", **(about or {})}
         _write_results(folder, results, confusion, label_set, {**about, "tta": tta, "limit": limit}, subset_indices)
-        _keep_drawings(folder, drawn, overlays)
+        _draw_extremes(folder, extremes, overlays, label_set)
     if folder is not None and accelerator is not None:
         accelerator.wait_for_everyone()
     if folder is not None and rank == 0:
@@ -206,13 +206,11 @@ def draw_comparison(image: Image.Image, true: np.ndarray, predicted: np.ndarray,
     unpainted = len(names)
     shown = [np.where(ignored, unpainted, label_map) for label_map in (true, predicted)]
     nothing = np.full(true.shape, unpainted)
-    right = float((true == predicted)[~ignored].mean()) if not ignored.all() else math.nan
+    score = _score(true, predicted, label_set)
     panels = {
         "picture": overlay(image, nothing, names, opacity=0, legend=False),
         "truth": overlay(image, shown[0], names, opacity=0.7),
-        f"prediction, {right:.0%} of the pixels right" if right == right else "prediction": overlay(  # noqa: PLR0124
-            image, shown[1], names, opacity=0.7
-        ),
+        f"prediction{score}": overlay(image, shown[1], names, opacity=0.7),
     }
     size = max(14, max(panels["picture"].size) // 36)
     title = 2 * size
@@ -257,12 +255,16 @@ def find_subsets(subsets: Mapping[str, Sequence[str]], names: Sequence[str]) -> 
 
 
 def format_table(results: Mapping[str, Any]) -> str:
-    """What `evaluate` returned as an aligned table: a line for each class, then the means."""
+    """What `evaluate` returned, as an aligned table: a line for each class, then the means."""
     iou, accuracy = results["per_class_iou"], results["per_class_accuracy"]
     rows = [(name, iou[name], accuracy[name]) for name in iou]
     means = [("mean", results["mean_iou"], results["mean_accuracy"])]
     means += [
-        (f"mean of {name} ({subset['classes']} classes)", subset["mean_iou"], subset["mean_accuracy"])
+        (
+            f"mean of {name} ({subset['classes']} class{'' if subset['classes'] == 1 else 'es'})",
+            subset["mean_iou"],
+            subset["mean_accuracy"],
+        )
         for name, subset in results["subsets"].items()
     ]
     width = max(len(name) for name, *_ in [*rows, *means, ("frequency-weighted IoU",)]) + 2
@@ -400,8 +402,8 @@ def _evaluating(model: SANForOpenVocabSegmentation) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Drawing:
-    """A picture that was drawn because it is among the best or the worst."""
+class _Extreme:
+    """A picture that is kept to be drawn, because it is among the best or the worst: its mean IoU and its file."""
 
     score: float
     index: int
@@ -415,7 +417,7 @@ class _State:
     confusion: ConfusionMatrix
     done: int = 0
     unlabelled: int = 0
-    drawn: tuple[_Drawing, ...] = ()
+    extremes: tuple[_Extreme, ...] = ()
 
 
 class _Run:
@@ -440,11 +442,8 @@ class _Run:
         self.folder, self.fingerprint, self.overlays, self.save_every = folder, fingerprint, overlays, save_every
         folder.mkdir(parents=True, exist_ok=True)
         self._load()
-        kept = {drawing.path for drawing in self.state.drawn} | {_STATE_FILE}
-        for path in folder.iterdir():
-            # Drawn, or half written, after the last save
-            if path.name not in kept:
-                path.unlink()
+        # What was written, or half written, after the last save
+        self._remove_unused()
 
     def finish(self, segmenter: _Segmenter, progress: bool) -> None:
         """Go through the pictures that are left."""
@@ -482,24 +481,27 @@ class _Run:
         predicted = segmenter(image)
         confusion = self._no_counts()
         confusion.update(predicted.cpu(), torch.from_numpy(label_map))
-        drawn = self.state.drawn
+        extremes = self.state.extremes
         is_labelled = bool(confusion.counts.any())
         if self.overlays and is_labelled:
-            drawn = self._draw(_Drawing(confusion.mean_iou(), index, f"{index:06d}.png"), image, label_map, predicted)
+            extremes = self._choose(confusion.mean_iou(), index, image, label_map, predicted)
         confusion.merge(self.state.confusion)
-        self.state = _State(confusion, self.state.done + 1, self.state.unlabelled + (not is_labelled), drawn)
+        self.state = _State(confusion, self.state.done + 1, self.state.unlabelled + (not is_labelled), extremes)
 
-    def _draw(
-        self, drawing: _Drawing, image: Image.Image, label_map: np.ndarray, predicted: Tensor
-    ) -> tuple[_Drawing, ...]:
-        """Draw the picture if it is among the best or worst so far, and forget those that no longer are."""
+    def _choose(
+        self, score: float, index: int, image: Image.Image, label_map: np.ndarray, predicted: Tensor
+    ) -> tuple[_Extreme, ...]:
+        """Keep the picture if it is among the best or worst so far, and forget those that no longer are."""
         assert self.folder is not None
-        best, worst = choose_extremes([*self.state.drawn, drawing], self.overlays)
+        new = _Extreme(score, index, f"{index:06d}.npz")
+        best, worst = choose_extremes([*self.state.extremes, new], self.overlays)
         kept = {*best, *worst}
-        if drawing in kept:
-            sheet = draw_comparison(image, label_map, predicted.cpu().numpy(), self.label_set)
-            _save_png(sheet, self.folder / drawing.path)
-        return tuple(one for one in (*self.state.drawn, drawing) if one in kept)
+        if new in kept:
+            # Drawn at the end: most of those kept now will not be
+            with replacing_file(self.folder / new.path) as path, path.open("wb") as file:
+                true, best_classes = label_map.astype(np.uint16), predicted.cpu().numpy().astype(np.uint16)
+                np.savez(file, image=np.asarray(image), true=true, predicted=best_classes)
+        return tuple(one for one in (*self.state.extremes, new) if one in kept)
 
     def _no_counts(self) -> ConfusionMatrix:
         return ConfusionMatrix(len(self.label_set.names), self.label_set.ignore_index)
@@ -511,13 +513,18 @@ class _Run:
             "fingerprint": self.fingerprint,
             "done": self.state.done,
             "unlabelled": self.state.unlabelled,
-            "drawn": [[drawing.score, drawing.index, drawing.path] for drawing in self.state.drawn],
+            "extremes": [[one.score, one.index, one.path] for one in self.state.extremes],
         }
         with replacing_file(self.folder / _STATE_FILE) as path, path.open("wb") as file:
             np.savez(file, about=np.array(json.dumps(about)), table=self.state.confusion.table.numpy())
-        # What left the best and worst was needed until the state that named it was gone
-        kept = {drawing.path for drawing in self.state.drawn}
-        for path in self.folder.glob("*.png"):
+        # Not before: until then the older state named them
+        self._remove_unused()
+
+    def _remove_unused(self) -> None:
+        """Delete pictures that are no longer among the best and worst."""
+        assert self.folder is not None
+        kept = {one.path for one in self.state.extremes} | {_STATE_FILE}
+        for path in self.folder.iterdir():
             if path.name not in kept:
                 path.unlink()
 
@@ -535,16 +542,15 @@ class _Run:
             return
         confusion = self._no_counts()
         confusion.table = table
-        drawn = tuple(_Drawing(*fields) for fields in about["drawn"])
-        self.state = _State(confusion, about["done"], about["unlabelled"], drawn)
+        extremes = tuple(_Extreme(*fields) for fields in about["extremes"])
+        self.state = _State(confusion, about["done"], about["unlabelled"], extremes)
 
 
-def choose_extremes(drawings: Sequence[_Drawing], count: int) -> tuple[list[_Drawing], list[_Drawing]]:
+def choose_extremes(pictures: Sequence[_Extreme], count: int) -> tuple[list[_Extreme], list[_Extreme]]:
     """The best and the worst, `count` of each at most and none twice; ties go to the earlier picture."""
-    by_score = sorted(drawings, key=lambda drawing: (-drawing.score, drawing.index))
-    best = by_score[:count]
-    worst = sorted(by_score[count:], key=lambda drawing: (drawing.score, drawing.index))[:count]
-    return best, worst
+    by_score = sorted(pictures, key=lambda one: (-one.score, one.index))
+    worst = sorted(by_score[count:], key=lambda one: (one.score, one.index))
+    return by_score[:count], worst[:count]
 
 
 def _examples_from(pictures: Any, first: int, step: int = 1) -> Iterator[Any]:
@@ -687,22 +693,32 @@ def model_index(results: Mapping[str, Any], about: Mapping[str, Any]) -> list[di
 
 
 def _plot_title(results: Mapping[str, Any], about: Mapping[str, Any]) -> str:
-    where = f" on {about['dataset']}" if about.get("dataset") else ""
-    return f"{about['model']}{where}: mean IoU {results['mean_iou']:.3f} ({results['pictures']} pictures)"
+    where = f" on {Path(about['dataset']).stem}" if about.get("dataset") else ""
+    return f"{Path(about['model']).name}{where}: mean IoU {results['mean_iou']:.3f} ({results['pictures']} pictures)"
 
 
-def _keep_drawings(folder: Path, drawn: Sequence[_Drawing], count: int) -> None:
-    """Move the best and worst pictures of all processes to their place."""
+def _draw_extremes(folder: Path, extremes: Sequence[_Extreme], count: int, label_set: LabelSet) -> None:
+    """Draw the best and worst pictures of all processes."""
     target = folder / OVERLAYS_FOLDER
-    target.mkdir(exist_ok=True)
     for kind in ("best", "worst"):
         for path in target.glob(f"{kind}_*.png"):
             path.unlink()
-    found = {path.name: path for path in (folder / PROGRESS_FOLDER).glob("*/*.png")}
-    for kind, drawings in zip(("best", "worst"), choose_extremes(drawn, count), strict=True):
-        for place, drawing in enumerate(drawings, start=1):
-            if drawing.path in found:
-                os.replace(found[drawing.path], target / f"{kind}_{place}_picture_{drawing.index:06d}.png")
+    files = {path.name: path for path in (folder / PROGRESS_FOLDER).glob("*/*.npz")}
+    for kind, chosen in zip(("best", "worst"), choose_extremes(extremes, count), strict=True):
+        for place, one in enumerate(chosen, start=1):
+            with np.load(files[one.path], allow_pickle=False) as saved:
+                image, true, predicted = (saved[name] for name in ("image", "true", "predicted"))
+            drawing = draw_comparison(Image.fromarray(image), true, predicted, label_set)
+            _save_png(drawing, target / f"{kind}_{place}_picture_{one.index:06d}.png")
+
+
+def _score(true: np.ndarray, predicted: np.ndarray, label_set: LabelSet) -> str:
+    """How good one picture's prediction is, for its title."""
+    confusion = ConfusionMatrix(len(label_set.names), label_set.ignore_index)
+    confusion.update(torch.from_numpy(predicted.astype(np.int64)), torch.from_numpy(true.astype(np.int64)))
+    if not confusion.counts.any():
+        return ""
+    return f", mean IoU {confusion.mean_iou():.2f}, {confusion.overall_accuracy():.0%} of the pixels right"
 
 
 def _save_png(picture: Image.Image, path: Path) -> Path:

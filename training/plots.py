@@ -115,7 +115,7 @@ def plot_class_iou(per_class_iou: Mapping[str, float | None], picture: Path, *, 
         axes.set_xlabel("classes, best first", fontsize=8)
         _style_iou_axes(axes, f"all {len(values)} classes", figure_axis=axes.yaxis)
     note = f"{absent} classes that do not occur are left out" if absent > 1 else "1 class does not occur"
-    figure.suptitle("\n".join(line for line in (title, note if absent else "") if line), fontsize=10)
+    figure.suptitle("\n".join(line for line in (_plain(title), note if absent else "") if line), fontsize=10)
     with replacing_file(picture) as beside:
         figure.savefig(beside, format="png", dpi=120)
     return picture
@@ -140,8 +140,13 @@ def _every_fifth() -> Any:
 
 
 def _shortened(label: str) -> str:
-    """A class name of at most 30 letters, with nothing in it that matplotlib would typeset."""
-    return (label if len(label) <= 30 else f"{label[:28]}...").replace("$", "\\$")
+    """A class name of at most 30 letters."""
+    return _plain(label if len(label) <= 30 else f"{label[:28]}...")
+
+
+def _plain(text: str) -> str:
+    """Text with nothing in it that matplotlib would typeset."""
+    return text.replace("$", "\\$")
 
 
 _TERMS = ("loss_cross_entropy", "loss_mask", "loss_dice")

@@ -147,12 +147,13 @@ class MeanIoU(evaluate.Metric):
             self.add_batch(predictions=predictions, references=references)
         if self.num_process == 1 and not self._pairs.pictures:
             raise ValueError("nothing was added: call add or add_batch, or pass predictions and references.")
+        if options["num_labels"] < 1:
+            raise ValueError(f"num_labels is {options['num_labels']}: there has to be at least one class.")
         self._gather()
-        pairs, self._pairs = self._pairs, PairCounts()
-        if self.process_id > 0:
-            return None
         nan_to_num = options.pop("nan_to_num")
-        return _figures(pairs.fold(**options), nan_to_num)
+        results = None if self.process_id > 0 else _figures(self._pairs.fold(**options), nan_to_num)
+        self._pairs = PairCounts()
+        return results
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on counting."""

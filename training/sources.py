@@ -71,6 +71,8 @@ def load_pictures(
     except Exception as error:
         # The readers behind raise dozens of types; what a user can do about them is the same.
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        if "corresponds to no data" in first_line:
+            raise ValueError(f"{source} (split {split!r}) holds no pictures.") from error
         raise ValueError(
             f"{source} cannot be read as a data set (split {split!r}): {first_line}. Pass a parquet or arrow file, a "
             "folder of pictures and label maps, a folder written by datasets, or a Hub id."

@@ -1,0 +1,155 @@
+"""`san contact-sheet`: what a person sees of a data set before training on it."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from modeling_san.commands.main import main
+from modeling_san.processing import label_colors
+from modeling_san.training.augmentation import Augmentation
+from modeling_san.training.contact_sheet import draw_contact_sheet
+from modeling_san.training.data import TrainingPictures, load_pictures
+from modeling_san.training.label_sets import LabelSet
+
+NAMES = ("sky", "road", "tree")
+
+
+def encoded(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Three pictures: sky over road, road alone, and one without any label."""
+    maps = np.zeros((3, 40, 60), np.uint8)
+    maps[0, 20:], maps[1], maps[2] = 1, 1, 255
+    rows = {
+        "image": [encoded(np.full((40, 60, 3), 90 + index, np.uint8)) for index in range(3)],
+        "annotation": [encoded(label_map) for label_map in maps],
+    }
+    path = tmp_path / "data.parquet"
+    Dataset.from_dict(rows).to_parquet(path)
+    (tmp_path / "classes.json").write_text(json.dumps(NAMES))
+    return path
+
+
+@pytest.fixture
+def san(dataset, tmp_path, capsys):
+    def run(*arguments, labels="classes.json"):
+        capsys.readouterr()
+        given = ["--labels", tmp_path / labels] if labels else []
+        arguments = ["contact-sheet", "--dataset", dataset, *given, "--output", tmp_path / "sheet.png", *arguments]
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code
+        captured = capsys.readouterr()
+        return code, captured.out.splitlines(), captured.err.strip().splitlines()[-1:]
+
+    return run
+
+
+@pytest.mark.parametrize("streaming", [(), ("--streaming",)])
+def test_the_sheet_is_written_and_the_findings_are_said(san, tmp_path, streaming):
+    code, out, _ = san("--count", 3, "--crop-size", 64, "--short-sides", "64,96", *streaming)
+    assert code == 0
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert min(sheet.size) > 1000
+    assert out[0] == ("pictures, their number is not known; looked at 3" if streaming else "3 pictures; looked at 3")
+    # Of 3 pictures, road is on one and a half, sky on a half, and one has no label
+    assert out[1] == "2 of 3 classes seen, with their share of the pixels: road 50.0 %, sky 16.7 %"
+    assert out[2] == "1 not seen: tree"
+    assert out[3] == "pixels without a label: 33.3 %"
+    assert out[4] == "pictures without any label: 1 (examples 2)"
+
+
+def test_a_picture_shown_twice_counts_once(dataset):
+    sheet = draw_contact_sheet(
+        load_pictures(dataset), LabelSet(NAMES), Augmentation(crop_size=(64, 64)), count=7, progress=False
+    )
+    assert sheet.sampled == 3
+    assert sheet.pixels.tolist() == [1200, 3600, 0, 2400]
+
+
+def test_the_sheet_shows_what_training_sees(dataset):
+    """The view at the left is the one that `TrainingPictures` makes of the same picture with the same seed."""
+    from modeling_san.processing import SANImageProcessor
+
+    augmentation, label_set, pictures = Augmentation((64, 96), 256, (64, 64)), LabelSet(NAMES), load_pictures(dataset)
+    for seed in range(3):
+        sheet = draw_contact_sheet(pictures, label_set, augmentation, count=1, seed=seed, progress=False).picture
+        pixels = np.asarray(sheet).astype(int)
+        processor = SANImageProcessor()
+        views = []
+        for example in map(TrainingPictures(pictures, label_set, processor, augmentation, seed).__getitem__, range(3)):
+            shift, factor = (np.array(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+            views.append(np.rint((example["pixel_values"].numpy() * factor + shift) * 255).transpose(1, 2, 0))
+        # The sheet enlarges 64 pixels to 512, behind 16 of margin and 26 of title; the middles of pixels keep them
+        shown = pixels[16 + 26 : 16 + 26 + 512, 16 : 16 + 512][4::8, 4::8]
+        assert min(np.abs(shown - view).mean() for view in views) < 1
+
+
+def test_labels_are_painted_in_their_colours_beside_the_view(dataset):
+    only_road = load_pictures(dataset).select([1])
+    augmentation = Augmentation((64,), 256, (64, 64), photometric=False)
+    sheet = draw_contact_sheet(only_road, LabelSet(NAMES), augmentation, count=1, progress=False).picture
+    left, right = sheet.getpixel((16 + 200, 300)), sheet.getpixel((16 + 512 + 8 + 200, 300))
+    assert left == (91, 91, 91)
+    expected = (np.array([91] * 3) + label_colors(NAMES)[1]) / 2
+    assert np.abs(np.array(right) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--short-sides", "64,wide"), ("64,wide", "list of lengths")),
+        (("--short-sides", "0"), ("list of lengths",)),
+        (("--short-sides", "5000"), ("max_long_side",)),
+        (("--count", "0"), ("--count",)),
+        (("--count", "100000"), ("--count 100000", "at most 256")),
+        (("--crop-size", "100000"), ("--crop-size 100000", "at most 4096")),
+        (("--seed", "-1"), ("--seed -1",)),
+        (("--output", "sheet.jpg"), (".png",)),
+        (("--ignore-index", "1"), ("ignore_index is 1",)),
+        (("--label-column", "truth"), ("no column 'truth'", "image, annotation")),
+        (("--split", "test"), ()),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_in_one_line(san, tmp_path, arguments, words):
+    code, out, err = san(*arguments)
+    if not words:
+        # A file has one part only, whatever it is called
+        assert code == 0
+        return
+    assert (code, out) == (2, [])
+    assert err[0].startswith("san: error: ")
+    assert all(word in err[0] for word in words)
+    assert not (tmp_path / "sheet.png").exists()
+
+
+def test_labels_that_do_not_cover_the_maps_are_named_with_the_example(san, tmp_path):
+    (tmp_path / "one.json").write_text('["sky"]')
+    code, _, err = san(labels="one.json")
+    assert code == 2
+    assert "data.parquet, example" in err[0]
+    assert "holds [1]" in err[0]
+
+
+def test_a_data_set_that_names_no_classes_asks_for_labels(san):
+    code, _, err = san(labels=None)
+    assert code == 2
+    assert "names no classes: give a label set" in err[0]
+
+
+def test_a_sheet_of_street_scenes_names_their_classes(shared, tmp_path, capsys):
+    data = shared / "data"
+    arguments = ["contact-sheet", "--dataset", data / "camvid_val.parquet", "--labels", data / "camvid_classes.json"]
+    arguments += ["--count", "2", "--crop-size", "128", "--short-sides", "160", "--output", tmp_path / "sheet.png"]
+    assert main([str(argument) for argument in arguments]) == 0
+    assert "road" in capsys.readouterr().out

@@ -1,0 +1,464 @@
+"""Opening data sets in every form, and reading each picture once an epoch whoever reads."""
+
+import io
+import json
+import logging
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, Features, IterableDataset
+from datasets import Image as ImageFeature
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from modeling_san.processing import SANImageProcessor
+from modeling_san.training.augmentation import Augmentation
+from modeling_san.training.data import (
+    Collator,
+    EndlessOrder,
+    PictureError,
+    StreamedPictures,
+    TrainingPictures,
+    check_first_pictures,
+    load_pictures,
+    to_arrays,
+)
+from modeling_san.training.label_sets import LabelSet
+
+LABELS = LabelSet(("dark", "light"))
+SIZE = (8, 12)
+WHOLE = Augmentation((8,), 64, SIZE, photometric=False, flip=0.0)
+"""Shows pictures as they are, so that their grey tells which one it is."""
+
+
+def encoded(pixels: np.ndarray) -> dict[str, bytes | None]:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def make_dataset(count: int, image: str = "image", label: str = "annotation", first: int = 0) -> Dataset:
+    """Pictures of the greys `first`, `first` + 1, ..., labelled 0 at the left and 1 at the right."""
+    labels = np.zeros(SIZE, np.uint8)
+    labels[:, 6:] = 1
+    rows = {
+        image: [encoded(np.full((*SIZE, 3), first + index, np.uint8)) for index in range(count)],
+        label: [encoded(labels)] * count,
+    }
+    return Dataset.from_dict(rows, features=Features({image: ImageFeature(), label: ImageFeature()}))
+
+
+def greys(batch: dict[str, torch.Tensor]) -> list[int]:
+    """Which pictures a batch holds."""
+    mean, std = SANImageProcessor.image_mean[0], SANImageProcessor.image_std[0]
+    return ((batch["pixel_values"][:, 0, 0, 0] * std + mean) * 255).round().int().tolist()
+
+
+def training_pictures(dataset: Dataset, augmentation: Augmentation = WHOLE, **options) -> TrainingPictures:
+    return TrainingPictures(dataset, LABELS, SANImageProcessor(), augmentation, **options)
+
+
+def streamed(dataset: IterableDataset, **options) -> StreamedPictures:
+    options = {"batch_size": 3, "buffer_size": 4, **options}
+    return StreamedPictures(dataset, LABELS, SANImageProcessor(), options.pop("augmentation", WHOLE), **options)
+
+
+def load(dataset, workers: int, batch_size: int = 3, **options) -> DataLoader:
+    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=Collator(), **options)
+
+
+def take(loader: DataLoader, batches: int) -> list[dict[str, torch.Tensor]]:
+    return list(islice(loader, batches))
+
+
+def write_folders(folder, names=("0", "1", "2"), images="images", labels="annotations", split=""):
+    for index, name in enumerate(names):
+        for kind, pixels in (
+            (images, np.full((*SIZE, 3), index, np.uint8)),
+            (labels, np.ones(SIZE, np.uint8)),
+        ):
+            path = folder / kind / split / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+
+
+# Sources
+
+
+def parquet(folder):
+    make_dataset(3).to_parquet(folder / "data.parquet")
+    return folder / "data.parquet"
+
+
+def arrow(folder):
+    make_dataset(3).save_to_disk(folder / "saved")
+    return next((folder / "saved").glob("*.arrow"))
+
+
+def saved(folder):
+    make_dataset(3).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def saved_splits(folder):
+    DatasetDict({"train": make_dataset(3), "test": make_dataset(1)}).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def shards(folder):
+    for index in range(3):
+        make_dataset(1, first=index).to_parquet(folder / f"train-{index:05}-of-00003.parquet")
+    return folder
+
+
+def pattern(folder):
+    return shards(folder) / "train-*.parquet"
+
+
+def two_folders(folder):
+    write_folders(folder)
+    return folder
+
+
+def two_folders_with_splits(folder):
+    write_folders(folder, split="training")
+    write_folders(folder, names="a", split="validation")
+    return folder
+
+
+def splits_with_two_folders(folder):
+    write_folders(folder / "train", images="img", labels="masks")
+    write_folders(folder / "val", names="a", images="img", labels="masks")
+    return folder
+
+
+def image_folder_with_metadata(folder):
+    write_folders(folder / "train", images="pictures", labels="truth")
+    lines = [
+        {"image_file_name": f"pictures/{index}.png", "annotation_file_name": f"truth/{index}.png"}
+        for index in range(3)
+    ]
+    (folder / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "write",
+    [
+        parquet, arrow, saved, saved_splits, shards, pattern, two_folders, two_folders_with_splits,
+        splits_with_two_folders, image_folder_with_metadata,
+    ],
+)  # fmt: skip
+def test_a_data_set_is_read_from_every_form(tmp_path, write, streaming):
+    pictures = load_pictures(write(tmp_path), streaming=streaming)
+    assert isinstance(pictures, IterableDataset if streaming else Dataset)
+    examples = [to_arrays(example, LABELS) for example in pictures]
+    assert sorted(image.getpixel((0, 0))[0] for image, _ in examples) == [0, 1, 2]
+    assert all(label_map.shape == SIZE and label_map[0, -1] == 1 for _, label_map in examples)
+
+
+def test_columns_are_chosen_by_name(tmp_path):
+    make_dataset(2, "photo", "truth").to_parquet(tmp_path / "data.parquet")
+    pictures = load_pictures(tmp_path / "data.parquet", image_column="photo", label_column="truth")
+    assert pictures.column_names == ["image", "annotation"]
+    # What is chosen wins over what would be recognised
+    make_dataset(2, "image", "mask").add_column("label", [5, 6]).to_parquet(tmp_path / "other.parquet")
+    assert load_pictures(tmp_path / "other.parquet", label_column="mask").column_names == ["image", "annotation"]
+
+
+def test_columns_of_paths_are_opened_where_they_are_chosen(tmp_path):
+    write_folders(tmp_path)
+    rows = {"image": [str(tmp_path / "images" / "2.png")], "truth": [str(tmp_path / "annotations" / "2.png")]}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "data.parquet")
+    [example] = load_pictures(tmp_path / "data.parquet", image_column="image", label_column="truth")
+    assert to_arrays(example, LABELS)[0].getpixel((0, 0)) == (2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"label_column": "truth"}, "no column 'truth', but image, annotation"),
+        ({"label_column": "image"}, "cannot hold both"),
+    ],
+)
+def test_columns_that_cannot_be_meant_are_refused(tmp_path, columns, message):
+    make_dataset(1).to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(ValueError, match=message):
+        load_pictures(tmp_path / "data.parquet", **columns)
+
+
+def test_pictures_to_segment_need_no_label_maps(tmp_path):
+    make_dataset(2).remove_columns("annotation").to_parquet(tmp_path / "data.parquet")
+    assert load_pictures(tmp_path / "data.parquet", labelled=False).column_names == ["image"]
+    with pytest.raises(ValueError, match="none of which is known to hold label maps"):
+        load_pictures(tmp_path / "data.parquet")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_empty_data_set_is_refused(tmp_path, streaming):
+    make_dataset(1).select([]).to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(ValueError, match="holds no pictures"):
+        load_pictures(tmp_path / "data.parquet", streaming=streaming)
+
+
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(tmp_path):
+    with pytest.raises(ValueError, match="it has the splits train, test"):
+        load_pictures(saved_splits(tmp_path), "validation")
+
+
+def test_pictures_without_label_maps_are_left_out_and_counted(tmp_path, caplog):
+    write_folders(tmp_path)
+    (tmp_path / "annotations" / "1.png").unlink()
+    assert len(load_pictures(tmp_path)) == 2
+    assert "1 pictures without a label map of the same name and 0 label maps" in caplog.text
+
+
+def test_two_folders_without_a_name_in_common_are_refused(tmp_path):
+    write_folders(tmp_path)
+    for path in list((tmp_path / "annotations").iterdir()):
+        path.rename(path.with_name(f"{path.stem}_mask.png"))
+    with pytest.raises(ValueError, match="3 pictures and 3 label maps lie there, but no two of the same name"):
+        load_pictures(tmp_path)
+
+
+# Examples that cannot be used
+
+
+def example_with(**changes):
+    return {**make_dataset(1).cast_column("image", ImageFeature(decode=False))[0], **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"annotation": encoded(np.full(SIZE, 7, np.uint8))}, r"example 1: the label map holds \[7\] on 96 pixels"),
+        ({"annotation": encoded(np.zeros((3, 4), np.uint8))}, "example 1: a picture is 12 x 8 .* 4 x 3 pixels"),
+        ({"annotation": None}, "example 1: the label map is missing"),
+        ({"image": None}, "example 1: the picture is missing"),
+        ({"image": {"bytes": b"no picture", "path": None}}, "example 1: the picture cannot be read"),
+        ({"image": {"bytes": encoded(np.ones((99, 99), np.uint8))["bytes"][:80], "path": None}}, "example 1: .* cut"),
+        ({"image": {"bytes": None, "path": "/nowhere/picture.png"}}, "example 1: the picture cannot be read"),
+    ],
+    ids=["values", "size", "no map", "no picture", "garbage", "cut off", "path"],
+)  # fmt: skip
+def test_an_example_that_cannot_be_used_is_named(changes, message):
+    example = {**make_dataset(1)[0], **changes}
+    dataset = [make_dataset(1)[0], example]
+    with pytest.raises(ValueError, match=f"some data, {message}"):
+        check_first_pictures(dataset, LABELS, "some data")
+    pictures = training_pictures(dataset)
+    assert pictures[0]["index"] == 0
+    with pytest.raises(PictureError, match=f"^{message}"):
+        pictures[1]
+
+
+def test_a_worker_names_its_example_in_one_line():
+    wrong = {"annotation": [encoded(np.full(SIZE, 7, np.uint8))]}
+    rows = {"image": [encoded(np.zeros((*SIZE, 3), np.uint8))], **wrong}
+    pictures = training_pictures(Dataset.from_dict(rows))
+    with pytest.raises(PictureError) as error:
+        next(iter(load(pictures, workers=1)))
+    assert str(error.value).startswith("example 0: the label map holds [7]")
+    assert "\n" not in str(error.value)
+
+
+def test_the_first_pictures_of_a_stream_are_checked_and_no_others():
+    rows = [example_with()] * 8 + [example_with(image=None)]
+    stream = Dataset.from_list(rows, features=make_dataset(1).features).to_iterable_dataset()
+    check_first_pictures(stream, LABELS, "stream")
+    with pytest.raises(ValueError, match="stream, example 8"):
+        check_first_pictures(stream, LABELS, "stream", count=9)
+
+
+def test_pictures_without_labels_are_counted_and_said_once(caplog):
+    rows = {
+        "image": [encoded(np.zeros((*SIZE, 3), np.uint8))] * 4,
+        "annotation": [encoded(np.full(SIZE, 255, np.uint8))] * 4,
+    }
+    pictures = training_pictures(Dataset.from_dict(rows))
+    with caplog.at_level(logging.WARNING):
+        for index in range(4):
+            assert (pictures[index]["labels"] == 255).all()
+    assert [record.message.split(":")[0] for record in caplog.records] == ["example 0"]
+    assert pictures.report.count("without_labels") == 4
+    # What workers count is known here
+    assert len(list(load(pictures, workers=2, batch_size=1))) == 4
+    assert pictures.report.count("without_labels") == 8
+
+
+# Views
+
+
+def test_views_are_normalised_as_the_processor_does():
+    dataset = make_dataset(3, first=100)
+    expected = SANImageProcessor()(dataset[2]["image"], do_resize=False, do_pad=False, return_tensors="pt")
+    example = training_pictures(dataset)[2]
+    assert torch.allclose(example["pixel_values"], expected["pixel_values"][0], atol=1e-6)
+    assert example["pixel_values"].dtype == torch.float32
+    assert (example["labels"].dtype, example["index"].dtype) == (torch.int64, torch.int64)
+    assert example["labels"].tolist() == [[0] * 6 + [1] * 6] * 8
+
+
+def test_augmented_labels_stay_on_their_pixels():
+    rng, rows = np.random.default_rng(0), {"image": [], "annotation": []}
+    for _ in range(6):
+        labels = np.zeros((48, 64), np.uint8)
+        labels[:, int(rng.integers(16, 48)) :] = 1
+        rows["image"].append(encoded(np.where(labels[..., None] == 1, np.uint8(230), np.uint8(30)).repeat(3, 2)))
+        rows["annotation"].append(encoded(labels))
+    augmentation = Augmentation((32, 64, 96), 256, (64, 96), photometric=False)
+    pictures = training_pictures(Dataset.from_dict(rows), augmentation)
+    for number in range(18):
+        example = pictures[number]
+        light, labelled = example["pixel_values"].mean(0) > 0, example["labels"] != 255
+        # Bilinear resizing blurs the picture at the edge, nearest does not blur the labels
+        assert (light[labelled] == (example["labels"][labelled] == 1)).float().mean() > 0.95
+
+
+def test_views_do_not_depend_on_who_makes_them():
+    pictures = training_pictures(make_dataset(5, first=60), Augmentation((8, 9, 12, 20), 64, SIZE), seed=3)
+    order = list(range(10))
+    alone = [pictures[number] for number in order]
+    for workers, batch_size in ((1, 2), (2, 5)):
+        loader = load(pictures, workers, batch_size, sampler=order)
+        batches = [batch["pixel_values"] for batch in loader]
+        assert torch.equal(torch.cat(batches), torch.stack([view["pixel_values"] for view in alone]))
+
+
+def test_an_epoch_has_views_of_its_own_however_it_is_told():
+    dataset, augmentation = make_dataset(2, first=60), Augmentation((8, 9, 12, 20), 64, SIZE)
+    pictures, told = training_pictures(dataset, augmentation), training_pictures(dataset, augmentation)
+    told.set_epoch(1)
+    assert len(pictures) == 2
+    assert torch.equal(pictures[2 + 1]["pixel_values"], told[1]["pixel_values"])
+    assert pictures[2 + 1]["index"] == 1
+    assert not torch.equal(pictures[1]["pixel_values"], told[1]["pixel_values"])
+    assert not torch.equal(
+        training_pictures(dataset, augmentation, seed=1)[1]["pixel_values"], pictures[1]["pixel_values"]
+    )
+
+
+def test_workers_that_live_on_hear_of_the_next_epoch():
+    pictures = training_pictures(make_dataset(2, first=60), Augmentation((8, 9, 12, 20), 64, SIZE))
+    loader = load(pictures, workers=1, batch_size=2, persistent_workers=True)
+    [first] = loader
+    pictures.set_epoch(1)
+    [second] = loader
+    assert torch.equal(second["pixel_values"][1], pictures[1]["pixel_values"])
+    assert not torch.equal(first["pixel_values"], second["pixel_values"])
+
+
+# Order
+
+
+def test_every_epoch_has_each_picture_once_in_an_order_of_its_own():
+    order = iter(EndlessOrder(10, seed=0))
+    epochs = [[next(order) for _ in range(10)] for _ in range(3)]
+    for epoch, numbers in enumerate(epochs):
+        assert sorted(numbers) == list(range(10 * epoch, 10 * epoch + 10))
+    assert len({tuple(number % 10 for number in numbers) for numbers in epochs}) == 3
+
+
+def test_two_processes_see_together_what_one_of_twice_the_batch_sees():
+    whole = iter(EndlessOrder(7, seed=1, batch_size=8))
+    parts = [iter(EndlessOrder(7, seed=1, rank=rank, world_size=2, batch_size=4)) for rank in range(2)]
+    for _ in range(5):
+        step = [next(whole) for _ in range(8)]
+        assert [next(part) for part in parts for _ in range(4)] == step
+
+
+@pytest.mark.parametrize("start", [1, 8, 50])
+def test_an_order_goes_on_from_any_place(start):
+    whole, rest = iter(EndlessOrder(7, seed=1, batch_size=4)), iter(EndlessOrder(7, 1, start, batch_size=4))
+    for _ in range(start):
+        next(whole)
+    assert [next(whole) for _ in range(20)] == [next(rest) for _ in range(20)]
+
+
+@pytest.mark.parametrize("options", [{"length": 0}, {"start": -1}, {"rank": 2, "world_size": 2}, {"seed": -1}])
+def test_orders_that_cannot_be_are_refused(options):
+    with pytest.raises(ValueError, match=r"no pictures|must be"):
+        EndlessOrder(**{"length": 3, "seed": 0, **options})
+
+
+# Streams
+
+
+@pytest.mark.parametrize("num_shards", [1, 4, 7])
+def test_two_processes_with_two_workers_read_each_picture_once_an_epoch(num_shards):
+    stream = make_dataset(23).to_iterable_dataset(num_shards=num_shards)
+    read = Counter()
+    for rank in range(2):
+        for batch in load(streamed(stream, rank=rank, world_size=2, epochs=2), workers=2):
+            read.update(greys(batch))
+    assert read == dict.fromkeys(range(23), 2)
+
+
+@pytest.mark.parametrize("readers", [1, 2, 3, 5, 8, 40])
+@pytest.mark.parametrize("num_shards", [1, 2, 5, 23])
+def test_readers_share_every_epoch_without_overlap_or_loss(readers, num_shards):
+    pictures = streamed(make_dataset(23).to_iterable_dataset(num_shards=num_shards))
+    for epoch in range(3):
+        shares = [[index for index, _ in pictures._share(epoch, reader, readers)] for reader in range(readers)]
+        counted = Counter(index for share in shares for index in share)
+        assert len(counted) == 23
+        assert set(counted.values()) == {1}
+
+
+def test_a_stream_is_shuffled_anew_each_epoch_and_never_ends():
+    stream = make_dataset(12).to_iterable_dataset(num_shards=3)
+    batches = [greys(batch) for batch in take(load(streamed(stream), 0, batch_size=12), 3)]
+    assert all(sorted(batch) == list(range(12)) for batch in batches)
+    assert len({tuple(batch) for batch in [*batches, list(range(12))]}) == 4
+    again = [greys(batch) for batch in take(load(streamed(stream), 0, batch_size=12), 3)]
+    other = [greys(batch) for batch in take(load(streamed(stream, seed=1), 0, batch_size=12), 3)]
+    assert again == batches
+    assert other != batches
+
+
+@pytest.mark.parametrize(("workers", "num_shards"), [(0, 5), (2, 1), (2, 5)])
+def test_a_stream_goes_on_exactly_where_it_was_left(workers, num_shards):
+    stream = make_dataset(13).to_iterable_dataset(num_shards=num_shards)
+    options = {"rank": 1, "world_size": 2, "augmentation": Augmentation((8, 9, 12), 64, SIZE)}
+    whole = take(load(streamed(stream, **options), workers), 11)
+    for skip in (1, 7):
+        rest = take(load(streamed(stream, skip=skip, **options), workers), 4)
+        for before, after in zip(whole[skip:], rest, strict=False):
+            assert torch.equal(before["index"], after["index"])
+            assert torch.equal(before["pixel_values"], after["pixel_values"])
+
+
+def test_what_is_skipped_is_not_decoded():
+    broken = example_with(image={"bytes": b"no picture", "path": None})
+    rows = [broken] * 6 + [example_with()] * 3
+    dataset = Dataset.from_list(rows, features=make_dataset(1).features).to_iterable_dataset()
+    [batch] = take(load(streamed(dataset, buffer_size=1, skip=2), 0), 1)
+    assert batch["index"].tolist() == [6, 7, 8]
+    with pytest.raises(PictureError, match="example 3"):
+        take(load(streamed(dataset, buffer_size=1, skip=1), 0), 1)
+
+
+def test_a_stream_of_unknown_columns_is_read(tmp_path):
+    rows = [{"img": Image.new("RGB", SIZE[::-1]), "mask": np.zeros(SIZE, np.uint8)} for _ in range(3)]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    assert stream.features is None
+    with pytest.raises(KeyError):
+        next(iter(streamed(stream)))
+    [batch] = load(streamed(stream.rename_columns({"img": "image", "mask": "annotation"}), epochs=1), 0)
+    assert batch["labels"].shape == (3, *SIZE)
+
+
+def test_more_readers_than_pictures_take_turns():
+    stream = make_dataset(2).to_iterable_dataset()
+    read = [greys(take(load(streamed(stream, rank=rank, world_size=5), 0), 1)[0]) for rank in range(5)]
+    assert all(len(batch) == 3 for batch in read)
+
+
+def test_a_stream_of_nothing_ends_with_a_sentence():
+    stream = IterableDataset.from_generator(lambda: iter(()))
+    with pytest.raises(ValueError, match="too few pictures"):
+        next(iter(streamed(stream)))

@@ -108,7 +108,7 @@ def draw_contact_sheet(
         if index not in seen:
             counts = np.bincount(np.minimum(label_map, len(label_set)).ravel(), minlength=len(pixels))
             pixels += counts
-            seen[index] = counts[:-1].any()
+            seen[index] = bool(counts[:-1].any())
         rng = np.random.default_rng([seed, epoch, index])
         view, labels = augmentation(image, label_map, rng, label_set.ignore_index)
         cells.append(_cell(f"example {index}", view, labels, label_set.names, colors))

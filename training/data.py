@@ -107,7 +107,7 @@ def _as_picture(value: Any, what: str) -> Image.Image | np.ndarray:
             if value.get("bytes"):
                 return Image.open(io.BytesIO(value["bytes"]))
             # Paths into archives and on the Hub are opened as datasets does
-            return ImageFeature().decode_example(value)
+            return ImageFeature().decode_example(dict(value))
         return np.asarray(value)
     except (Image.DecompressionBombError, OSError, SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"{what} cannot be read ({error}): the file may be missing or damaged.") from error

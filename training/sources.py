@@ -122,9 +122,11 @@ def _with_columns(dataset: Any, features: dict[str, Any], wanted: dict[str, str]
 
 def _open(source: str, split: str, streaming: bool, labelled: bool) -> Any:
     path = Path(source)
+    # Its overloads know no plain truth value for streaming
+    load: Any = load_dataset
     reader = _FILE_FORMATS.get(path.suffix)
     if reader is not None:
-        return load_dataset(reader, data_files=source, split="train", streaming=streaming)
+        return load(reader, data_files=source, split="train", streaming=streaming)
     if glob.has_magic(source):
         raise ValueError(f"a pattern has to end in {' or '.join(_FILE_FORMATS)}")
     if (path / "state.json").is_file():
@@ -132,13 +134,13 @@ def _open(source: str, split: str, streaming: bool, labelled: bool) -> Any:
     if (path / "dataset_dict.json").is_file():
         parts = DatasetDict.load_from_disk(source)
         if split not in parts:
-            raise ValueError(f"it has the splits {', '.join(parts)}")
+            raise ValueError(f"it has the splits {', '.join(map(str, parts))}")
         return _streamed(parts[split], streaming)
     if labelled and path.is_dir():
         pairs = _paired_files(path, split)
         if pairs is not None:
             return _streamed(_from_pairs(*pairs), streaming)
-    return load_dataset(source, split=split, streaming=streaming)
+    return load(source, split=split, streaming=streaming)
 
 
 def _streamed(dataset: Dataset, streaming: bool) -> Dataset | IterableDataset:

@@ -176,7 +176,7 @@ class Options:
         shard_size: rows of a part file.
         batch_size: pictures that the model sees at once.
         with_images: store the pictures beside the label maps, encoded as they came.
-        with_scores: store a map of the winning scores, of 8 bits, 255 standing for 1 and more.
+        with_scores: store a map of the winning scores in thousandths, of 16 bits.
         keep_columns: columns of the data set to store as well.
         strict: end at the first picture that cannot be read.
         workers: threads that read and decode pictures and encode label maps; by default one for each core, 16 at most.
@@ -424,15 +424,14 @@ class _Prepared:
 
 
 def _prepare(row: _Row, labeler: Labeler, with_image: bool) -> _Prepared:
-    encoded = None
     try:
         encoded, picture = _read(row.values[IMAGE], with_image)
         pixel_values, image_sizes = labeler.prepare(picture)
     except UnidentifiedImageError:
-        return _Prepared(row, encoded, error="the file is no picture of a known format")
+        return _Prepared(row, error="the file is no picture of a known format")
     except Exception as error:
         # Decoders of damaged files raise what they please
-        return _Prepared(row, encoded, error=_one_line(error))
+        return _Prepared(row, error=_one_line(error))
     return _Prepared(row, encoded, picture.shape[:2], pixel_values, image_sizes)
 
 
@@ -637,19 +636,26 @@ def _result(
 ) -> dict[str, Any]:
     """A row of a part file; without a label map that of a picture that cannot be read."""
     values = prepared.row.values
-    row: dict[str, Any] = {ROW: prepared.row.number, **{name: values[name] for name in options.keep_columns}}
+    row: dict[str, Any] = {ROW: prepared.row.number, **{name: _kept(values[name]) for name in options.keep_columns}}
     if options.with_images:
         row[IMAGE] = None if prepared.encoded is None else {"bytes": prepared.encoded, "path": None}
     row[ANNOTATION] = None if label_map is None else {"bytes": _png(label_map), "path": None}
     if options.with_scores:
-        row[SCORES] = None if scores is None else {"bytes": _png(_byte_scores(scores)), "path": None}
+        row[SCORES] = None if scores is None else {"bytes": _png(_thousandths(scores)), "path": None}
     row[SEGMENTS] = [] if label_map is None else _segments(label_map, scores, labels)
     row[ERROR] = prepared.error
     return row
 
 
-def _byte_scores(scores: np.ndarray) -> np.ndarray:
-    return np.rint(scores.clip(0, 1) * 255).astype(np.uint8)
+def _kept(value: Any) -> Any:
+    """A column's entry; an encoded file without its path, which `datasets` would store in place of the content."""
+    is_file = isinstance(value, Mapping) and set(value) == {"bytes", "path"} and value["bytes"] is not None
+    return {"bytes": value["bytes"], "path": None} if is_file else value
+
+
+def _thousandths(scores: np.ndarray) -> np.ndarray:
+    # A score sums what all queries say of a pixel, and may be above 1
+    return np.rint(scores * 1000).clip(0, 65535).astype(np.uint16)
 
 
 def _segments(label_map: np.ndarray, scores: np.ndarray | None, labels: Sequence[str]) -> list[dict[str, Any]]:

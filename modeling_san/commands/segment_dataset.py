@@ -86,7 +86,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--keep-columns", metavar="NAME,...", help="columns of the data set to store as well")
     parser.add_argument("--with-images", action="store_true", help="store the pictures as well, encoded as they came")
     parser.add_argument(
-        "--scores", action="store_true", help="store the winning score of each pixel, 0 ... 1 as a PNG of 0 ... 255"
+        "--scores",
+        action="store_true",
+        help="store the winning score of each pixel, in thousandths, as a PNG of 16 bits",
     )
     parser.add_argument(
         "--shard-size",
@@ -121,7 +123,14 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         exit code, 2 if no picture could be read.
     """
-    share = _read_part(args.part)
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _segment(args)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _segment(args: argparse.Namespace) -> int:
     from accelerate import PartialState
     from datasets.utils import logging as datasets_logging
 
@@ -132,10 +141,10 @@ def run(args: argparse.Namespace) -> int:
     from .results import make_folder, make_segmenter, untrained_words
     from .segment import _check_extension
 
+    share = _read_part(args.part)
     quiet_libraries()
     datasets_logging.set_verbosity(datasets_logging.CRITICAL)
     datasets_logging.disable_progress_bar()
-    signal.signal(signal.SIGTERM, _terminate)
     state = PartialState(cpu=args.device == "cpu")
     # A job of an array may itself be launched as several processes
     part = Part(share[0] * state.num_processes + state.process_index, share[1] * state.num_processes)

@@ -61,6 +61,12 @@ def tiny(make_model):
     return make_model()
 
 
+@pytest.fixture
+def without_plot(monkeypatch):
+    """Leaves out the plot, which takes longer than all else."""
+    monkeypatch.setattr(evaluation, "plot_class_iou", lambda *_, **__: None)
+
+
 @torch.no_grad()
 def counts_by_hand(model, processor, pictures, predict=None):
     """Pairs of true and predicted classes, picture by picture and pixel by pixel."""
@@ -210,6 +216,7 @@ def test_files_hold_what_was_measured(tiny, small_processor, pictures, label_set
     assert not (tmp_path / "progress").exists()
 
 
+@pytest.mark.usefixtures("without_plot")
 def test_the_best_and_worst_pictures_are_drawn(tiny, small_processor, pictures, label_set, tmp_path):
     evaluate(tiny, small_processor, pictures, label_set, output_dir=tmp_path, overlays=1, progress=False)
     scores = {
@@ -292,6 +299,7 @@ def run_files(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.usefixtures("without_plot")
 @pytest.mark.parametrize("streamed", [False, True], ids=["map", "stream"])
 def test_a_cut_run_goes_on(tiny, small_processor, pictures, label_set, tmp_path, monkeypatch, streamed):
     data = IterableDataset.from_generator(lambda: iter(pictures)) if streamed else pictures
@@ -305,6 +313,7 @@ def test_a_cut_run_goes_on(tiny, small_processor, pictures, label_set, tmp_path,
     assert run_files(tmp_path / "cut") == run_files(tmp_path / "uncut")
 
 
+@pytest.mark.usefixtures("without_plot")
 @pytest.mark.parametrize("change", ["model", "data", "labels", "size", "limit"])
 def test_another_run_does_not_go_on_from_an_old_one(
     make_model, small_processor, pictures, label_set, tmp_path, monkeypatch, change
@@ -343,6 +352,7 @@ def test_another_run_does_not_go_on_from_an_old_one(
     assert seen.count == 1 + results["pictures"] == 1 + (limit or 7)
 
 
+@pytest.mark.usefixtures("without_plot")
 def test_a_damaged_state_is_begun_anew(tiny, small_processor, pictures, label_set, tmp_path):
     state = tmp_path / "progress" / "00000-of-00001" / "state.npz"
     state.parent.mkdir(parents=True)

@@ -155,7 +155,8 @@ class SANLoss(Mask2FormerLoss):
             targets[index, queries] = class_labels[index].to(targets)[chosen]
         kept = sorted(matches)
         logits = class_queries_logits[kept].float().flatten(0, 1)
-        return nn.functional.cross_entropy(logits, targets[kept].flatten(), self.empty_weight, reduction="sum")
+        weight: Any = self.empty_weight
+        return nn.functional.cross_entropy(logits, targets[kept].flatten(), weight, reduction="sum")
 
     @torch.no_grad()
     def _choose_points(self, masks: Tensor) -> Tensor:

@@ -413,26 +413,34 @@ def _stream_items(rows: IterableDataset, output: Path, size: int, part: Part) ->
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A picture ready for the model, or why there is none."""
+    """A picture ready for the model."""
 
     row: _Row
-    encoded: bytes | None = None
-    size: tuple[int, int] = (0, 0)
-    pixel_values: Tensor | None = None
-    image_sizes: Tensor | None = None
-    error: str | None = None
+    encoded: bytes | None
+    size: tuple[int, int]
+    pixel_values: Tensor
+    image_sizes: Tensor
 
 
-def _prepare(row: _Row, labeler: Labeler, with_image: bool) -> _Prepared:
+@dataclass(frozen=True)
+class _Unreadable:
+    """A picture that is none, and why."""
+
+    row: _Row
+    error: str
+
+
+def _prepare(row: _Row, labeler: Labeler, with_image: bool) -> _Prepared | _Unreadable:
     try:
         encoded, picture = _read(row.values[IMAGE], with_image)
         pixel_values, image_sizes = labeler.prepare(picture)
     except UnidentifiedImageError:
-        return _Prepared(row, error="the file is no picture of a known format")
+        return _Unreadable(row, "the file is no picture of a known format")
     except Exception as error:
         # Decoders of damaged files raise what they please
-        return _Prepared(row, error=_one_line(error))
-    return _Prepared(row, encoded, picture.shape[:2], pixel_values, image_sizes)
+        return _Unreadable(row, _one_line(error))
+    height, width = picture.shape[:2]
+    return _Prepared(row, encoded, (height, width), pixel_values, image_sizes)
 
 
 def _read(value: Any, with_image: bool) -> tuple[bytes | None, np.ndarray]:
@@ -478,7 +486,9 @@ def _png(pixels: np.ndarray) -> bytes:
 class _Run:
     """Takes rows from reading to part files; the device works in the caller's thread, all else in others."""
 
-    def __init__(self, labeler: Labeler, features: Features, output: Path, options: Options, bar: tqdm[Any]) -> None:
+    def __init__(
+        self, labeler: Labeler, features: Mapping[str, Any] | None, output: Path, options: Options, bar: Any
+    ) -> None:
         self.labeler = labeler
         self.output = output
         self.options = options
@@ -521,14 +531,14 @@ class _Run:
             writer.shutdown(wait=True)
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _begin(self, pool: ThreadPoolExecutor, item: _Row | _BlockEnd) -> Future[_Prepared] | _BlockEnd:
+    def _begin(self, pool: ThreadPoolExecutor, item: _Row | _BlockEnd) -> Future[_Prepared | _Unreadable] | _BlockEnd:
         if isinstance(item, _BlockEnd):
             return item
         return pool.submit(_prepare, item, self.labeler, self.options.with_images)
 
-    def _take(self, pool: ThreadPoolExecutor, prepared: _Prepared) -> None:
+    def _take(self, pool: ThreadPoolExecutor, prepared: _Prepared | _Unreadable) -> None:
         """Put a picture to others of its size, and run those that are enough for a batch."""
-        if prepared.pixel_values is None:
+        if isinstance(prepared, _Unreadable):
             message = f"row {prepared.row.number}: {prepared.error}"
             if self.options.strict:
                 raise ValueError(message)
@@ -607,10 +617,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
-def result_features(features: Features, options: Options) -> Features:
+def result_features(features: Mapping[str, Any] | None, options: Options) -> Features:
     """Columns of the part files; `features` are those of the data set."""
     columns: dict[str, Any] = {ROW: Value("int64")}
-    columns.update({name: features[name] for name in options.keep_columns})
+    columns.update({name: (features or {})[name] for name in options.keep_columns})
     if options.with_images:
         columns[IMAGE] = ImageFeature()
     columns[ANNOTATION] = ImageFeature()
@@ -620,7 +630,8 @@ def result_features(features: Features, options: Options) -> Features:
         {"label": Value("string"), "index": Value("int32"), "area": Value("float32"), "mean_score": Value("float32")}
     ]
     columns[ERROR] = Value("string")
-    return Features({name: _decoded(feature) for name, feature in columns.items()})
+    decoded: Any = {name: _decoded(feature) for name, feature in columns.items()}
+    return Features(decoded)
 
 
 def _decoded(feature: Any) -> Any:
@@ -628,7 +639,7 @@ def _decoded(feature: Any) -> Any:
 
 
 def _result(
-    prepared: _Prepared,
+    prepared: _Prepared | _Unreadable,
     options: Options,
     label_map: np.ndarray | None = None,
     scores: np.ndarray | None = None,
@@ -638,13 +649,17 @@ def _result(
     values = prepared.row.values
     row: dict[str, Any] = {ROW: prepared.row.number, **{name: _kept(values[name]) for name in options.keep_columns}}
     if options.with_images:
-        row[IMAGE] = None if prepared.encoded is None else {"bytes": prepared.encoded, "path": None}
-    row[ANNOTATION] = None if label_map is None else {"bytes": _png(label_map), "path": None}
+        row[IMAGE] = _file_entry(None if isinstance(prepared, _Unreadable) else prepared.encoded)
+    row[ANNOTATION] = _file_entry(None if label_map is None else _png(label_map))
     if options.with_scores:
-        row[SCORES] = None if scores is None else {"bytes": _png(_thousandths(scores)), "path": None}
+        row[SCORES] = _file_entry(None if scores is None else _png(_thousandths(scores)))
     row[SEGMENTS] = [] if label_map is None else _segments(label_map, scores, labels)
-    row[ERROR] = prepared.error
+    row[ERROR] = prepared.error if isinstance(prepared, _Unreadable) else None
     return row
+
+
+def _file_entry(encoded: bytes | None) -> dict[str, Any] | None:
+    return None if encoded is None else {"bytes": encoded, "path": None}
 
 
 def _kept(value: Any) -> Any:

@@ -145,7 +145,7 @@ def _segment(args: argparse.Namespace) -> int:
     quiet_libraries()
     datasets_logging.set_verbosity(datasets_logging.CRITICAL)
     datasets_logging.disable_progress_bar()
-    state = PartialState(cpu=args.device == "cpu")
+    state: Any = PartialState(cpu=args.device == "cpu")
     # A job of an array may itself be launched as several processes
     part = Part(share[0] * state.num_processes + state.process_index, share[1] * state.num_processes)
     _check_extension(args.extend_labels)

@@ -481,12 +481,28 @@ def test_accelerate_launch_runs_the_same_program_on_two_processes(options):
 # ---------------------------------------- recipes
 
 
-@pytest.mark.parametrize("name", ["coco_stuff_vit_b_16", "coco_stuff_vit_l_14", "fine_tune"])
+@pytest.mark.parametrize("name", ["coco_stuff_vit_b_16", "coco_stuff_vit_l_14", "fine_tune", "fine_tune_everything"])
 def test_shipped_recipes_can_be_read(name):
     assert name in recipe_names()
     recipe = parse_recipe(["--config", name, "--dataset", "x", "--output-dir", "y"])
-    assert recipe.learning_rate == 1e-4
-    assert recipe.max_grad_norm == 0.01
+    assert Recipe(**vars(recipe)) == recipe
+
+
+def test_every_recipe_is_tested():
+    assert recipe_names() == ("coco_stuff_vit_b_16", "coco_stuff_vit_l_14", "fine_tune", "fine_tune_everything")
+
+
+@pytest.mark.parametrize("templates", [["a photo of a {}."], ["vild"], ["templates.txt"]])
+def test_templates_are_given_by_name_by_file_or_themselves(options, tmp_path, monkeypatch, templates):
+    monkeypatch.chdir(tmp_path)
+    Path("templates.txt").write_text("a photo of a {}.\n")
+    saved = SANProcessor.from_pretrained(run(options, steps=1, templates=templates)).templates
+    assert len(saved) == (14 if templates == ["vild"] else 1)
+
+
+def test_templates_that_are_nowhere_are_refused(options):
+    with pytest.raises(ValueError, match="nor a file of templates"):
+        run(options, templates=["vildd"])
 
 
 def test_the_papers_recipe_is_the_papers():

@@ -57,7 +57,7 @@ class Recipe:
         "tokens in CLIP's last layers), everything, or parts of parameter names of CLIP, separated by commas",
     )
     num_clip_prompts: int = _option(16, "prompt tokens in each layer where trainable is prompts")
-    templates: str | None = _option(None, "prompt templates: vild, imagenet or a file (default: the model's)")
+    templates: list[str] = _option([], "prompt templates: vild, imagenet, a file, or templates (default: the model's)")
 
     dataset: str | None = _option(None, "pictures with label maps: parquet file, folder or Hub id")
     split: str = _option("train", "part of the data set")

@@ -108,7 +108,11 @@ class _Run:
             label_column=recipe.label_column,
         )
         self.label_set = load_label_set(
-            recipe.labels, dataset=pictures, ignore_index=recipe.ignore_index, reduce_labels=recipe.reduce_labels
+            recipe.labels,
+            dataset=pictures,
+            source=recipe.dataset,
+            ignore_index=recipe.ignore_index,
+            reduce_labels=recipe.reduce_labels,
         )
         check_first_pictures(pictures, self.label_set, recipe.dataset)
         self.validation = self._load_validation()
@@ -563,20 +567,21 @@ def _find_checkpoint(recipe: Recipe, folder: Path, checkpoints: Checkpoints) -> 
 def _load_model(recipe: Recipe, checkpoint: Path | None) -> tuple[SANForOpenVocabSegmentation, SANProcessor]:
     """The model to train in float32, from a checkpoint, a SAN model, or a CLIP with a new side adapter."""
     source = str(checkpoint or recipe.clip or recipe.model or BUILTIN_MODEL)
+    templates = _templates(recipe)
     try:
         if checkpoint is None and recipe.clip is not None:
-            return _new_model(recipe)
+            return _new_model(recipe, templates)
         model = SANForOpenVocabSegmentation.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
         processor = SANProcessor.from_pretrained(source)
     except Exception as error:
         # Damaged files and missing networks raise many kinds
         raise ValueError(f"{source} cannot be loaded as a model to train: {_first_line(error)}") from error
-    if recipe.templates is not None:
-        processor = SANProcessor(processor.image_processor, processor.tokenizer, templates=_templates(recipe))
+    if templates is not None:
+        processor = SANProcessor(processor.image_processor, processor.tokenizer, templates=templates)
     return model, processor
 
 
-def _new_model(recipe: Recipe) -> tuple[SANForOpenVocabSegmentation, SANProcessor]:
+def _new_model(recipe: Recipe, templates: str | list[str] | None) -> tuple[SANForOpenVocabSegmentation, SANProcessor]:
     from transformers import CLIPModel, CLIPTokenizer
 
     from modeling_san.processing import SANImageProcessor
@@ -588,19 +593,25 @@ def _new_model(recipe: Recipe) -> tuple[SANForOpenVocabSegmentation, SANProcesso
     image_processor = SANImageProcessor(
         size_divisor=model.config.size_divisor, mask_stride=model.config.side_patch_size
     )
-    return model, SANProcessor(image_processor, tokenizer, templates=_templates(recipe) or "vild")
+    return model, SANProcessor(image_processor, tokenizer, templates=templates or "vild")
 
 
 def _templates(recipe: Recipe) -> str | list[str] | None:
     from modeling_san.processing import template_names
 
-    if recipe.templates is None or recipe.templates in template_names():
+    if not recipe.templates:
+        return None
+    if all("{}" in template for template in recipe.templates):
         return recipe.templates
+    source = recipe.templates[0]
+    if source in template_names():
+        return source
     try:
-        return [line for line in Path(recipe.templates).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
+        return [line for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"templates {recipe.templates} is neither {' nor '.join(template_names())} nor a file of templates."
+            f"templates {source!r} is neither {' nor '.join(template_names())}, nor a file of templates, nor a "
+            "template with {} in it."
         ) from error
 
 

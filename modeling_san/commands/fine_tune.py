@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         "output_dir": args.output,
         "trainable": "everything" if args.train_clip else "paper",
         "short_side": args.short_side,
-        "templates": args.templates,
+        "templates": [args.templates] if args.templates else [],
         "steps": args.steps,
         "batch_size": args.batch_size,
         "learning_rate": args.learning_rate,

@@ -24,11 +24,13 @@ TRAINABLE: dict[str, list[str]] = {
 MIXED_PRECISION = ("auto", "no", "bf16", "fp16")
 
 
-def _option(default: Any, help: str) -> Any:
-    metadata = {"help": help if default in (None, [], {}) else f"{help} (default: %(default)s)"}
+def _option(default: Any, help: str, alias: str | None = None) -> Any:
+    metadata: dict[str, Any] = {"help": help if default in (None, []) else f"{help} (default: %(default)s)"}
+    if alias is not None:
+        metadata["aliases"] = [alias]
     if not isinstance(default, bool):
         metadata["metavar"] = "X" if isinstance(default, float) else "N" if _counts(default) else "VALUE"
-    if isinstance(default, (list, dict)):
+    if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -79,7 +81,7 @@ class Recipe:
     photometric: bool = _option(True, "whether brightness, contrast, saturation and hue vary")
     flip: float = _option(0.5, "share of pictures that are mirrored")
 
-    output_dir: str | None = _option(None, "folder for the model, checkpoints and figures")
+    output_dir: str | None = _option(None, "folder for the model, checkpoints and figures", alias="--output")
     resume: str = _option(
         "never", "never, auto (the latest checkpoint in output_dir if there is one), or a checkpoint"
     )

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .datasets import add_dataset_options, open_dataset
 from .errors import CommandError, say
 from .parser import positive_integer
 
@@ -28,28 +29,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "contact-sheet", help="check a data set by eye before training", description=_DESCRIPTION, epilog=_EXAMPLE
     )
-    parser.add_argument(
-        "--dataset",
-        required=True,
-        metavar="PATH_OR_HUB_ID",
-        help="parquet or arrow file, a pattern of these, a folder, or a Hub id",
-    )
-    parser.add_argument(
-        "--labels",
-        metavar="PRESET_OR_FILE",
-        help="a label set such as coco_stuff_171, or a file with class names (default: the names that the data set "
-        "brings)",
-    )
-    parser.add_argument("--split", default="train", help="part of the data set (default: %(default)s)")
-    parser.add_argument("--image-column", metavar="NAME", help="where the pictures are (default: recognised)")
-    parser.add_argument("--label-column", metavar="NAME", help="where the label maps are (default: recognised)")
-    parser.add_argument(
-        "--reduce-labels", action="store_true", help="label maps count classes from 1 and keep 0 for no label"
-    )
-    parser.add_argument(
-        "--ignore-index", type=int, metavar="VALUE", help="value for no label (default: the labels' own, or 255)"
-    )
-    parser.add_argument("--streaming", action="store_true", help="read the first pictures only, copy nothing")
+    add_dataset_options(parser, split="train")
     parser.add_argument(
         "--crop-size", type=positive_integer, default=640, metavar="PIXELS", help="of the views (default: %(default)s)"
     )
@@ -75,16 +55,10 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         exit code.
     """
-    from datasets.utils import logging as datasets_logging
-
     from modeling_san.training.augmentation import Augmentation
     from modeling_san.training.contact_sheet import draw_contact_sheet
-    from modeling_san.training.data import load_pictures
     from modeling_san.training.files import replacing_file
-    from modeling_san.training.label_sets import load_label_set
 
-    # What cannot be read is said once, by this command
-    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
     output = Path(args.output)
     if args.crop_size > _MAX_CROP:
         raise CommandError(f"--crop-size {args.crop_size}: take at most {_MAX_CROP}")
@@ -94,20 +68,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"--output {output}: the sheet is a PNG, let the name end in .png")
     if args.count > _MAX_COUNT:
         raise CommandError(f"--count {args.count}: nobody looks at so many, take at most {_MAX_COUNT}")
-    pictures = load_pictures(
-        args.dataset,
-        args.split,
-        streaming=args.streaming,
-        image_column=args.image_column,
-        label_column=args.label_column,
-    )
-    label_set = load_label_set(
-        args.labels,
-        dataset=pictures,
-        source=args.dataset,
-        ignore_index=args.ignore_index,
-        reduce_labels=args.reduce_labels,
-    )
+    pictures, label_set = open_dataset(args)
     augmentation = Augmentation(crop_size=(args.crop_size, args.crop_size))
     if args.short_sides is not None:
         augmentation = replace(augmentation, short_sides=args.short_sides)

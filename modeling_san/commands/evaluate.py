@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .datasets import add_dataset_options, open_dataset
 from .errors import CommandError, say
 from .labels import read_templates
-from .parser import add_device_option, add_model_option, positive_integer
+from .parser import add_device_option, add_model_option, add_templates_option, positive_integer
 
 _DESCRIPTION = """\
 Segment a labelled data set and compare: a table with the IoU and accuracy of each class, and in DIR
@@ -36,15 +37,7 @@ def add_parser(subparsers: Any) -> None:
         "evaluate", help="measure a model on a labelled data set", description=_DESCRIPTION, epilog=_EXAMPLE
     )
     add_model_option(parser)
-    parser.add_argument(
-        "--dataset", required=True, metavar="PATH_OR_HUB_ID", help="parquet file, folder or Hub data set"
-    )
-    parser.add_argument(
-        "--labels",
-        metavar="PRESET_OR_FILE",
-        help="label set such as ade20k_150, or a file with class names (default: the names that the data set brings)",
-    )
-    parser.add_argument("--split", default="validation", help="part of the data set (default: %(default)s)")
+    add_dataset_options(parser, split="validation")
     parser.add_argument(
         "--tta",
         action="store_true",
@@ -68,21 +61,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="how many of the best and of the worst pictures to draw (default: %(default)s)",
     )
-    parser.add_argument("--streaming", action="store_true", help="read the data set as it is used, without a copy")
-    parser.add_argument("--image-column", metavar="NAME", help="where the pictures are (default: known names)")
-    parser.add_argument("--label-column", metavar="NAME", help="where the label maps are (default: known names)")
-    parser.add_argument(
-        "--reduce-labels", action="store_true", help="label maps count classes from 1, and 0 stands for no label"
-    )
-    parser.add_argument(
-        "--ignore-index", type=int, metavar="VALUE", help="stands for no label (default: the label set's, else 255)"
-    )
-    parser.add_argument(
-        "--templates",
-        metavar="SET_OR_FILE",
-        help="prompts that names are put into: vild, imagenet, or a file with one template per line (default: those "
-        "saved with the model)",
-    )
+    add_templates_option(parser)
     add_device_option(parser)
 
 
@@ -94,36 +73,17 @@ def run(args: argparse.Namespace) -> int:
         exit code.
     """
     from accelerate import Accelerator
-    from datasets.utils import logging as datasets_logging
 
-    from modeling_san.training.data import load_pictures
     from modeling_san.training.evaluation import evaluate, find_subsets, format_table
-    from modeling_san.training.label_sets import load_label_set
 
     from .models import load_model, pick_device, quiet_libraries
     from .results import make_folder
 
     quiet_libraries()
-    # What cannot be read is said once, by this command
-    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
-    datasets_logging.disable_progress_bar()
     if args.overlays < 0:
         raise CommandError(f"--overlays is {args.overlays}: pass 0 or more")
     templates = read_templates(args.templates)
-    pictures = load_pictures(
-        args.dataset,
-        split=args.split,
-        streaming=args.streaming,
-        image_column=args.image_column,
-        label_column=args.label_column,
-    )
-    label_set = load_label_set(
-        args.labels,
-        dataset=pictures,
-        source=args.dataset,
-        ignore_index=args.ignore_index,
-        reduce_labels=args.reduce_labels,
-    )
+    pictures, label_set = open_dataset(args)
     subsets = _read_subsets(args.subset)
     find_subsets(subsets, label_set.names)
     folder = make_folder(args.output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .parser import add_model_option, positive_integer, positive_number
+from .parser import add_model_option, add_templates_option, positive_integer, positive_number
 
 _DESCRIPTION = """\
 Train a model further on pictures with label maps, and save it with the labels stored. The data set holds pictures in a
@@ -45,9 +45,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="PIXELS",
         help="working size of the pictures (default: the model's)",
     )
-    parser.add_argument(
-        "--templates", metavar="NAME_OR_FILE", help="prompt templates to use from now on (default: the model's own)"
-    )
+    add_templates_option(parser)
     for name, default, meaning in (
         ("--steps", 1000, "optimisation steps"),
         ("--batch-size", 8, "pictures a step"),

@@ -41,6 +41,27 @@ def add_output_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_templates_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--templates`; None stands for those saved with the model."""
+    parser.add_argument(
+        "--templates",
+        metavar="SET_OR_FILE",
+        help="prompts that names are put into: vild, imagenet, or a file with one template per line, each with one {} "
+        "(default: those saved with the model)",
+    )
+
+
+def add_extension_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--extend-labels`, see `modeling_san.processing.extend_labels`."""
+    parser.add_argument(
+        "--extend-labels",
+        default="none",
+        metavar="none|coco-stuff|coco-all",
+        help='let your names compete with those of COCO-Stuff; what an added name wins becomes "other" '
+        "(default: none, every pixel gets one of your names)",
+    )
+
+
 def add_device_option(parser: argparse.ArgumentParser) -> None:
     """Add `--device`; None stands for a GPU if there is one."""
     parser.add_argument("--device", help='"cpu", "cuda" or "cuda:1" (default: a GPU if there is one)')

@@ -10,7 +10,14 @@ from typing import Any
 
 from .errors import CommandError, report_error, say, warn
 from .labels import add_label_options, read_labels, read_templates
-from .parser import add_device_option, add_model_option, add_output_option, share
+from .parser import (
+    add_device_option,
+    add_extension_option,
+    add_model_option,
+    add_output_option,
+    add_templates_option,
+    share,
+)
 from .pictures import list_pictures, load_picture, output_names
 
 _DESCRIPTION = """\
@@ -38,19 +45,8 @@ def add_parser(subparsers: Any) -> None:
     add_label_options(parser)
     add_model_option(parser)
     add_output_option(parser)
-    parser.add_argument(
-        "--templates",
-        metavar="SET_OR_FILE",
-        help="prompts that names are put into: vild, imagenet, or a file with one template per line, each with one {} "
-        "(default: those saved with the model)",
-    )
-    parser.add_argument(
-        "--extend-labels",
-        default="none",
-        metavar="none|coco-stuff|coco-all",
-        help='let your names compete with those of COCO-Stuff; what an added name wins becomes "other" '
-        "(default: none, every pixel gets one of your names)",
-    )
+    add_templates_option(parser)
+    add_extension_option(parser)
     parser.add_argument(
         "--opacity", type=share, default=0.5, help="of the colours in the overlay, 0 ... 1 (default: 0.5)"
     )

@@ -8,9 +8,16 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from .datasets import add_source_options, quiet_datasets
 from .errors import CommandError, say, warn
 from .labels import read_templates
-from .parser import add_device_option, add_model_option, positive_integer
+from .parser import (
+    add_device_option,
+    add_extension_option,
+    add_model_option,
+    add_templates_option,
+    positive_integer,
+)
 
 _DESCRIPTION = """\
 Label all pictures of a data set, on one process or many, and write parquet files into DIR with the columns
@@ -52,13 +59,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "segment-dataset", help="label a whole data set, on many GPUs", description=_DESCRIPTION, epilog=_EXAMPLE
     )
-    parser.add_argument(
-        "--dataset",
-        required=True,
-        metavar="PATH_OR_HUB_ID",
-        help="parquet files, a folder of pictures or of a data set, or a data set on the Hub",
-    )
-    parser.add_argument("--split", default="train", help="part of the data set (default: %(default)s)")
+    add_source_options(parser, split="train")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the part files")
     parser.add_argument(
         "--labels",
@@ -67,22 +68,8 @@ def add_parser(subparsers: Any) -> None:
         "separated by commas (default: those stored with the model)",
     )
     add_model_option(parser)
-    parser.add_argument(
-        "--templates",
-        metavar="SET_OR_FILE",
-        help="prompts that names are put into: vild, imagenet, or a file with one template per line, each with one {} "
-        "(default: those saved with the model)",
-    )
-    parser.add_argument(
-        "--extend-labels",
-        default="none",
-        metavar="none|coco-stuff|coco-all",
-        help='let your names compete with those of COCO-Stuff; what an added name wins becomes "other"',
-    )
-    parser.add_argument(
-        "--streaming", action="store_true", help="read the data set as it passes by, without a copy on disk"
-    )
-    parser.add_argument("--image-column", metavar="NAME", help="where the pictures are (default: found by its name)")
+    add_templates_option(parser)
+    add_extension_option(parser)
     parser.add_argument("--keep-columns", metavar="NAME,...", help="columns of the data set to store as well")
     parser.add_argument("--with-images", action="store_true", help="store the pictures as well, encoded as they came")
     parser.add_argument(
@@ -132,7 +119,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _segment(args: argparse.Namespace) -> int:
     from accelerate import PartialState
-    from datasets.utils import logging as datasets_logging
 
     from modeling_san.processing.processing_san import resolve_templates
     from modeling_san.training.segment_dataset import Labeler, Options, Part, open_rows, segment_dataset
@@ -143,8 +129,7 @@ def _segment(args: argparse.Namespace) -> int:
 
     share = _read_part(args.part)
     quiet_libraries()
-    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
-    datasets_logging.disable_progress_bar()
+    quiet_datasets()
     state: Any = PartialState(cpu=args.device == "cpu")
     # A job of an array may itself be launched as several processes
     part = Part(share[0] * state.num_processes + state.process_index, share[1] * state.num_processes)

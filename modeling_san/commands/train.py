@@ -50,15 +50,13 @@ def run_recipe(recipe: Any) -> int:
     Returns:
         exit code.
     """
-    from datasets.utils import logging as datasets_logging
-
     from modeling_san.training.train import train
 
+    from .datasets import quiet_datasets
     from .models import quiet_libraries
 
     quiet_libraries()
-    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
-    datasets_logging.disable_progress_bar()
+    quiet_datasets()
     results = train(recipe)
     if not _is_main_process():
         return 0

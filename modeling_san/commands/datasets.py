@@ -1,0 +1,76 @@
+"""Data sets as they are given on the command line."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_source_options(parser: argparse.ArgumentParser, split: str) -> None:
+    """Add where pictures come from: `--dataset`, `--split`, `--streaming` and `--image-column`."""
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        metavar="PATH_OR_HUB_ID",
+        help="parquet or arrow file, a pattern of these, a folder, or a Hub id",
+    )
+    parser.add_argument("--split", default=split, help="part of the data set (default: %(default)s)")
+    parser.add_argument("--streaming", action="store_true", help="read the data set as it passes by, without a copy")
+    parser.add_argument("--image-column", metavar="NAME", help="where the pictures are (default: found by its name)")
+
+
+def add_dataset_options(parser: argparse.ArgumentParser, split: str) -> None:
+    """Add the options of labelled pictures, which `open_dataset` reads."""
+    add_source_options(parser, split)
+    parser.add_argument("--label-column", metavar="NAME", help="where the label maps are (default: found by its name)")
+    parser.add_argument(
+        "--labels",
+        metavar="PRESET_OR_FILE",
+        help="a label set such as ade20k_150, or a file with class names (default: the names that the data set "
+        "brings)",
+    )
+    parser.add_argument(
+        "--reduce-labels", action="store_true", help="label maps count classes from 1, and 0 stands for no label"
+    )
+    parser.add_argument(
+        "--ignore-index", type=int, metavar="VALUE", help="stands for no label (default: the label set's, else 255)"
+    )
+
+
+def open_dataset(args: argparse.Namespace) -> tuple[Any, Any]:
+    """
+    The data set that `add_dataset_options` let the user name.
+
+    Returns:
+        its pictures, and their label set.
+
+    Raises:
+        ValueError: it cannot be read, or its labels cannot.
+    """
+    from modeling_san.training.data import load_pictures
+    from modeling_san.training.label_sets import load_label_set
+
+    quiet_datasets()
+    pictures = load_pictures(
+        args.dataset,
+        args.split,
+        streaming=args.streaming,
+        image_column=args.image_column,
+        label_column=args.label_column,
+    )
+    label_set = load_label_set(
+        args.labels,
+        dataset=pictures,
+        source=args.dataset,
+        ignore_index=args.ignore_index,
+        reduce_labels=args.reduce_labels,
+    )
+    return pictures, label_set
+
+
+def quiet_datasets() -> None:
+    """Keep `datasets`' own log and bars off the terminal: what cannot be read is said once, by the command."""
+    from datasets.utils import logging
+
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()

@@ -128,6 +128,7 @@ def start_process(options, **environment):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -251,6 +252,31 @@ def test_a_run_can_go_on_for_more_steps(options, capsys):
     assert "steps 3 -> 5" in capsys.readouterr().err
 
 
+def test_fewer_steps_than_were_done_are_refused(options):
+    run(options, steps=3)
+    with pytest.raises(ValueError, match="has 3 steps already"):
+        run(options, steps=2, resume="auto")
+
+
+def test_going_back_to_an_older_checkpoint_leaves_the_other_course_behind(options):
+    folder = run(options, checkpoint_every=2, keep_checkpoints=3)
+    abandoned = weights(folder / "checkpoints" / "step-00000006")
+    run(options, checkpoint_every=2, keep_checkpoints=3, seed=1, resume=str(folder / "checkpoints" / "step-00000002"))
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    later = ["step-00000004", "step-00000006"]
+    assert names == [*(f"abandoned-{name}" for name in later), "step-00000002", *later]
+    assert_same(abandoned, weights(folder / "checkpoints" / "abandoned-step-00000006"))
+    assert_same(weights(folder), weights(folder / "checkpoints" / "step-00000006"))
+    assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_new_weight_decay_holds_from_the_resumed_step_on(options):
+    folder = run(options, steps=3)
+    run(options, steps=4, weight_decay=0.5, resume="auto", checkpoint_every=4)
+    state, _ = load_training_state(folder / "checkpoints" / "step-00000004")
+    assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [0.5, 0.0]
+
+
 def test_resuming_with_other_parameters_is_refused(options):
     run(options, steps=3)
     with pytest.raises(ValueError, match="resume with the `trainable` it was started with"):
@@ -310,6 +336,53 @@ def test_sigterm_saves_a_checkpoint_and_exits_with_0(options, tmp_path):
     assert 2 <= load_training_state(checkpoint)[1]["step"] < 40
     assert not (folder / "model.safetensors").exists()
     assert_same(weights(uncut), weights(run(options, steps=40, checkpoint_every=1000, resume="auto")))
+
+
+def test_a_signal_to_the_whole_group_loses_nothing_either(options):
+    """As schedulers and terminals send it: the processes that prepare pictures get it, too."""
+    folder = Path(options["output_dir"])
+    process = start_process({**options, "steps": 400, "checkpoint_every": 1000, "workers": 2})
+    metrics = folder / "metrics.jsonl"
+    assert wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, process), process.stderr.read()
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    [checkpoint] = (folder / "checkpoints").iterdir()
+    load_training_state(checkpoint)
+
+
+def test_an_error_in_the_middle_saves_the_steps_before(options, monkeypatch):
+    taken = []
+
+    def fail_at_the_third(self):
+        taken.append(self.step)
+        if self.step == 2:
+            raise RuntimeError("out of memory")
+        return forward_and_backward(self)
+
+    forward_and_backward = train_module._Run._forward_and_backward
+    monkeypatch.setattr(train_module._Run, "_forward_and_backward", fail_at_the_third)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(options, checkpoint_every=1000)
+    assert taken == [0, 1, 2]
+    [checkpoint] = (Path(options["output_dir"]) / "checkpoints").iterdir()
+    assert load_training_state(checkpoint)[1]["step"] == 2
+
+
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(options, monkeypatch):
+    def break_one(self):
+        terms, indices, _ = forward_and_backward(self)
+        if self.step == 1:
+            self.model.background_embedding.grad.fill_(float("inf"))
+            return terms, indices, float("inf")
+        return terms, indices, 1.0
+
+    forward_and_backward = train_module._Run._forward_and_backward
+    monkeypatch.setattr(train_module._Run, "_forward_and_backward", break_one)
+    with pytest.raises(NonFiniteLossError, match=r"step 2 is not finite .*grad_norm inf"):
+        run(options)
+    [checkpoint] = (Path(options["output_dir"]) / "checkpoints").iterdir()
+    assert all(value.isfinite().all() for value in weights(checkpoint).values())
 
 
 @pytest.fixture
@@ -378,6 +451,16 @@ def test_the_best_checkpoint_and_the_last_are_kept(tmp_path):
         checkpoints.save(step, lambda folder: None, {}, {"best_step": 6})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000006", "step-00000008", "step-00000009"]
     assert checkpoints.latest() == tmp_path / "step-00000009"
+
+
+def test_the_best_is_kept_whenever_it_was_measured(options, monkeypatch):
+    scores = iter([0.1, 0.9, 0.2, 0.3, 0.4, 0.5])
+    figures = {"mean_accuracy": 0.0, "overall_accuracy": 0.0, "per_class_iou": {}}
+    monkeypatch.setattr(train_module, "evaluate", lambda *args, **kwargs: {"mean_iou": next(scores), **figures})
+    changes = {"evaluate_every": 1, "checkpoint_every": 4, "keep_checkpoints": 1, "overlays": 0}
+    folder = run(options, validation=options["dataset"], **changes)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000002", "step-00000006"]
+    assert load_training_state(folder / "checkpoints" / "step-00000006")[1]["best_step"] == 2
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_older_ones(tmp_path):
@@ -464,14 +547,16 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def test_accelerate_launch_runs_the_same_program_on_two_processes(options):
-    arguments = ["--cpu", "--num_processes", "2", "--num_cpu_threads_per_process", "1", "--main_process_port"]
+def test_launched_on_two_processes_it_is_the_same_program(options):
+    # `accelerate launch` starts several processes on GPUs only; on a CPU it hands over to torchrun or mpirun
+    launch = ["--nproc_per_node", "2", "--master_port", str(free_port()), "-m", "modeling_san.training.train"]
+    arguments = as_arguments({**options, "validation": options["dataset"]})
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *arguments, str(free_port()),
-         "-m", "modeling_san.training.train", *as_arguments({**options, "validation": options["dataset"]})],
+        [sys.executable, "-m", "torch.distributed.run", *launch, *arguments],
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes, cpu" in done.stderr
     folder = Path(options["output_dir"])
     assert [line["step"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert done.stdout.count("mean IoU") == 1
@@ -730,6 +815,11 @@ def test_trainer_predicts_label_maps(trainer_parts, tmp_path):
         preprocess_logits_for_metrics=metrics.to_label_map,
     )  # fmt: skip
     assert trainer.predict(dataset).predictions.shape == (6, 48, 64)
+
+
+def test_a_tracker_that_is_not_there_is_named(options):
+    with pytest.raises(ValueError, match="nonsense"):
+        run(options, trackers=["nonsense"])
 
 
 def test_curves_can_be_drawn_while_a_run_goes_on(options, capsys):

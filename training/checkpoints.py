@@ -62,9 +62,24 @@ class Checkpoints:
         """The checkpoint with the most steps."""
         return max(self._all(), key=_step_of, default=None)
 
-    def clean(self) -> None:
-        """Delete what a killed run left unfinished; call it while no other process writes here."""
+    def clean(self, step: int) -> list[Path]:
+        """
+        Make the folder ready for a run that begins at `step`; call it while no other process writes here.
+
+        What a killed run left unfinished is deleted. Checkpoints of later steps, which belong to another course of the
+        run, are renamed to `abandoned-step-...`.
+
+        Returns:
+            the renamed folders.
+        """
         remove_unfinished(self.folder)
+        abandoned = []
+        for path in self._all():
+            if _step_of(path) > step:
+                target = path.with_name(f"abandoned-{path.name}")
+                shutil.rmtree(target, ignore_errors=True)
+                abandoned.append(path.rename(target))
+        return abandoned
 
     def _all(self) -> list[Path]:
         return sorted((path for path in self.folder.glob("step-*") if _STEP.fullmatch(path.name)), key=_step_of)

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
 from huggingface_hub import EvalResult
@@ -38,6 +38,7 @@ from modeling_san.training.files import replacing_file, write_json, write_text
 from modeling_san.training.label_sets import LabelSet
 from modeling_san.training.metrics import RESULTS_FILE, ConfusionMatrix
 from modeling_san.training.plots import plot_class_iou
+from modeling_san.training.processes import gather_objects
 
 PER_CLASS_FILE = "per_class.csv"
 CONFUSION_FILE = "confusion_matrix.npz"
@@ -126,8 +127,8 @@ def evaluate(
         run.finish(segmenter, progress and rank == 0)
     confusion = run.state.confusion
     confusion.all_reduce()
-    counted = _gather((run.state.done, run.state.unlabelled), world_size)
-    extremes = [one for part in _gather(run.state.extremes, world_size) for one in part]
+    counted = gather_objects((run.state.done, run.state.unlabelled))
+    extremes = [one for part in gather_objects(run.state.extremes) for one in part]
     if not confusion.counts.sum():
         raise ValueError("no pixel of the pictures has a label: there is nothing to measure.")
     results = {
@@ -148,7 +149,7 @@ def evaluate(
     if folder is not None and rank == 0:
         about = {"model": getattr(model, "name_or_path", "") or "model", **(about or {})}
         _write_results(folder, results, confusion, label_set, {**about, "tta": tta, "limit": limit}, subset_indices)
-        _draw_extremes(folder, extremes, overlays, label_set)
+        _draw_extremes(folder, extremes, overlays, label_set, world_size)
     if folder is not None and accelerator is not None:
         accelerator.wait_for_everyone()
     if folder is not None and rank == 0:
@@ -533,12 +534,13 @@ class _Run:
         try:
             with np.load(self.folder / _STATE_FILE, allow_pickle=False) as saved:
                 about, table = json.loads(str(saved["about"])), torch.from_numpy(saved["table"])
+                fingerprint = about["fingerprint"]
         except FileNotFoundError:
             return
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             _logger.warning("%s cannot be read (%s): the evaluation begins anew.", self.folder / _STATE_FILE, error)
             return
-        if about["fingerprint"] != self.fingerprint:
+        if fingerprint != self.fingerprint:
             return
         confusion = self._no_counts()
         confusion.table = table
@@ -567,15 +569,6 @@ def _decode(example: Mapping[str, Any], label_set: LabelSet, index: int) -> tupl
         return to_arrays(example, label_set)
     except (OSError, ValueError) as error:
         raise ValueError(f"example {index}: {error}") from error
-
-
-def _gather(value: Any, world_size: int) -> list[Any]:
-    """What each process has, in all of them."""
-    if world_size == 1:
-        return [value]
-    values: list[Any] = [None] * world_size
-    dist.all_gather_object(values, value)
-    return values
 
 
 # Fingerprint of a run
@@ -697,13 +690,17 @@ def _plot_title(results: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     return f"{Path(about['model']).name}{where}: mean IoU {results['mean_iou']:.3f} ({results['pictures']} pictures)"
 
 
-def _draw_extremes(folder: Path, extremes: Sequence[_Extreme], count: int, label_set: LabelSet) -> None:
+def _draw_extremes(
+    folder: Path, extremes: Sequence[_Extreme], count: int, label_set: LabelSet, world_size: int
+) -> None:
     """Draw the best and worst pictures of all processes."""
     target = folder / OVERLAYS_FOLDER
     for kind in ("best", "worst"):
         for path in target.glob(f"{kind}_*.png"):
             path.unlink()
-    files = {path.name: path for path in (folder / PROGRESS_FOLDER).glob("*/*.npz")}
+    # Runs on another number of processes may have left folders beside
+    kept = (folder / PROGRESS_FOLDER).glob(f"*-of-{world_size:05d}/*.npz")
+    files = {path.name: path for path in kept}
     for kind, chosen in zip(("best", "worst"), choose_extremes(extremes, count), strict=True):
         for place, one in enumerate(chosen, start=1):
             with np.load(files[one.path], allow_pickle=False) as saved:

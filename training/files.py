@@ -87,9 +87,11 @@ def filling_folder(path: str | os.PathLike) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
-        for file in beside.iterdir():
+        # Weights last: where they are, what belongs to them is there
+        files = sorted(beside.iterdir(), key=lambda file: (file.suffix == ".safetensors", file.name))
+        for file in files:
             _flush(file)
-        for file in beside.iterdir():
+        for file in files:
             os.replace(file, path / file.name)
         _flush(path)
     finally:
@@ -122,6 +124,9 @@ def _beside(path: Path) -> Path:
 
 def _flush(path: Path) -> None:
     """Wait until the disk holds `path`: a name must not survive a power cut that its content does not survive."""
+    if os.name == "nt":
+        # Windows neither opens folders nor flushes what was opened for reading
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -57,7 +57,7 @@ from modeling_san.processing.image_arrays import read_byte_picture
 from modeling_san.training.device import pick_device_and_dtype
 from modeling_san.training.files import replacing_file, write_json, write_text
 from modeling_san.training.label_sets import ID2LABEL_FILE
-from modeling_san.training.sources import IMAGE_COLUMNS, _find_column, _open, load_pictures
+from modeling_san.training.sources import IMAGE_COLUMNS, find_column, load_pictures, open_source
 
 RUN_FILE = "run.json"
 """What a folder holds the results of."""
@@ -320,7 +320,7 @@ def open_rows(
     rows = load_pictures(source, split, streaming=streaming, image_column=image_column, labelled=False)
     if keep_columns:
         # load_pictures has met all that can be wrong with the source; it drops what is no picture and no label map
-        rows = _open(os.fspath(source), split, streaming, False)
+        rows = open_source(os.fspath(source), split, streaming, False)
         rows = _with_kept(rows, _image_column(rows, image_column, source), keep_columns, source)
     else:
         rows = rows.select_columns([IMAGE])
@@ -331,7 +331,7 @@ def open_rows(
 
 
 def _image_column(rows: Any, chosen: str | None, source: object) -> str:
-    return _find_column(dict(rows.features), chosen, IMAGE_COLUMNS, "pictures", source)
+    return find_column(dict(rows.features), chosen, IMAGE_COLUMNS, "pictures", source)
 
 
 def _with_kept(rows: Any, image: str, keep: Sequence[str], source: object) -> Any:

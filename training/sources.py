@@ -65,7 +65,7 @@ def load_pictures(
         ValueError: where the source cannot be read or holds no pictures with label maps.
     """
     try:
-        dataset = _open(os.fspath(source), split, streaming, labelled)
+        dataset = open_source(os.fspath(source), split, streaming, labelled)
         columns = _first_columns(dataset)
         features = dict(dataset.features or dict.fromkeys(columns))
     except Exception as error:
@@ -79,10 +79,10 @@ def load_pictures(
         ) from error
     if not columns:
         raise ValueError(f"{source} (split {split!r}) holds no pictures.")
-    image = _find_column(features, image_column, IMAGE_COLUMNS, "pictures", source)
+    image = find_column(features, image_column, IMAGE_COLUMNS, "pictures", source)
     wanted = {image: "image"}
     if labelled or label_column is not None:
-        label = _find_column(features, label_column, LABEL_COLUMNS, "label maps", source)
+        label = find_column(features, label_column, LABEL_COLUMNS, "label maps", source)
         if label == image:
             raise ValueError(f"{source}: column {image!r} cannot hold both the pictures and the label maps.")
         wanted[label] = "annotation"
@@ -120,7 +120,19 @@ def _with_columns(dataset: Any, features: dict[str, Any], wanted: dict[str, str]
     return dataset.rename_columns(renamed) if renamed else dataset
 
 
-def _open(source: str, split: str, streaming: bool, labelled: bool) -> Any:
+def open_source(source: str, split: str, streaming: bool, labelled: bool) -> Any:
+    """
+    Open a data set with all its columns.
+
+    Args:
+        source: as for `load_pictures`.
+        split: which part of it.
+        streaming: whether to read it as it passes by.
+        labelled: whether two folders of files may be pictures and their label maps.
+
+    Raises:
+        ValueError and what the readers of `datasets` raise: it cannot be opened.
+    """
     path = Path(source)
     # Its overloads know no plain truth value for streaming
     load: Any = load_dataset
@@ -210,7 +222,20 @@ def _first_columns(dataset: Any) -> tuple[str, ...]:
     return tuple(next(iter(dataset), ()))
 
 
-def _find_column(features: dict[str, Any], chosen: str | None, known: Sequence[str], kind: str, source: object) -> str:
+def find_column(features: dict[str, Any], chosen: str | None, known: Sequence[str], kind: str, source: object) -> str:
+    """
+    Name of the column that holds pictures or label maps.
+
+    Args:
+        features: of the data set, by column.
+        chosen: what the user says; None takes the first of `known` that there is.
+        known: usual names.
+        kind: what is looked for, for messages.
+        source: of the data set, for messages.
+
+    Raises:
+        ValueError: there is no such column.
+    """
     if chosen is not None:
         if chosen not in features:
             raise ValueError(f"{source} has no column {chosen!r}, but {', '.join(features)}.")
@@ -227,4 +252,4 @@ def _find_column(features: dict[str, Any], chosen: str | None, known: Sequence[s
     )
 
 
-__all__ = ["IMAGE_COLUMNS", "LABEL_COLUMNS", "class_names_in", "load_pictures"]
+__all__ = ["IMAGE_COLUMNS", "LABEL_COLUMNS", "class_names_in", "find_column", "load_pictures", "open_source"]

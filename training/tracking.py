@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -84,6 +83,10 @@ def peak_memory(device: torch.device) -> float:
     """Largest memory in use so far in GB: of the GPU's allocator, or of this process where it computes on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows has no such count
+        return math.nan
     # Kilobytes on Linux, bytes on macOS
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

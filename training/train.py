@@ -45,11 +45,12 @@ from modeling_san.training.data import (
 )
 from modeling_san.training.device import pick_device_and_dtype
 from modeling_san.training.evaluation import evaluate, save_overlays
-from modeling_san.training.files import filling_folder, write_json, write_text
+from modeling_san.training.files import filling_folder, remove_unfinished, write_json, write_text
 from modeling_san.training.label_sets import load_label_set
 from modeling_san.training.metrics import RESULTS_FILE
 from modeling_san.training.optimization import make_optimizer, make_schedule
 from modeling_san.training.plots import plot_curves
+from modeling_san.training.processes import gather_objects, ignore_stop_signals
 from modeling_san.training.recipe import TRAINABLE, Recipe
 from modeling_san.training.tracking import METRICS_FILE, MetricsLog, peak_memory, significant
 
@@ -120,6 +121,8 @@ class _Run:
         self.optimizer = make_optimizer(self.model, recipe.learning_rate, recipe.weight_decay)
         self.schedule = make_schedule(self.optimizer, recipe.steps, recipe.warmup_steps, recipe.power)
         self.step = 0
+        self.between_steps = True
+        self.skipped = 0
         self.best: dict[str, Any] = {}
         self.results: dict[str, Any] = {}
         self.scaler_state: dict[str, Any] | None = None
@@ -135,32 +138,28 @@ class _Run:
     def train(self) -> dict[str, Any]:
         recipe, start, began = self.recipe, self.step, time.monotonic()
         if self.is_main:
-            self.checkpoints.clean()
-            write_text(self.folder / RECIPE_FILE, recipe.to_yaml())
-            self.log = MetricsLog(self.folder, self.accelerator, self.step)
+            self._prepare_folder()
         self.accelerator.wait_for_everyone()
         self.accelerator.init_trackers("san", config=_flat(asdict(recipe)))
         interval = _Interval(self.accelerator.device)
         self.model.train()
-        with _stop_signals() as stop, self._bar() as bar:
+        with _stop_signals() as stop, self._bar() as bar, self._rescuing():
             while self.step < recipe.steps:
                 terms, indices, grad_norm = self._forward_and_backward()
-                must_stop, broken = self._agree(stop.is_set(), not all(map(math.isfinite, terms.values())))
+                must_stop, broken = self._agree(stop.is_set(), self._is_broken(terms, grad_norm))
                 if broken:
-                    self._report_non_finite(terms, indices)
-                self.optimizer.step()
-                self.schedule.step()
-                self.optimizer.zero_grad()
-                self.step += 1
+                    self._report_non_finite({**terms, "grad_norm": grad_norm}, indices)
+                self._update()
                 interval.add(terms, grad_norm, recipe.batch_size)
                 bar.update()
                 last = self.step == recipe.steps
                 if self.step % recipe.log_every == 0 or last:
                     self._write_figures(interval, bar)
                 if self.validation is not None and (self.step % recipe.evaluate_every == 0 or last):
-                    self._evaluate()
-                    interval.restart()
-                if must_stop or last or self.step % recipe.checkpoint_every == 0:
+                    with interval.paused():
+                        self._evaluate()
+                is_best = self.best.get("step") == self.step
+                if must_stop or last or is_best or self.step % recipe.checkpoint_every == 0:
                     self._save_checkpoint(must_succeed=must_stop)
                 if must_stop:
                     break
@@ -175,6 +174,26 @@ class _Run:
             "minutes": (time.monotonic() - began) / 60,
             "images_per_second": (self.step - start) * recipe.batch_size / (time.monotonic() - began),
         }
+
+    def _update(self) -> None:
+        """One optimisation step with the gradients that there are."""
+        self.between_steps = False
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.between_steps = True
+        self.skipped = self.skipped + 1 if self.optimizer.step_was_skipped else 0
+
+    def _is_broken(self, terms: dict[str, float], grad_norm: float) -> bool:
+        """
+        Whether going on would spoil the weights, or change nothing.
+
+        In fp16 the scaler leaves out steps whose gradients overflow, and lowers its scale; all of them it must not.
+        """
+        if self.accelerator.scaler is not None:
+            return not all(map(math.isfinite, terms.values())) or self.skipped >= _MOST_SKIPPED
+        return not all(map(math.isfinite, (*terms.values(), grad_norm)))
 
     def _forward_and_backward(self) -> tuple[dict[str, float], list[int], float]:
         """Gradients of one step: the loss terms of this process, the pictures they are of, the gradient's norm."""
@@ -210,9 +229,11 @@ class _Run:
         return [bool(count) for count in self.accelerator.reduce(counts, "sum").tolist()]
 
     def _report_non_finite(self, terms: dict[str, float], indices: list[int]) -> None:
-        everyones: list[dict[str, Any]] = _gather(self.accelerator, {"terms": terms, "pictures": indices})
-        broken = [one for one in everyones if not all(map(math.isfinite, one["terms"].values()))]
-        terms, pictures = broken[0]["terms"], broken[0]["pictures"]
+        everyones = gather_objects({"terms": terms, "pictures": indices})
+        # The gradient is everybody's; the process whose loss broke it is the one to name
+        losses = [[value for name, value in one["terms"].items() if name != "grad_norm"] for one in everyones]
+        broken = [one for one, values in zip(everyones, losses, strict=True) if not all(map(math.isfinite, values))]
+        terms, pictures = (broken or everyones)[0]["terms"], (broken or everyones)[0]["pictures"]
         named = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
         saved = self._save_checkpoint(must_succeed=False)
         if self.is_main:
@@ -222,7 +243,8 @@ class _Run:
                  "pictures": pictures},
             )  # fmt: skip
         raise NonFiniteLossError(
-            f"the loss of step {self.step + 1} is not finite ({named}), on the pictures with indices {pictures}. "
+            f"the loss or its gradient in step {self.step + 1} is not finite ({named}), on the pictures with indices "
+            f"{pictures}. "
             f"{saved} Look at these pictures, or lower learning_rate, and go on with resume: auto."
         )
 
@@ -230,29 +252,35 @@ class _Run:
 
     def _save_checkpoint(self, must_succeed: bool) -> str:
         """Save the state after `self.step` steps; says what became of it in a sentence."""
-        said, error = "", None
-        if self.is_main:
-            scaler = self.accelerator.scaler
-            state = {
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-            }
-            progress = {"best_step": self.best.get("step"), "best_mean_iou": self.best.get("mean_iou")}
-            try:
-                path = self.checkpoints.save(self.step, self._write_model, state, progress)
-                said = f"The state after step {self.step} is in {path}."
-            except Exception as problem:
-                # safetensors, torch and the system name a full disk in three ways; none may cost days of training
-                error = problem
-                older = self.checkpoints.latest()
-                said = f"The checkpoint of step {self.step} cannot be written ({_first_line(problem)}); " + (
-                    f"the latest is {older}." if older else "there is no older one."
-                )
-                _warn(said + ("" if must_succeed else " Training goes on and tries again at the next checkpoint."))
+        said, error = self._write_checkpoint() if self.is_main else ("", None)
+        if error is not None:
+            _warn(said + ("" if must_succeed else " Training goes on and tries again at the next checkpoint."))
         if self._agree(error is not None)[0] and must_succeed:
             raise OSError(f"{said} Free some space." if said else "The main process could not save a checkpoint.")
         return said
+
+    def _write_checkpoint(self) -> tuple[str, Exception | None]:
+        """What became of the checkpoint, in a sentence, and the error if there was one; for the main process."""
+        scaler = self.accelerator.scaler
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        progress = {
+            "best_step": self.best.get("step"),
+            "best_mean_iou": self.best.get("mean_iou"),
+            "processes": self.accelerator.num_processes,
+            "results": self.results,
+        }
+        try:
+            path = self.checkpoints.save(self.step, self._write_model, state, progress)
+        except Exception as error:
+            # safetensors, torch and the system name a full disk in three ways; none may cost days of training
+            older = self.checkpoints.latest()
+            latest = f"the latest is {older}." if older else "there is no older one."
+            return f"The checkpoint of step {self.step} cannot be written ({_first_line(error)}); {latest}", error
+        return f"The state after step {self.step} is in {path}.", None
 
     def _write_model(self, folder: Path) -> None:
         if self.model.text_trains():
@@ -274,10 +302,38 @@ class _Run:
                     f"the model cannot be saved to {self.folder} ({_first_line(error)}); free some space and go on "
                     f"with resume: auto, from {latest}."
                 ) from error
-            self._draw_curves()
             if self.results:
                 write_json(self.folder / RESULTS_FILE, self.results)
+            self._draw_curves()
         self.accelerator.wait_for_everyone()
+
+    def _prepare_folder(self) -> None:
+        remove_unfinished(self.folder)
+        for path in self.checkpoints.clean(self.step):
+            _warn(f"the run begins anew at step {self.step}; a later checkpoint is now called {path}.")
+        write_text(self.folder / RECIPE_FILE, self.recipe.to_yaml())
+        self.log = MetricsLog(self.folder, self.accelerator, self.step)
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        processes = self.accelerator.num_processes
+        _say(
+            f"training {trained / 1e6:.2f} of {total / 1e6:.2f} M parameters from step {self.step} to "
+            f"{self.recipe.steps}: {processes} process{'es' if processes > 1 else ''}, "
+            f"{self.accelerator.device.type}, mixed precision {self.accelerator.mixed_precision}"
+        )
+
+    @contextmanager
+    def _rescuing(self) -> Iterator[None]:
+        """Save what an error in the middle of a run would cost: a damaged picture, memory that runs out."""
+        try:
+            yield
+        except NonFiniteLossError:
+            raise
+        except Exception:
+            # No collectives here, as the other processes may have failed elsewhere
+            if self.is_main and self.between_steps and self.step:
+                _warn(self._write_checkpoint()[0])
+            raise
 
     # ------------------------------------------------------------------------------------------------ figures
 
@@ -334,7 +390,7 @@ class _Run:
         """Pictures are not worth a run."""
         try:
             draw()
-        except (OSError, ImportError) as error:
+        except (OSError, ImportError, ValueError) as error:
             _warn(f"the {what} cannot be drawn: {_first_line(error)}")
 
     @contextmanager
@@ -372,6 +428,7 @@ class _Run:
             recipe.trainable, [name.strip() for name in recipe.trainable.split(",") if name.strip()]
         )
         if recipe.trainable == "prompts" and model.prompt_embedding is None:
+            torch.manual_seed(recipe.seed)
             model.add_clip_prompts(recipe.num_clip_prompts)
         model.freeze_clip()
         config.semantic_loss_ignore_index = self.label_set.ignore_index
@@ -391,9 +448,22 @@ class _Run:
     def _restore(self, checkpoint: Path) -> None:
         state, progress = load_training_state(checkpoint)
         self.step = progress["step"]
+        if self.step > self.recipe.steps:
+            raise ValueError(f"{checkpoint} has {self.step} steps already: give more than these {self.recipe.steps}.")
+        if self.validation is not None:
+            self.results = progress.get("results") or {}
+        if self.recipe.streaming and self.step and self.is_main:
+            _say(f"reading past the pictures of {self.step} steps: a stream has no other way to its middle")
+        processes = self.accelerator.num_processes
+        if self.recipe.streaming and progress.get("processes", processes) != processes:
+            _warn(
+                f"the stream was shared between {progress['processes']} processes and is now between {processes}: "
+                "some pictures of this epoch come twice, others not at all."
+            )
         if progress.get("best_step") is not None:
             self.best = {"step": progress["best_step"], "mean_iou": progress["best_mean_iou"]}
         self.scaler_state = state["scaler"]
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
@@ -403,8 +473,8 @@ class _Run:
         _tell_changes(self.folder / RECIPE_FILE, self.recipe)
         # The schedule follows from the recipe and the step, so that a run may be resumed with more steps.
         self.schedule.load_state_dict({**state["schedule"], "base_lrs": self.schedule.base_lrs})
-        for group, rate in zip(self.optimizer.param_groups, self._rates(), strict=True):
-            group["lr"] = rate
+        for group, rate, decay in zip(self.optimizer.param_groups, self._rates(), decays, strict=True):
+            group.update(lr=rate, weight_decay=decay)
 
     def _rates(self) -> list[float]:
         schedule: Any = self.schedule
@@ -427,7 +497,7 @@ class _Run:
             raise ValueError(
                 f"crop_size is {crop_size}: its sides must be multiples of {patch_size}, the side adapter's patch."
             )
-        short_sides = recipe.short_sides or range(max(1, round(0.75 * short_side)), round(1.5 * short_side) + 1)
+        short_sides = recipe.short_sides or Augmentation.for_size(short_side, (divisor, divisor)).short_sides
         return Augmentation(
             short_sides=tuple(short_sides),
             max_long_side=recipe.max_long_side or 4 * max(short_sides),
@@ -485,9 +555,13 @@ class _Run:
             collate_fn=Collator(prompts),
             pin_memory=accelerator.device.type == "cuda",
             persistent_workers=recipe.workers > 0,
+            worker_init_fn=ignore_stop_signals,
         )
         return iter(loader)
 
+
+_MOST_SKIPPED = 50
+"""Steps in a row that an fp16 scaler may leave out; it halves its scale with each."""
 
 _LOGGED_RESULTS = ("mean_iou", "mean_accuracy", "overall_accuracy")
 
@@ -503,6 +577,13 @@ class _Interval:
         self.sums: dict[str, float] = {}
         self.steps = self.pictures = 0
         self.began = time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that does not count."""
+        began = time.monotonic()
+        yield
+        self.began += time.monotonic() - began
 
     def add(self, terms: dict[str, float], grad_norm: float, pictures: int) -> None:
         for name, value in (*terms.items(), ("grad_norm", grad_norm)):
@@ -539,7 +620,7 @@ def _make_accelerator(recipe: Recipe) -> Accelerator:
     # An earlier run in this process may have had another precision
     AcceleratorState._reset_state()
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=precision,
             cpu=recipe.cpu,
             log_with=recipe.trackers or None,
@@ -549,6 +630,12 @@ def _make_accelerator(recipe: Recipe) -> Accelerator:
         )
     except (ValueError, ImportError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"this run cannot be set up on this machine: {_first_line(error)}") from error
+    # Accelerate leaves out what is not installed
+    usable = {str(getattr(kind, "value", kind)) for kind in accelerator.log_with}
+    missing = [name for name in recipe.trackers if name not in usable and name != "all"]
+    if missing:
+        raise ValueError(f"trackers {', '.join(missing)} cannot be used: install the package, or leave it out.")
+    return accelerator
 
 
 def _find_checkpoint(recipe: Recipe, folder: Path, checkpoints: Checkpoints) -> Path | None:
@@ -666,15 +753,6 @@ def _tell_changes(path: Path, recipe: Recipe) -> None:
             _warn(f"the run continues with another recipe: {'; '.join(changes)}")
 
 
-def _gather(accelerator: Accelerator, value: Any) -> list[Any]:
-    """One entry from each process."""
-    if accelerator.num_processes == 1:
-        return [value]
-    everyones: list[Any] = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(everyones, value)
-    return everyones
-
-
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
     """What trackers accept as hyperparameters: plain values."""
     return {
@@ -686,8 +764,12 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
+def _say(message: str) -> None:
+    tqdm.write(f"san: {message}", file=sys.stderr)
+
+
 def _warn(message: str) -> None:
-    tqdm.write(f"san: warning: {message}", file=sys.stderr)
+    _say(f"warning: {message}")
 
 
 if __name__ == "__main__":

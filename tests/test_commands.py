@@ -20,7 +20,19 @@ from modeling_san.commands.main import main, make_parser
 from modeling_san.processing import label_colors
 
 LABELS = ("sky", "road", "red truck")
-COMMANDS = ("segment", "demo", "convert", "fine-tune", "train-demo")
+COMMANDS = (
+    "segment",
+    "demo",
+    "convert",
+    "train",
+    "fine-tune",
+    "curves",
+    "contact-sheet",
+    "evaluate",
+    "segment-dataset",
+    "prepare",
+    "train-demo",
+)
 
 
 @pytest.fixture(scope="session")

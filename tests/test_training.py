@@ -167,7 +167,7 @@ def test_the_world_is_relabelled_for_a_shorter_vocabulary(processor):
         assert {names[value] for value in labels.unique().tolist()} == expected
 
 
-# -------------------------------------------------------------------------------------------------------- built-in model
+# ---------------------------------------- built-in model
 
 
 def test_switching_the_bias_off_is_undone(small_model):

@@ -30,7 +30,9 @@ def add_parser(subparsers: Any) -> None:
         "fine-tune", help="train a model on your own labelled pictures", description=_DESCRIPTION, epilog=_EXAMPLE
     )
     parser.add_argument("--dataset", required=True, metavar="PATH_OR_HUB_ID", help="pictures with label maps")
-    parser.add_argument("--labels-file", metavar="FILE", help="class names (default: what the data set says)")
+    parser.add_argument(
+        "--labels-file", "--labels", metavar="FILE", help="class names (default: what the data set says)"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the result")
     parser.add_argument("--validation", metavar="PATH_OR_HUB_ID", help="pictures on which to report mIoU")
     add_model_option(parser)
@@ -53,7 +55,14 @@ def add_parser(subparsers: Any) -> None:
         parser.add_argument(name, type=positive_integer, default=default, help=f"{meaning} (default: %(default)s)")
     parser.add_argument("--learning-rate", type=positive_number, default=1e-4, help="AdamW's (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all random choices (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on with a run that was cut")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        default="never",
+        metavar="auto",
+        help="go on with a run that was cut, from its latest checkpoint",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to train (default: a GPU if there is one)")
 
 
@@ -86,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         "warmup_steps": min(50, args.steps // 10),
         "max_grad_norm": 1.0 if args.train_clip else 0.01,
         "seed": args.seed,
-        "resume": "auto" if args.resume else "never",
+        "resume": args.resume,
         "cpu": args.device == "cpu",
     }
     return run_recipe(Recipe(**{**read_recipe("fine_tune"), **options}))

@@ -462,3 +462,10 @@ def test_a_stream_of_nothing_ends_with_a_sentence():
     stream = IterableDataset.from_generator(lambda: iter(()))
     with pytest.raises(ValueError, match="too few pictures"):
         next(iter(streamed(stream)))
+
+
+def test_a_picture_that_a_program_of_the_system_would_read_is_refused():
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    label_map = np.zeros((8, 8), np.uint8)
+    with pytest.raises(ValueError, match="cannot be read"):
+        to_arrays({"image": {"bytes": postscript, "path": None}, "annotation": label_map}, LabelSet(("dark",)))

@@ -25,6 +25,8 @@ from modeling_san.training.augmentation import Augmentation
 from modeling_san.training.label_sets import LabelSet
 from modeling_san.training.sources import load_pictures
 
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
 _ORDER, _SHARDS, _BUFFER = 1, 2, 3
 """Kinds of chance beside the augmentation's; no two may share their random numbers."""
 
@@ -100,17 +102,28 @@ def _as_picture(value: Any, what: str) -> Image.Image | np.ndarray:
         return value
     try:
         if isinstance(value, (bytes, bytearray)):
-            return Image.open(io.BytesIO(value))
+            return open_encoded(value)
         if isinstance(value, (str, os.PathLike)):
             return Image.open(value)
         if isinstance(value, Mapping):
             if value.get("bytes"):
-                return Image.open(io.BytesIO(value["bytes"]))
+                return open_encoded(value["bytes"])
             # Paths into archives and on the Hub are opened as datasets does
             return ImageFeature().decode_example(dict(value))
         return np.asarray(value)
     except (Image.DecompressionBombError, OSError, SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"{what} cannot be read ({error}): the file may be missing or damaged.") from error
+
+
+def open_encoded(content: bytes | bytearray) -> Image.Image:
+    """
+    Open the content of a picture file that a data set brings.
+
+    Raises:
+        OSError: it is no picture, or in none of the usual formats. PIL would hand some others to programs of the
+            system, which is too much trust in what may come from anywhere.
+    """
+    return Image.open(io.BytesIO(content), formats=_FORMATS)
 
 
 def _undecoded(dataset: Any) -> Any:
@@ -468,5 +481,6 @@ __all__ = [
     "TrainingPictures",
     "check_first_pictures",
     "load_pictures",
+    "open_encoded",
     "to_arrays",
 ]

@@ -54,6 +54,7 @@ from tqdm import tqdm
 from modeling_san.modeling_san import SANForOpenVocabSegmentation
 from modeling_san.processing import OTHER_LABEL, SANProcessor, summarize
 from modeling_san.processing.image_arrays import read_byte_picture
+from modeling_san.training.data import open_encoded
 from modeling_san.training.device import pick_device_and_dtype
 from modeling_san.training.files import replacing_file, write_json, write_text
 from modeling_san.training.label_sets import ID2LABEL_FILE
@@ -452,7 +453,7 @@ def _read(value: Any, with_image: bool) -> tuple[bytes | None, np.ndarray]:
     if not isinstance(value, (bytes, bytearray)):
         picture = read_byte_picture(value if isinstance(value, Image.Image) else np.asarray(value), "the picture")
         return (_png(picture) if with_image else None), picture
-    with Image.open(io.BytesIO(value)) as image:
+    with open_encoded(value) as image:
         # PIL refuses pictures from twice as many pixels only, which take gigabytes
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and image.width * image.height > limit:

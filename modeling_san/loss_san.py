@@ -150,7 +150,8 @@ class SANLoss(Mask2FormerLoss):
         self, class_queries_logits: Tensor, class_labels: Sequence[Tensor], matches: dict[int, Any]
     ) -> Tensor:
         """Sum over the queries of labelled pictures, "no object" being the class of those that matched no mask."""
-        targets = torch.full(class_queries_logits.shape[:2], self.num_labels, device=class_queries_logits.device)
+        no_object: Any = self.num_labels
+        targets = torch.full(class_queries_logits.shape[:2], no_object, device=class_queries_logits.device)
         for index, (queries, chosen) in matches.items():
             targets[index, queries] = class_labels[index].to(targets)[chosen]
         kept = sorted(matches)

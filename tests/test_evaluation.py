@@ -400,6 +400,7 @@ sys.exit([one.exitcode for one in processes] != [0, 0, -signal.SIGKILL])
 """
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_and_a_killed_one_measure_what_one_does(
     tiny, small_processor, pictures, tmp_path, capsys, monkeypatch
 ):

@@ -211,6 +211,7 @@ def test_the_number_of_processes_changes_nothing(label, tmp_path, count):
     assert sum(report.pictures for report in reports) == 22
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_killed_run_goes_on_without_a_row_twice_or_missing(model_folder, label, labeler, tmp_path):
     files = [encoded(seed, SIZES[seed % 4]) for seed in range(80)]
     data = write_dataset(tmp_path / "many.parquet", files)

@@ -37,17 +37,10 @@ from modeling_san.training.train import NonFiniteLossError, train
 from modeling_san.training.train_demo import SAN_OPTIONS, make_processor
 from modeling_san.training.trainer import SANTrainer, SeedEachStep, StreamingMeanIoU
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LABELS = ["dark", "light"]
 SIZE = (48, 64)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums over threads depend on their number, and the processes started here have one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -54,8 +54,6 @@ def plot_curves(metrics: Path, picture: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
         if title == "validation":
             axes.set_ylim(0, 1)
-        elif title == "gradient norm":
-            axes.set_yscale("log")
         if len(series) > 1:
             axes.legend(fontsize=8, frameon=False)
     with replacing_file(picture) as beside:
@@ -163,7 +161,7 @@ def _series(lines: list[dict[str, Any]], wanted: Callable[[str], bool]) -> dict[
 
 
 def _label(name: str) -> str:
-    return name.removeprefix("loss_").removeprefix("validation_").replace("_", " ")
+    return name.removeprefix("loss_").removeprefix("validation_").replace("_", " ").replace("iou", "IoU")
 
 
 def _new_figure(figsize: tuple[float, float]) -> Any:

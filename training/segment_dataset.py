@@ -318,7 +318,7 @@ def open_rows(
     Raises:
         ValueError: the source cannot be read, or has no such columns.
     """
-    rows = load_pictures(source, split, streaming=streaming, image_column=image_column, labelled=False)
+    rows: Any = load_pictures(source, split, streaming=streaming, image_column=image_column, labelled=False)
     if keep_columns:
         # load_pictures has met all that can be wrong with the source; it drops what is no picture and no label map
         rows = open_source(os.fspath(source), split, streaming, False)

@@ -23,7 +23,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, TorchDynamoPlugin
+from accelerate.utils import DynamoBackend, ProjectConfiguration, TorchDynamoPlugin
 from datasets import IterableDataset
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -118,7 +118,7 @@ class _Run:
         check_first_pictures(pictures, self.label_set, recipe.dataset)
         self.validation = self._load_validation()
         self._prepare_model()
-        self.optimizer = make_optimizer(self.model, recipe.learning_rate, recipe.weight_decay)
+        self.optimizer: Any = make_optimizer(self.model, recipe.learning_rate, recipe.weight_decay)
         self.schedule = make_schedule(self.optimizer, recipe.steps, recipe.warmup_steps, recipe.power)
         self.step = 0
         self.between_steps = True
@@ -341,8 +341,9 @@ class _Run:
         figures = interval.figures()
         names = [name for name in figures if name.startswith("loss")]
         means = torch.tensor([figures[name] for name in names], device=self.accelerator.device)
-        figures.update(zip(names, self.accelerator.reduce(means, "mean").tolist(), strict=True))
-        figures["learning_rate"] = self.schedule.get_last_lr()[0]
+        averages: Any = self.accelerator.reduce(means, "mean")
+        figures.update(zip(names, averages.tolist(), strict=True))
+        figures["learning_rate"] = float(self.schedule.get_last_lr()[0])
         if self.is_main:
             self.log.write(self.step, significant(figures))
             bar.set_postfix(loss=f"{figures['loss']:.3f}", lr=f"{figures['learning_rate']:.1e}")
@@ -620,12 +621,13 @@ def _make_accelerator(recipe: Recipe) -> Accelerator:
     # An earlier run in this process may have had another precision
     AcceleratorState._reset_state()
     try:
+        trackers: Any = recipe.trackers or None
         accelerator = Accelerator(
             mixed_precision=precision,
             cpu=recipe.cpu,
-            log_with=recipe.trackers or None,
+            log_with=trackers,
             project_config=ProjectConfiguration(str(recipe.output_dir), str(Path(str(recipe.output_dir), "logs"))),
-            dynamo_plugin=TorchDynamoPlugin(backend="no"),
+            dynamo_plugin=TorchDynamoPlugin(backend=DynamoBackend.NO),
             step_scheduler_with_optimizer=False,
         )
     except (ValueError, ImportError, NotImplementedError, RuntimeError) as error:

@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit code: 0, 2 for bad input, 130 after Ctrl-C.
     """
     parser = make_parser()
-    args, args.others = parser.parse_known_args(argv)
+    args, others = parser.parse_known_args(argv)
+    args.others = others
     if args.others and args.command not in _TAKES_OTHERS:
         parser.error(f"unrecognized arguments: {' '.join(args.others)}")
     if isinstance(sys.stdout, io.TextIOWrapper):

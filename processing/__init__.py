@@ -1,5 +1,7 @@
 """Pictures and words in, tensors out, and back again."""
 
+from typing import TYPE_CHECKING, Any
+
 from .drawing import label_colors, label_png, overlay, palette, summarize
 from .image_processing_san import SANImageProcessor, SANImageProcessorKwargs
 from .labels import normalize_labels, parse_labels, split_synonyms
@@ -15,10 +17,14 @@ from .vocabulary import (
     vocabulary_names,
 )
 
+if TYPE_CHECKING:
+    from .pipeline_san import OpenVocabularySegmentationPipeline
+
 __all__ = [
     "DEFAULT_TEMPLATES",
     "EXTENSIONS",
     "OTHER_LABEL",
+    "OpenVocabularySegmentationPipeline",
     "SANImageProcessor",
     "SANImageProcessorKwargs",
     "SANProcessor",
@@ -37,3 +43,12 @@ __all__ = [
     "template_names",
     "vocabulary_names",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The pipeline, imported on first use: it takes all of transformers' pipelines with it."""
+    if name != "OpenVocabularySegmentationPipeline":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .pipeline_san import OpenVocabularySegmentationPipeline
+
+    return OpenVocabularySegmentationPipeline

@@ -1,0 +1,685 @@
+"""Pipelines: pictures of every kind and any words in; what comes out is what the model and the processor say."""
+
+import base64
+import copy
+import http.server
+import io
+import json
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import pipeline
+from transformers.pipelines.pt_utils import KeyDataset
+from transformers.utils import logging
+
+from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANForSemanticSegmentation, SANProcessor
+from modeling_san.processing import OpenVocabularySegmentationPipeline, SANImageProcessor, load_vocabulary, vocabulary
+
+TASK = "open-vocabulary-segmentation"
+LABELS = ["sky", "road", "car|truck", "tree"]
+
+
+def random_picture(width=50, height=40, seed=0):
+    """A picture of patches, so that its regions differ."""
+    patches = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(patches).resize((width, height), Image.Resampling.NEAREST)
+
+
+def as_map(segments, labels):
+    """The masks of one picture as a map of positions in `labels`; -1 where there is none."""
+    width, height = segments[0]["mask"].size
+    label_map = np.full((height, width), -1)
+    for segment in segments:
+        label_map[np.array(segment["mask"]) == 255] = labels.index(segment["label"])
+    return label_map
+
+
+def assert_same(segments, others):
+    assert [segment["label"] for segment in segments] == [other["label"] for other in others]
+    for segment, other in zip(segments, others, strict=True):
+        assert np.array_equal(np.array(segment["mask"]), np.array(other["mask"]))
+        assert segment["score"] == pytest.approx(other["score"], abs=1e-5)
+
+
+def assert_partition(segments):
+    """Masks of 0 and 255 that share no pixel, cover the picture, and hold a pixel each."""
+    masks = np.stack([np.array(segment["mask"]) for segment in segments])
+    assert set(np.unique(masks)) <= {0, 255}
+    assert ((masks == 255).sum(axis=0) == 1).all()
+    assert (masks == 255).any(axis=(1, 2)).all()
+
+
+@pytest.fixture(scope="session")
+def processor(tokenizer):
+    image_processor = SANImageProcessor(size={"shortest_edge": 64, "longest_edge": 256})
+    return SANProcessor(image_processor, tokenizer, templates=["a photo of a {}.", "{}"])
+
+
+@pytest.fixture
+def pipe(model, processor):
+    return pipeline(TASK, model=model, processor=processor, device="cpu")
+
+
+@pytest.fixture
+def text_calls(model):
+    """One entry for each time that the text encoder runs."""
+    calls = []
+    model.text_model.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.fixture
+def model_calls(model):
+    """How many pictures ran together, each time the model was called."""
+    calls = []
+
+    def count(_module, _args, kwargs):
+        calls.append(len(kwargs["pixel_values"]))
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    return calls
+
+
+@pytest.fixture
+def directly(model, processor):
+    """Segments a picture without the pipeline: map and winning scores."""
+
+    @torch.no_grad()
+    def segment(picture, labels):
+        outputs = model(**processor(images=picture, text=labels))
+        [label_map], [scores] = processor.post_process_semantic_segmentation(
+            outputs, target_sizes=[picture.size[::-1]], return_scores=True
+        )
+        return label_map.numpy(), scores.numpy()
+
+    return segment
+
+
+@pytest.fixture(scope="module")
+def builtin():
+    return pipeline(TASK, model=str(BUILTIN_MODEL), device="cpu")
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves the files of `tmp_path`; the address without the file's name."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.server_port}"
+        listening.shutdown()
+
+
+# What comes out
+
+
+def test_masks_are_those_of_the_processor(pipe, directly):
+    picture = random_picture()
+    label_map, _ = directly(picture, LABELS)
+    assert np.array_equal(as_map(pipe(picture, LABELS), LABELS), label_map)
+
+
+def test_a_score_is_the_mean_of_those_that_won_the_pixels(pipe, directly):
+    picture = random_picture()
+    label_map, scores = directly(picture, LABELS)
+    segments = pipe(picture, candidate_labels=LABELS)
+    assert len(segments) > 1
+    for segment in segments:
+        assert isinstance(segment["score"], float)
+        assert segment["score"] == pytest.approx(scores[label_map == LABELS.index(segment["label"])].mean(), abs=1e-5)
+
+
+def test_masks_are_grey_pictures_of_the_pictures_size_that_share_no_pixel_and_cover_it(pipe):
+    segments = pipe(random_picture(61, 37), LABELS)
+    assert {(segment["mask"].mode, segment["mask"].size) for segment in segments} == {("L", (61, 37))}
+    assert_partition(segments)
+
+
+def test_labels_come_back_as_they_were_given_and_in_their_order(pipe):
+    given = ["  Sky ", "ROAD", "Car|Truck", "tree"]
+    segments = pipe(random_picture(), given)
+    found = [segment["label"] for segment in segments]
+    assert found == [label for label in given if label in found]
+    assert_same(
+        [{**segment, "label": segment["label"].strip().lower()} for segment in segments],
+        pipe(random_picture(), LABELS),
+    )
+
+
+def test_one_string_of_labels_is_split_at_commas(pipe):
+    assert_same(pipe(random_picture(), "sky, road, car|truck, tree"), pipe(random_picture(), LABELS))
+
+
+def test_templates_of_a_call_are_used_for_the_labels(pipe):
+    picture = random_picture()
+    templated = pipe(picture, ["sky", "road"], templates=["a red {}"])
+    written_out = pipe(picture, ["a red sky", "a red road"], templates=["{}"])
+    assert_same([{**segment, "label": f"a red {segment['label']}"} for segment in templated], written_out)
+
+
+def test_pictures_are_turned_upright(pipe, tmp_path):
+    path = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    random_picture(60, 30).save(path, exif=exif, quality=100, subsampling=0)
+    segments = pipe(str(path), LABELS)
+    assert segments[0]["mask"].size == (30, 60)
+    assert_same(segments, pipe(Image.open(path).rotate(-90, expand=True), LABELS))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 90), (90, 1)])
+def test_smallest_and_thinnest_pictures_work(pipe, size):
+    segments = pipe(random_picture(*size), LABELS)
+    assert segments[0]["mask"].size == size
+    assert_partition(segments)
+
+
+# What goes in
+
+
+def test_every_kind_of_picture_gives_the_same(pipe, tmp_path, server):
+    picture = random_picture()
+    picture.save(tmp_path / "a.png")
+    pixels = np.array(picture)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    kinds = {
+        "path": str(tmp_path / "a.png"),
+        "path object": tmp_path / "a.png",
+        "address": f"{server}/a.png",
+        "data": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(),
+        "array": pixels,
+        "floats": pixels.astype(np.float32) / 255,
+        "tensor": torch.from_numpy(pixels).permute(2, 0, 1),
+        "palette": picture.convert("RGBA"),
+    }
+    expected = pipe(picture, LABELS)
+    for kind, image in kinds.items():
+        assert_same(pipe(image, LABELS), expected), kind
+
+
+def test_lists_tuples_and_batches_of_arrays_give_a_list_for_each_picture(pipe):
+    pictures = [random_picture(seed=seed) for seed in range(3)]
+    expected = [pipe(picture, LABELS) for picture in pictures]
+    arrays = np.stack([np.array(picture) for picture in pictures])
+    for images in (pictures, tuple(pictures), arrays, torch.from_numpy(arrays), [pictures[0]]):
+        results = pipe(images, LABELS)
+        assert isinstance(results, list)
+        assert len(results) == len(images)
+        for result, other in zip(results, expected, strict=False):
+            assert_same(result, other)
+
+
+def test_a_generator_gives_a_generator_that_reads_as_it_goes(pipe):
+    read = []
+
+    def pictures():
+        for seed in range(50):
+            read.append(seed)
+            yield random_picture(seed=seed)
+
+    results = pipe(pictures(), LABELS)
+    assert_same(next(results), pipe(random_picture(seed=0), LABELS))
+    assert_same(next(results), pipe(random_picture(seed=1), LABELS))
+    assert len(read) <= 3
+    assert list(pipe(iter([]), LABELS)) == []
+    assert len(list(pipe(map(np.array, [random_picture()] * 3), LABELS, batch_size=2))) == 3
+
+
+def test_columns_of_data_sets_give_what_their_pictures_give(pipe, tmp_path):
+    pictures = [random_picture(40 + 30 * seed, seed=seed) for seed in range(3)]
+    expected = [pipe(picture, LABELS) for picture in pictures]
+    for index, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{index}.png")
+    rows = {"image": [str(tmp_path / f"{index}.png") for index in range(3)]}
+    data = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()}))
+    columns = [data["image"], KeyDataset(data, "image"), data.to_iterable_dataset()["image"], data.to_dict()["image"]]
+    for column in columns[:3]:
+        for result, other in zip(pipe(column, LABELS, batch_size=2), expected, strict=True):
+            assert_same(result, other)
+
+
+def test_pictures_of_many_sizes_give_in_a_batch_what_they_give_alone(pipe, model_calls):
+    sizes = [(50, 40), (50, 40), (40, 90), (33, 33), (50, 40), (200, 30), (50, 40)]
+    pictures = [random_picture(*size, seed=seed) for seed, size in enumerate(sizes)]
+    alone = [pipe(picture, LABELS) for picture in pictures]
+    for batch_size in (2, 4, 16):
+        model_calls.clear()
+        for result, other in zip(pipe(pictures, LABELS, batch_size=batch_size), alone, strict=True):
+            assert_same(result, other)
+    # Those that are padded to one size run together
+    assert sorted(model_calls) == [1, 1, 1, 4]
+
+
+def test_worker_processes_change_nothing(pipe):
+    pictures = [random_picture(40 + 10 * seed, seed=seed) for seed in range(3)]
+    results = pipe(pictures, LABELS, num_workers=1, batch_size=2)
+    for result, picture in zip(results, pictures, strict=True):
+        assert_same(result, pipe(picture, LABELS))
+
+
+def test_half_precision_gives_nearly_the_same(pipe, make_model, processor):
+    halved = pipeline(TASK, model=make_model().to(torch.bfloat16), processor=processor, device="cpu")
+    assert halved.dtype == torch.bfloat16
+    picture = random_picture()
+    same = as_map(pipe(picture, LABELS), LABELS) == as_map(halved(picture, LABELS), LABELS)
+    assert same.mean() > 0.8
+
+
+# Threshold and other label
+
+
+def test_pixels_below_the_threshold_become_other(pipe, directly):
+    picture = random_picture()
+    label_map, scores = directly(picture, LABELS)
+    threshold = float(np.median(scores))
+    segments = pipe(picture, LABELS, threshold=threshold)
+    expected = np.where(scores < threshold, len(LABELS), label_map)
+    assert np.array_equal(as_map(segments, [*LABELS, "other"]), expected)
+    assert segments[-1]["label"] == "other"
+    assert segments[-1]["score"] == pytest.approx(scores[scores < threshold].mean(), abs=1e-5)
+    assert_partition(segments)
+
+
+def test_without_a_threshold_nothing_is_other(pipe):
+    assert "other" not in [segment["label"] for segment in pipe(random_picture(), LABELS)]
+
+
+def test_the_other_label_can_be_called_anything(pipe):
+    [segment] = pipe(random_picture(), LABELS, threshold=1, other_label="nothing I know")
+    assert segment["label"] == "nothing I know"
+
+
+def test_what_is_other_joins_a_label_of_that_name(pipe, directly):
+    picture = random_picture()
+    labels = ["Other", *LABELS]
+    label_map, scores = directly(picture, labels)
+    threshold = float(np.median(scores))
+    segments = pipe(picture, labels, threshold=threshold)
+    assert np.array_equal(as_map(segments, labels), np.where(scores < threshold, 0, label_map))
+
+
+def test_pixels_that_a_common_name_wins_become_other(builtin):
+    picture = Image.open(BUILTIN_MODEL.parents[1] / "hub_card" / "assets" / "demo.png")
+    coco = load_vocabulary("coco_stuff_171")
+    # "grass" is a name of COCO-Stuff itself, and competes as the label that it is
+    labels = ["purple checkered", "grass"]
+    added = [name for name, thing in zip(coco.classes, coco.is_thing, strict=True) if not thing and name != "grass"]
+    inputs = builtin.processor(images=picture, text=labels + added)
+    with torch.no_grad():
+        outputs = builtin.model(**inputs)
+    [label_map] = builtin.processor.post_process_semantic_segmentation(outputs, target_sizes=[picture.size[::-1]])
+    segments = builtin(picture, labels, extend_labels="coco-stuff", other_label="rest")
+    assert segments[-1]["label"] == "rest"
+    assert np.array_equal(as_map(segments, [*labels, "rest"]), label_map.clamp(max=2).numpy())
+
+
+def test_common_names_without_their_files_are_one_clear_line(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(vocabulary, "_FOLDER", tmp_path)
+    load_vocabulary.cache_clear()
+    with pytest.raises(ValueError, match=r"^extend_labels='coco-all' needs .* install the package.*$"):
+        pipe(random_picture(), LABELS, extend_labels="coco-all")
+    pipe(random_picture(), LABELS, extend_labels="none")
+
+
+# Text work
+
+
+def test_labels_are_encoded_once_for_a_call_and_not_again_for_the_next(pipe, text_calls):
+    pictures = [random_picture(40 + seed, seed=seed) for seed in range(4)]
+    first = pipe(pictures, LABELS, batch_size=2)
+    assert len(text_calls) == 1
+    for result, other in zip(pipe(pictures, LABELS), first, strict=True):
+        assert_same(result, other)
+    list(pipe((picture for picture in pictures), [label.upper() for label in LABELS]))
+    assert len(text_calls) == 1
+
+
+def test_other_labels_orders_and_templates_are_encoded_anew(pipe, text_calls):
+    picture = random_picture()
+    for count, (labels, templates) in enumerate(
+        [(LABELS, None), (LABELS[::-1], None), (LABELS[:2], None), (LABELS, ["{}"]), (LABELS, ["a {}"])], start=1
+    ):
+        pipe(picture, labels, templates=templates)
+        assert len(text_calls) == count
+    # The same templates by another way
+    pipe(picture, LABELS, templates={"name": None, "prompts": ["{}"]})
+    pipe(picture, LABELS, templates=pipe.processor.templates)
+    assert len(text_calls) == 5
+
+
+def test_the_least_recently_used_vocabulary_is_forgotten_first(pipe, text_calls):
+    picture = random_picture()
+    pipe.MAX_CACHED_VOCABULARIES = 2
+    pipe(picture, ["sky"])
+    pipe(picture, ["road"])
+    pipe(picture, ["sky"])
+    pipe(picture, ["car"])
+    assert len(text_calls) == 3
+    pipe(picture, ["sky"])
+    assert len(text_calls) == 3
+    pipe(picture, ["road"])
+    assert len(text_calls) == 4
+
+
+def test_the_labels_of_all_vocabularies_kept_are_bounded(pipe):
+    pipe.MAX_LABELS = 6
+    for labels in (["sky", "road"], ["car", "tree"], ["red", "truck"], ["sky", "road", "car", "tree", "red"]):
+        pipe(random_picture(), labels)
+        assert sum(len(entry) for entry in pipe._cache._entries.values()) <= 6
+    assert OpenVocabularySegmentationPipeline.MAX_CACHED_VOCABULARIES == 16
+    for seed in range(40):
+        pipe(random_picture(8, 8), [f"{'road' * (seed % 3)} {chr(97 + seed % 26)}"])
+    assert len(pipe._cache) <= 16
+
+
+def change_weights(model):
+    with torch.no_grad():
+        model.text_projection.weight.neg_()
+
+
+def load_weights(model):
+    state = {name: value + 0.5 for name, value in model.text_model.state_dict().items() if value.is_floating_point()}
+    model.text_model.load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize("change", [change_weights, load_weights, nn.Module.bfloat16])
+def test_a_text_encoder_that_changed_encodes_anew(pipe, model, processor, text_calls, change):
+    picture = random_picture()
+    pipe(picture, LABELS)
+    change(model)
+    segments = pipe(picture, LABELS)
+    assert len(text_calls) == 2
+    assert_same(segments, OpenVocabularySegmentationPipeline(model=model, processor=processor)(picture, LABELS))
+    pipe(picture, LABELS)
+    assert len(text_calls) == 3, "one for the fresh pipeline, none for the last call"
+
+
+def test_cached_embeddings_carry_no_gradients(make_model, processor):
+    trainable = make_model(trainable_clip_parameters=["text_model", "text_projection"])
+    pipe = OpenVocabularySegmentationPipeline(model=trainable, processor=processor)
+    pipe(random_picture(), LABELS)
+    [entry] = pipe._cache._entries.values()
+    assert not entry.requires_grad
+    assert entry.grad_fn is None
+
+
+def test_long_vocabularies_are_encoded_in_parts_to_the_same_embeddings(pipe, processor, monkeypatch):
+    monkeypatch.setattr("modeling_san.processing.pipeline_san._LABELS_AT_ONCE", 3)
+    labels = ["sky", "red truck", "a", "tree", "a photo of a car", "road", "red"]
+    pipe(random_picture(), labels)
+    [entry] = pipe._cache._entries.values()
+    with torch.no_grad():
+        torch.testing.assert_close(entry, pipe.model.get_class_embeds(**processor(text=labels)), atol=1e-6, rtol=0)
+
+
+def test_threads_that_share_a_pipeline_encode_once_and_get_their_own_answers(pipe, text_calls):
+    picture = random_picture()
+    pipe.MAX_CACHED_VOCABULARIES = 2
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(lambda _: pipe(picture, LABELS), range(8)))
+    assert len(text_calls) == 1
+    for result in results[1:]:
+        assert_same(result, results[0])
+    vocabularies = [["sky", "road"], ["road", "sky"], ["car", "tree", "red"], ["truck"]]
+    expected = [pipe(picture, labels) for labels in vocabularies]
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(lambda index: pipe(picture, vocabularies[index % 4]), range(16)))
+    for index, result in enumerate(results):
+        assert_same(result, expected[index % 4])
+
+
+def test_copies_of_a_pipeline_work(pipe):
+    picture = random_picture()
+    expected = pipe(picture, LABELS)
+    for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
+        assert_same(other(picture, LABELS), expected)
+
+
+# Labels and options that hold for all calls
+
+
+def test_stored_labels_are_used_without_any_text_work(pipe, model, processor, text_calls):
+    picture = random_picture()
+    expected = pipe(picture, LABELS)
+    model.set_labels(LABELS, processor)
+    count = len(text_calls)
+    assert_same(pipe(picture), expected)
+    assert len(text_calls) == count
+    assert_same(pipe(picture, templates=["{}"]), pipe(picture, LABELS, templates=["{}"]))
+
+
+def test_without_any_labels_there_is_one_clear_line(pipe):
+    with pytest.raises(ValueError, match=r"^there are no labels: pass some, .*model\.set_labels.*$"):
+        pipe(random_picture())
+
+
+def test_options_given_with_the_pipeline_hold_until_a_call_says_otherwise(model, processor):
+    picture = random_picture()
+    pipe = pipeline(TASK, model=model, processor=processor, candidate_labels=LABELS, threshold=1.0, other_label="x")
+    assert [segment["label"] for segment in pipe(picture)] == ["x"]
+    assert [segment["label"] for segment in pipe(picture, other_label="y")] == ["y"]
+    assert_same(
+        pipe(picture, threshold=0), OpenVocabularySegmentationPipeline(model, processor=processor)(picture, LABELS)
+    )
+    assert {segment["label"] for segment in pipe(picture, ["sky"], threshold=0)} == {"sky"}
+
+
+def test_a_misspelled_option_is_refused(pipe):
+    with pytest.raises(TypeError, match="treshold"):
+        pipe(random_picture(), LABELS, treshold=0.5)
+
+
+# What cannot be used
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (None, "images is None"),
+        ([], "images is empty"),
+        (np.zeros((0, 8, 8, 3), np.uint8), "images is empty"),
+        ("there-is-no-such.png", "there is no file 'there-is-no-such.png'"),
+        (__file__, "cannot be opened as a picture"),
+        (7, "the picture is a int"),
+        (b"bytes", "the picture is a bytes"),
+        ([random_picture(), "nowhere.png"], "image 1: there is no file 'nowhere.png'"),
+        ([random_picture(), object()], "image 1 is a object"),
+        ([[random_picture()]], "image 0 is a list"),
+        ({"image": random_picture()}, "column"),
+        ([{"image": random_picture()}], "column"),
+        (io.BytesIO(b"x"), "an open file"),
+        (np.zeros((4, 4, 7)), "7 channels"),
+        (np.zeros(4), "shape 4"),
+        (np.full((4, 4, 3), np.nan), "NaN"),
+        (np.full((4, 4, 3), 300.0), "from 300 to 300"),
+        ("data:image/png;base64,AAAA", "an address with data gave no picture"),
+    ],
+)
+def test_what_is_no_picture_is_one_clear_line(pipe, images, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        pipe(images, LABELS)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bad_picture_in_a_stream_is_named(pipe):
+    results = pipe((image for image in [random_picture(), "nowhere.png"]), LABELS)
+    next(results)
+    with pytest.raises(ValueError, match=r"^image 1: there is no file .nowhere\.png."):
+        next(results)
+
+
+def test_an_address_without_a_picture_is_one_clear_line_that_shows_no_secret(pipe, tmp_path, server):
+    (tmp_path / "page.html").write_text("<html>no picture</html>")
+    unused = server.rpartition(":")[0] + ":9"
+    for address in (f"{server}/page.html", f"{server}/missing.png", f"{unused}/a.png", "http://"):
+        host = address.partition("://")[2]
+        with pytest.raises(ValueError, match="gave no picture") as caught:
+            pipe(f"http://user:hush@{host}?signature=hush#hush", LABELS, timeout=5)
+        message = str(caught.value)
+        assert "\n" not in message
+        assert "hush" not in message
+        assert host in message
+        assert caught.value.__cause__ is None
+        assert caught.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([], "candidate_labels is empty"),
+        ("", "candidate_labels is empty"),
+        ("  ", "candidate_labels is empty"),
+        (["sky", ""], r"label 1 \(''\) is empty"),
+        (["sky", "car|"], "empty synonym"),
+        (["sky", " SKY"], "'sky' is given 2 times"),
+        (["car|truck", "truck"], "'truck' belongs to the labels"),
+        (["sky", 3], r"candidate_labels\[1\] is a int"),
+        ([["sky"], ["road"]], r"candidate_labels\[0\] is a list"),
+        ({0: "sky"}, "candidate_labels is a dict"),
+        (7, "candidate_labels is a int"),
+        ('"sky', "cannot be split"),
+        (["road " * 40], "shorten the label"),
+        ((f"label {index}" for index in range(10**9)), "more than 50000 labels"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_one_clear_line(pipe, labels, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        pipe(random_picture(), labels)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *[({"threshold": value}, "threshold is") for value in (-0.1, 1.01, 50, float("nan"), "0.5", True, [0.5])],
+        *[({"other_label": value}, "other_label is") for value in ("", "  ", 3)],
+        ({"extend_labels": "coco"}, "extend_labels is 'coco': choose one of 'none', 'coco-stuff', 'coco-all'"),
+        ({"extend_labels": []}, "extend_labels is"),
+        ({"templates": "nobody"}, "no prompt templates called 'nobody'"),
+        ({"templates": []}, "templates is empty"),
+        ({"templates": ["a photo"]}, "template 'a photo' cannot be used"),
+    ],
+)
+def test_options_out_of_range_are_one_clear_line(pipe, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        pipe(random_picture(), LABELS, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pipeline_without_its_parts_is_refused(model, processor):
+    with pytest.raises(ValueError, match=r"^processor is a NoneType: pass processor=SANProcessor"):
+        OpenVocabularySegmentationPipeline(model=model)
+    with pytest.raises(ValueError, match=r"^model is a CLIPVisionModel: pass a SAN model"):
+        OpenVocabularySegmentationPipeline(model=model.vision_model, processor=processor)
+
+
+# Saving and loading
+
+
+@pytest.fixture
+def saved(pipe, model, processor, tmp_path):
+    """A folder with labels, written by the pipeline."""
+    model.set_labels(LABELS, processor)
+    pipe.save_pretrained(tmp_path / "saved")
+    return str(tmp_path / "saved")
+
+
+def test_a_saved_pipeline_loads_with_its_templates_and_gives_the_same(pipe, saved):
+    loaded = pipeline(TASK, model=saved, device="cpu")
+    assert type(loaded) is OpenVocabularySegmentationPipeline
+    assert loaded.processor.templates == ["a photo of a {}.", "{}"]
+    assert_same(loaded(random_picture(), LABELS[::-1]), pipe(random_picture(), LABELS[::-1]))
+    assert_same(loaded(random_picture()), pipe(random_picture()))
+
+
+def test_it_loads_in_half_precision(saved):
+    loaded = pipeline(TASK, model=saved, device="cpu", dtype=torch.bfloat16)
+    assert loaded.model.dtype == torch.bfloat16
+    assert_partition(loaded(random_picture(), LABELS))
+
+
+def test_a_saved_folder_names_the_pipeline_and_carries_its_code(saved, tmp_path):
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    module, _, name = config["custom_pipelines"][TASK]["impl"].partition(".")
+    assert name == OpenVocabularySegmentationPipeline.__name__
+    assert (tmp_path / "saved" / f"{module}.py").is_file()
+    # The image processor's options have one home
+    assert not (tmp_path / "saved" / "preprocessor_config.json").exists()
+
+
+def test_a_saved_pipeline_can_be_saved_and_loaded_again(saved, tmp_path):
+    pipeline(TASK, model=saved, device="cpu").save_pretrained(tmp_path / "again")
+    loaded = pipeline(TASK, model=str(tmp_path / "again"), device="cpu")
+    assert_same(loaded(random_picture()), pipeline(TASK, model=saved, device="cpu")(random_picture()))
+
+
+def test_saving_to_a_file_is_refused(pipe, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="is a file: pass a folder"):
+        pipe.save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# The stock pipeline for image segmentation
+
+
+@pytest.fixture
+def errors(monkeypatch):
+    """What transformers' pipelines log as errors."""
+    logged = []
+    monkeypatch.setattr(logging.get_logger("transformers.pipelines.base"), "error", lambda *args: logged.append(args))
+    return logged
+
+
+def test_the_stock_pipeline_segments_with_the_stored_labels(saved, directly, errors):
+    stock = pipeline("image-segmentation", model=saved, device="cpu")
+    assert type(stock.model) is SANForSemanticSegmentation
+    picture = random_picture(61, 37)
+    segments = stock(picture)
+    label_map, _ = directly(picture, LABELS)
+    assert [segment["label"] for segment in segments] == [LABELS[index] for index in np.unique(label_map)]
+    assert np.array_equal(as_map(segments, LABELS), label_map)
+    assert_partition(segments)
+    # As for every model for semantic segmentation
+    assert {segment["score"] for segment in segments} == {None}
+    assert errors == []
+
+
+def test_the_stock_pipeline_gives_in_a_batch_what_it_gives_alone(saved):
+    stock = pipeline("image-segmentation", model=saved, device="cpu")
+    pictures = [random_picture(seed=seed) for seed in range(len(LABELS) + 3)]
+    batched = stock(pictures, batch_size=len(pictures))
+    for segments, picture in zip(batched, pictures, strict=True):
+        alone = stock(picture)
+        assert [segment["label"] for segment in segments] == [segment["label"] for segment in alone]
+        assert np.array_equal(as_map(segments, LABELS), as_map(alone, LABELS))
+
+
+def test_both_pipelines_find_the_same_regions(saved):
+    stock = pipeline("image-segmentation", model=saved, device="cpu")
+    ours = pipeline(TASK, model=saved, device="cpu")
+    assert np.array_equal(as_map(stock(random_picture()), LABELS), as_map(ours(random_picture()), LABELS))
+    # The model of the one in the other
+    mixed = pipeline(TASK, model=stock.model, processor=ours.processor, device="cpu")
+    assert_same(mixed(random_picture()), ours(random_picture()))
+
+
+def test_the_built_in_model_names_what_was_drawn(builtin):
+    from modeling_san.training.world import CLASS_NAMES, draw_scene
+
+    scenes = [draw_scene(424_243, index) for index in range(8)]
+    results = builtin([scene.image for scene in scenes], CLASS_NAMES, batch_size=8)
+    right = [as_map(found, CLASS_NAMES) == scene.label_map for found, scene in zip(results, scenes, strict=True)]
+    assert np.mean(right) > 0.7
+    assert isinstance(builtin.model, SANForOpenVocabSegmentation)

@@ -7,6 +7,8 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .registration import register_when_imported
+
 __version__ = "0.1.0"
 
 BUILTIN_MODEL = Path(__file__).parent / "builtin_model"
@@ -15,6 +17,7 @@ BUILTIN_MODEL = Path(__file__).parent / "builtin_model"
 _HOMES = {
     "SANConfig": "modeling_san.configuration_san",
     "SANForOpenVocabSegmentation": "modeling_san.modeling_san",
+    "SANForSemanticSegmentation": "modeling_san.modeling_san",
     "SANImageProcessor": "modeling_san.processing",
     "SANOutput": "modeling_san.modeling_san",
     "SANPreTrainedModel": "modeling_san.modeling_san",
@@ -25,6 +28,7 @@ __all__ = [
     "BUILTIN_MODEL",
     "SANConfig",
     "SANForOpenVocabSegmentation",
+    "SANForSemanticSegmentation",
     "SANImageProcessor",
     "SANOutput",
     "SANPreTrainedModel",
@@ -33,7 +37,12 @@ __all__ = [
 
 if TYPE_CHECKING:
     from modeling_san.configuration_san import SANConfig
-    from modeling_san.modeling_san import SANForOpenVocabSegmentation, SANOutput, SANPreTrainedModel
+    from modeling_san.modeling_san import (
+        SANForOpenVocabSegmentation,
+        SANForSemanticSegmentation,
+        SANOutput,
+        SANPreTrainedModel,
+    )
     from modeling_san.processing import SANImageProcessor, SANProcessor
 
 
@@ -49,3 +58,6 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """Names for completion, loaded or not."""
     return sorted([*globals(), *_HOMES])
+
+
+register_when_imported()

@@ -1,12 +1,29 @@
 """Configuration of the Side Adapter Network."""
 
-from typing import Any
+import os
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
 
 SLS_TOKEN_FORMATS = ("cls_token", "learnable_token", "pos_embedding")
 ATTENTION_BIAS_POOLINGS = ("max", "avg", "bilinear", "bicubic", "nearest")
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_san.SANConfig",
+    "AutoModel": "modeling_san.SANForOpenVocabSegmentation",
+    "AutoModelForSemanticSegmentation": "modeling_san.SANForSemanticSegmentation",
+}
+"""Where a saved folder's own copy of the code has the classes, for those who load it without the package."""
+
+CUSTOM_PIPELINES = {
+    "open-vocabulary-segmentation": {
+        "impl": "pipeline_san.OpenVocabularySegmentationPipeline",
+        "pt": ["AutoModel"],
+        "type": "multimodal",
+    }
+}
+"""The same for the pipeline, whose code is saved with the processor."""
 
 
 @strict
@@ -99,6 +116,7 @@ class SANConfig(PreTrainedConfig):
     """
 
     model_type = "san"
+    _auto_class: ClassVar[str | None] = "AutoConfig"
     sub_configs = {"vision_config": CLIPVisionConfig, "text_config": CLIPTextConfig}
     # What an evaluation loop need not gather over a whole data set; `Trainer` adds to it and wants a list.
     keys_to_ignore_at_inference = ["mask_embeds", "class_embeds", "attention_bias", "auxiliary_logits", "loss_dict"]
@@ -164,6 +182,18 @@ class SANConfig(PreTrainedConfig):
         self.deep_supervision_layers = list(self.deep_supervision_layers)
         self.trainable_clip_parameters = list(self.trainable_clip_parameters)
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Write config.json, which names the classes of the code that is saved with it."""
+        self.auto_map = dict(AUTO_MAP)
+        self.custom_pipelines = {task: dict(entry) for task, entry in CUSTOM_PIPELINES.items()}
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved; not what evaluation loops leave out, which the model's class decides."""
+        saved = super().to_dict()
+        saved.pop("keys_to_ignore_at_inference", None)
+        return saved
 
     @property
     def num_recognition_layers(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPModel, CLIPTextModel, CLIPVisionModel, PreTrainedModel
+from transformers import AutoProcessor, CLIPModel, CLIPTextModel, CLIPVisionModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -17,6 +17,8 @@ from .side_adapter import MaskDecoder, SideAdapter, SideAdapterEmbeddings, SideA
 
 TEXT_BATCH_SIZE = 512
 """Prompts encoded at once; bounds the memory that long vocabularies take."""
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class LabelProcessor(Protocol):
@@ -34,6 +36,8 @@ class SANOutput(ModelOutput):
     Attributes:
         loss (`Tensor` of shape `()`, *optional*):
             Sum of all weighted terms; given when labels are.
+        logits (`Tensor` of shape `(batch, classes, height / 4, width / 4)`, *optional*):
+            Logarithms of the classes' scores, from [`SANForSemanticSegmentation`] only.
         masks_queries_logits (`Tensor` of shape `(batch, queries, height / 16, width / 16)`):
             One mask per query; 0 outside a picture's own padded size where sizes are mixed.
         class_queries_logits (`Tensor` of shape `(batch, queries, classes + 1)`):
@@ -53,6 +57,7 @@ class SANOutput(ModelOutput):
     """
 
     loss: Tensor | None = None
+    logits: Tensor | None = None
     masks_queries_logits: Tensor | None = None
     class_queries_logits: Tensor | None = None
     mask_embeds: Tensor | None = None
@@ -127,6 +132,8 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
     ```
     """
 
+    # A saved model carries this code, so that it loads where the package is not installed.
+    _auto_class = "AutoModel"
     # `forward` swallows further keyword arguments but does not scale its loss by them: `Trainer` has to divide the
     # loss by the number of accumulated batches itself.
     accepts_loss_kwargs = False
@@ -558,6 +565,122 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         return mask_labels, class_labels
 
 
+class SANForSemanticSegmentation(SANForOpenVocabSegmentation):
+    """
+    The same network for code that is written for semantic segmentation: one vocabulary, one map of logits.
+
+    The vocabulary is the one stored with the checkpoint. One given at load time replaces it, encoded with the
+    processor in the checkpoint's folder: `from_pretrained(folder, id2label={0: "sky", 1: "road"})`.
+
+    Args:
+        config ([`SANConfig`]): shapes and choices.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+    >>> from modeling_san import BUILTIN_MODEL
+
+    >>> image_processor = AutoImageProcessor.from_pretrained(BUILTIN_MODEL)
+    >>> model = AutoModelForSemanticSegmentation.from_pretrained(BUILTIN_MODEL, id2label={0: "red plain", 1: "grass"})
+    >>> model(**image_processor([Image.new("RGB", (128, 128), "red")])).logits.shape
+    torch.Size([1, 2, 32, 32])
+    ```
+    """
+
+    _auto_class = "AutoModelForSemanticSegmentation"
+    # The stored vocabulary, where another one was given.
+    _keys_to_ignore_on_load_unexpected = ["stored_class_embeds"]
+
+    def __init__(self, config: SANConfig) -> None:
+        super().__init__(config)
+        # An evaluation loop gets the logits and nothing else.
+        config.keys_to_ignore_at_inference = [
+            *type(config).keys_to_ignore_at_inference,
+            "masks_queries_logits",
+            "class_queries_logits",
+            "image_sizes",
+        ]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """
+        Load as every transformers model, with the names of `id2label` as the vocabulary where it is given.
+
+        Raises:
+            ValueError: where `id2label` holds no names, or positions other than 0, 1, 2 ...
+            OSError: where a vocabulary is given and there is no processor beside the model to encode it with.
+        """
+        source = pretrained_model_name_or_path
+        places = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        if not isinstance(config, PreTrainedConfig):
+            config, kwargs = SANConfig.from_pretrained(config or source, return_unused_kwargs=True, **kwargs)
+            kwargs.update(places)
+        saved, _ = SANConfig.get_config_dict(source, **places)
+        labels = _labels_in_order(config.id2label)
+        stored = _labels_in_order(SANConfig.from_dict(saved).id2label) if saved.get("has_stored_labels") else None
+        if labels == stored or (stored is None and not _are_names(labels)):
+            return super().from_pretrained(source, *args, config=config, **kwargs)
+        if not _are_names(labels):
+            raise ValueError(
+                f"the {len(labels)} labels have no names, which are what this model goes by: pass them, for example "
+                'id2label={0: "sky", 1: "road"}'
+            )
+        config.has_stored_labels = False
+        loaded = super().from_pretrained(source, *args, config=config, **kwargs)
+        # Code that came with the checkpoint stays with it; the package's own never runs another's.
+        from_checkpoint = cls.__module__.startswith("transformers_modules.")
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=from_checkpoint, **places)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).set_labels(labels, processor)
+        return loaded
+
+    def forward(  # type: ignore[override]
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> SANOutput | tuple:
+        """
+        Segment a batch of pictures.
+
+        Args:
+            pixel_values: `(batch, 3, height, width)`, as for [`SANForOpenVocabSegmentation`].
+            labels: `(batch, height, width)` class indices, `config.semantic_loss_ignore_index` = no label.
+            image_sizes: `(batch, 2)`, height and width of each picture before padding.
+            return_dict: `False` gives a tuple.
+            kwargs: further arguments of [`SANForOpenVocabSegmentation.forward`]; others are ignored.
+
+        Returns:
+            [`SANOutput`] with `logits` `(batch, classes, height / 4, width / 4)`, the logarithms of the scores: their
+            argmax after bilinear upsampling is the segmentation, up to pixels at the borders of regions, where
+            post-processing interpolates masks instead.
+        """
+        output = super().forward(pixel_values, labels=labels, image_sizes=image_sizes, **kwargs)
+        height, width = pixel_values.shape[-2:]
+        masks = nn.functional.interpolate(
+            output.masks_queries_logits.float(), (height // 4, width // 4), mode="bilinear", align_corners=False
+        )
+        probabilities = output.class_queries_logits.float().softmax(-1)[..., :-1]
+        scores = probabilities.transpose(1, 2) @ masks.sigmoid().flatten(2)
+        output.logits = scores.clamp(min=torch.finfo(scores.dtype).tiny).log().unflatten(-1, masks.shape[-2:])
+        return output.to_tuple() if return_dict is False else output
+
+
+def _labels_in_order(id2label: dict[int, str] | None) -> list[str]:
+    """Names by position; a gap in the positions raises."""
+    id2label = id2label or {}
+    if sorted(id2label) != list(range(len(id2label))):
+        raise ValueError(f"id2label has the positions {sorted(id2label)}: number the labels 0, 1, 2 and so on")
+    return [id2label[position] for position in range(len(id2label))]
+
+
+def _are_names(labels: list[str]) -> bool:
+    """Whether these are more than the placeholders that every config starts with."""
+    return labels != [f"LABEL_{position}" for position in range(len(labels))]
+
+
 def _merge_groups(
     parts: Sequence[dict[str, Tensor]], groups: Sequence[Group], grid: tuple[int, ...]
 ) -> dict[str, Tensor]:
@@ -579,4 +702,4 @@ def _fill_to(maps: Tensor, grid: tuple[int, ...]) -> Tensor:
     return nn.functional.pad(maps, (0, grid[1] - width, 0, grid[0] - height))
 
 
-__all__ = ["SANForOpenVocabSegmentation", "SANOutput", "SANPreTrainedModel"]
+__all__ = ["SANForOpenVocabSegmentation", "SANForSemanticSegmentation", "SANOutput", "SANPreTrainedModel"]

@@ -59,6 +59,8 @@ class SANImageProcessor(PilBackend):
 
     valid_kwargs = SANImageProcessorKwargs
     model_input_names = ["pixel_values", "image_sizes"]
+    # A saved image processor carries this code, so that it loads where the package is not installed.
+    _auto_class = "AutoImageProcessor"
 
     do_convert_rgb = True
     do_resize = True
@@ -101,10 +103,8 @@ class SANImageProcessor(PilBackend):
 
         Returns:
             `pixel_values` (batch, 3, height, width) float32 and `image_sizes` (batch, 2) int64, height and width of
-            each picture inside `pixel_values` before padding. With segmentation maps also two lists with one entry
-            per picture: `mask_labels`, (n, height, width) float32 at the padded size, one 0 / 1 mask for each class
-            present, 0 where padded or ignored; and `class_labels`, (n,) int64. A map without any class gives
-            (0, height, width) and (0,).
+            each picture inside `pixel_values` before padding. With segmentation maps also `labels` (batch, height,
+            width) int64 class indices at the padded size, `ignore_index` where padded or ignored.
 
         Raises:
             ValueError: a picture, map or option cannot be used; the message says which, and what to do.
@@ -236,15 +236,10 @@ class SANImageProcessor(PilBackend):
                 label_maps.append(resize_map(label_map, new_size))
         pixel_values = _padded_batch(pictures, do_rescale=do_rescale, **kwargs)
         sizes = np.array([picture.shape[:2] for picture in pictures], dtype=np.int64)
-        batch = BatchFeature({"pixel_values": pixel_values, "image_sizes": sizes}, tensor_type=return_tensors)
+        data = {"pixel_values": pixel_values, "image_sizes": sizes}
         if maps is not None:
-            canvas = pixel_values.shape[-2:]
-            labels = [_masks(label_map, canvas, ignore_index, do_reduce_labels) for label_map in label_maps]
-            # After the conversion: they have a length each and stay lists
-            as_tensors = _value(return_tensors) == "pt"
-            batch["mask_labels"] = [torch.from_numpy(masks) if as_tensors else masks for masks, _ in labels]
-            batch["class_labels"] = [torch.from_numpy(classes) if as_tensors else classes for _, classes in labels]
-        return batch
+            data["labels"] = _padded_labels(label_maps, pixel_values.shape[-2:], ignore_index, do_reduce_labels)
+        return BatchFeature(data, tensor_type=return_tensors)
 
     def _pictures_of(self, outputs: Any, target_sizes: Any) -> list[tuple[torch.Tensor, torch.Tensor, MaskGeometry]]:
         """Mask logits, class logits and geometry of each picture in a batch of outputs."""
@@ -332,19 +327,19 @@ def _canvas_size(
     return wanted
 
 
-def _masks(
-    label_map: np.ndarray, canvas: tuple[int, int], ignore_index: int, do_reduce_labels: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """One mask (n, *canvas) float32 and one index (n,) int64 for each class in a map (height, width)."""
-    if do_reduce_labels:
-        ignored = (label_map == 0) | (label_map == ignore_index)
-        label_map = np.where(ignored, ignore_index, label_map - 1)
-    classes = np.unique(label_map)
-    classes = classes[classes != ignore_index].astype(np.int64)
-    height, width = label_map.shape
-    masks = np.zeros((len(classes), *canvas), dtype=np.float32)
-    np.equal(label_map, classes[:, None, None], out=masks[:, :height, :width], casting="unsafe")
-    return masks, classes
+def _padded_labels(
+    label_maps: list[np.ndarray], canvas: tuple[int, ...], ignore_index: int, do_reduce_labels: bool
+) -> np.ndarray:
+    """Maps (height, width) in the corners of one batch (n, *canvas) int64 that is ignored elsewhere."""
+    batch = np.full((len(label_maps), *canvas), ignore_index, dtype=np.int64)
+    for label_map, canvas_map in zip(label_maps, batch, strict=True):
+        corner = canvas_map[: label_map.shape[0], : label_map.shape[1]]
+        corner[...] = label_map
+        if do_reduce_labels:
+            ignored = (corner == 0) | (corner == ignore_index)
+            corner -= 1
+            corner[ignored] = ignore_index
+    return batch
 
 
 def _check_same_size(label_map: np.ndarray, picture: np.ndarray, index: int) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -19,6 +19,12 @@ DEFAULT_TEMPLATES = "vild"
 """The prompt templates of the released SAN models."""
 
 Templates = str | Iterable[str] | Mapping[str, Any]
+
+_Map = TypeVar("_Map", np.ndarray, torch.Tensor)
+
+if TYPE_CHECKING:
+    # Never imported here: transformers takes along what custom code imports, and the pipeline belongs to it.
+    from .pipeline_san import OpenVocabularySegmentationPipeline  # noqa: F401
 
 
 class SANProcessor(ProcessorMixin):
@@ -38,7 +44,8 @@ class SANProcessor(ProcessorMixin):
         ValueError: there is no such set of templates, or one of them cannot be used.
     """
 
-    # Not registered under AutoImageProcessor: `from_pretrained` below names the two classes itself.
+    # A saved processor carries this code, so that it loads where the package is not installed.
+    _auto_class = "AutoProcessor"
 
     def __init__(
         self,
@@ -73,7 +80,10 @@ class SANProcessor(ProcessorMixin):
             **kwargs: options of the image processor for this call, such as `size` or `do_resize`.
 
         Returns:
-            What `SANImageProcessor.preprocess` returns, if there are pictures; and if there are labels `input_ids` and
+            What `SANImageProcessor.preprocess` returns, if there are pictures. Segmentation maps become two lists with
+            one entry per picture: `mask_labels`, (n, height, width) float32 at the padded size, one 0 / 1 mask for
+            each class present, 0 where padded or ignored; and `class_labels`, (n,) int64. A map without any class
+            gives (0, height, width) and (0,). If there are labels, also `input_ids` and
             `attention_mask`, both (labels, prompts, tokens) int64. Prompts of a label are its synonyms in all
             templates, synonym after synonym; a label with fewer synonyms than others has rows at the end whose
             attention_mask is all 0 (their tokens repeat its first prompt). Tokens are as many as the longest prompt
@@ -95,6 +105,10 @@ class SANProcessor(ProcessorMixin):
                     images, segmentation_maps=segmentation_maps, return_tensors=return_tensors, **kwargs
                 )
             )
+            if segmentation_maps is not None:
+                ignore_index = kwargs.get("ignore_index", self.image_processor.ignore_index)
+                pairs = [_masks(label_map, ignore_index) for label_map in inputs.pop("labels")]
+                inputs["mask_labels"], inputs["class_labels"] = map(list, zip(*pairs, strict=True))
         if text is not None:
             inputs.update(self.tokenize_labels(text, templates, return_tensors))
         return inputs
@@ -257,6 +271,17 @@ def resolve_templates(templates: Templates) -> tuple[str | None, list[str]]:
                 'other braces, for example "a photo of a {}."'
             )
     return name, patterns
+
+
+def _masks(label_map: _Map, ignore_index: int) -> tuple[_Map, _Map]:
+    """One mask (n, height, width) float32 and one index (n,) int64 for each class in a map (height, width)."""
+    array = np.asarray(label_map)
+    classes = np.unique(array)
+    classes = classes[classes != ignore_index]
+    masks = np.equal(array, classes[:, None, None]).astype(np.float32)
+    if isinstance(label_map, torch.Tensor):
+        return torch.from_numpy(masks), torch.from_numpy(classes)
+    return masks, classes
 
 
 def _prompts(label: str, templates: list[str]) -> list[str]:

@@ -188,7 +188,7 @@ def test_rotated_files_are_turned_upright_and_their_maps_are_not(image_processor
     label_map[:10] = 3
     inputs = image_processor(Image.open(tmp_path / "rotated.png"), label_map, **AS_IS)
     torch.testing.assert_close(own_part(inputs), normalized(upright), atol=1e-5, rtol=0)
-    assert torch.equal(inputs["mask_labels"][0][1, :60, :40], torch.from_numpy(label_map == 3).float())
+    assert torch.equal(inputs["labels"][0, :60, :40], torch.from_numpy(label_map).long())
     with pytest.raises(ValueError, match=r"has 40 x 60 pixels .* upright, has 60 x 40"):
         image_processor(Image.open(tmp_path / "rotated.png"), label_map.T, **AS_IS)
 
@@ -233,10 +233,23 @@ def test_damaged_files_are_refused_in_one_sentence(image_processor, tmp_path):
 # Segmentation maps
 
 
-def test_maps_become_one_mask_for_each_class_present(image_processor):
+def test_the_image_processor_alone_gives_the_maps_themselves(image_processor):
+    label_map = np.array([[0, 1, 2, 255]], dtype=np.uint8)
+    pictures = [random_picture(1, 4), random_picture(40, 50)]
+    for reduced, row in ((False, [0, 1, 2, 255]), (True, [255, 0, 1, 255])):
+        maps = [label_map, np.full((40, 50), 7, np.uint8)]
+        labels = image_processor(pictures, maps, do_reduce_labels=reduced, **AS_IS)["labels"]
+        assert labels.shape == (2, 64, 64)
+        assert labels.dtype == torch.int64
+        assert labels[0, 0, :4].tolist() == row
+        assert labels[1, :40, :50].unique().tolist() == [7 - reduced]
+        assert (labels[0].flatten()[4:].unique().tolist(), labels[1, 40:].unique().tolist()) == ([255], [255])
+
+
+def test_maps_become_one_mask_for_each_class_present(processor):
     label_map = np.full((40, 50), 255, dtype=np.uint8)
     label_map[:10], label_map[20:30, :25] = 7, 2
-    inputs = image_processor(random_picture(), label_map, **AS_IS)
+    inputs = processor(random_picture(), segmentation_maps=label_map, **AS_IS)
     assert inputs["class_labels"][0].tolist() == [2, 7]
     assert inputs["class_labels"][0].dtype == torch.int64
     masks = inputs["mask_labels"][0]
@@ -247,42 +260,44 @@ def test_maps_become_one_mask_for_each_class_present(image_processor):
     assert masks[1, :10, :50].all()
 
 
-def test_maps_are_resized_by_picking_pixels(image_processor):
+def test_maps_are_resized_by_picking_pixels(processor):
     label_map = np.arange(4, dtype=np.uint8).reshape(2, 2)
-    inputs = image_processor(random_picture(2, 2), label_map, size={"height": 32, "width": 32}, return_tensors="pt")
+    inputs = processor(
+        random_picture(2, 2), segmentation_maps=label_map, size={"height": 32, "width": 32}, return_tensors="pt"
+    )
     assert inputs["class_labels"][0].tolist() == [0, 1, 2, 3]
     assert inputs["mask_labels"][0].sum(dim=(1, 2)).tolist() == [256] * 4
     assert inputs["mask_labels"][0][3, 16:, 16:].all()
 
 
-def test_a_map_without_any_class_gives_no_masks(image_processor):
+def test_a_map_without_any_class_gives_no_masks(processor):
     label_map = np.full((40, 50), 255, dtype=np.uint8)
-    inputs = image_processor(random_picture(), label_map, **AS_IS)
+    inputs = processor(random_picture(), segmentation_maps=label_map, **AS_IS)
     assert inputs["mask_labels"][0].shape == (0, 64, 64)
     assert inputs["class_labels"][0].shape == (0,)
 
 
-def test_reduced_labels_count_from_one_and_ignore_zero(image_processor):
+def test_reduced_labels_count_from_one_and_ignore_zero(processor):
     label_map = np.array([[0, 1, 2, 255]], dtype=np.uint8)
-    inputs = image_processor(random_picture(1, 4), label_map, do_reduce_labels=True, **AS_IS)
+    inputs = processor(random_picture(1, 4), segmentation_maps=label_map, do_reduce_labels=True, **AS_IS)
     assert inputs["class_labels"][0].tolist() == [0, 1]
     assert inputs["mask_labels"][0][:, 0, :4].tolist() == [[0, 1, 0, 0], [0, 0, 1, 0]]
 
 
-def test_maps_of_many_kinds_agree(image_processor):
+def test_maps_of_many_kinds_agree(processor):
     label_map = np.random.default_rng(0).integers(0, 4, (40, 50), dtype=np.uint8)
     palette_image = Image.fromarray(label_map)
     palette_image.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200])
     assert palette_image.mode == "P"
-    expected = image_processor(random_picture(), label_map, **AS_IS)["mask_labels"][0]
+    expected = processor(random_picture(), segmentation_maps=label_map, **AS_IS)["mask_labels"][0]
     tensor = torch.from_numpy(label_map)
     for same in (palette_image, [label_map], tensor.long(), tensor[None], label_map[..., None], label_map / 1.0):
-        assert torch.equal(image_processor(random_picture(), same, **AS_IS)["mask_labels"][0], expected)
+        assert torch.equal(processor(random_picture(), segmentation_maps=same, **AS_IS)["mask_labels"][0], expected)
 
 
-def test_ids_beyond_255_survive(image_processor):
+def test_ids_beyond_255_survive(processor):
     label_map = np.array([[300, 65535], [846, 300]], dtype=np.uint16)
-    inputs = image_processor(random_picture(2, 2), Image.fromarray(label_map), ignore_index=65535, **AS_IS)
+    inputs = processor(random_picture(2, 2), segmentation_maps=Image.fromarray(label_map), ignore_index=65535, **AS_IS)
     assert inputs["class_labels"][0].tolist() == [300, 846]
 
 

@@ -810,6 +810,15 @@ def test_trainer_predicts_label_maps(trainer_parts, tmp_path):
     assert trainer.predict(dataset).predictions.shape == (6, 48, 64)
 
 
+def test_the_streaming_metric_reads_logits_of_semantic_segmentation_too(trainer_parts):
+    _, processor, dataset = trainer_parts
+    metrics = StreamingMeanIoU(processor, len(LABELS))
+    labels = dataset[0]["labels"][None]
+    one_hot = torch.nn.functional.one_hot(labels.where(labels != 255, 0), len(LABELS)).movedim(-1, 1).float()
+    found = metrics.to_label_map(one_hot, labels)
+    assert torch.equal(found[labels != 255], labels[labels != 255])
+
+
 def test_a_tracker_that_is_not_there_is_named(options):
     with pytest.raises(ValueError, match="nonsense"):
         run(options, trackers=["nonsense"])

@@ -12,6 +12,8 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Value, load_dataset
 from datasets import Image as ImageFeature
 
+from modeling_san.training.errors import first_line
+
 IMAGE_COLUMNS = ("image", "pixel_values", "img", "picture")
 LABEL_COLUMNS = (
     "annotation",
@@ -70,11 +72,11 @@ def load_pictures(
         features = dict(dataset.features or dict.fromkeys(columns))
     except Exception as error:
         # The readers behind raise dozens of types; what a user can do about them is the same.
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        if "corresponds to no data" in first_line:
+        reason = first_line(error)
+        if "corresponds to no data" in reason:
             raise ValueError(f"{source} (split {split!r}) holds no pictures.") from error
         raise ValueError(
-            f"{source} cannot be read as a data set (split {split!r}): {first_line}. Pass a parquet or arrow file, a "
+            f"{source} cannot be read as a data set (split {split!r}): {reason}. Pass a parquet or arrow file, a "
             "folder of pictures and label maps, a folder written by datasets, or a Hub id."
         ) from error
     if not columns:

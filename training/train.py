@@ -44,6 +44,7 @@ from modeling_san.training.data import (
     to_arrays,
 )
 from modeling_san.training.device import pick_device_and_dtype
+from modeling_san.training.errors import first_line
 from modeling_san.training.evaluation import evaluate, save_overlays
 from modeling_san.training.files import filling_folder, remove_unfinished, write_json, write_text
 from modeling_san.training.label_sets import load_label_set
@@ -101,13 +102,7 @@ class _Run:
 
         resumed = _find_checkpoint(recipe, self.folder, self.checkpoints)
         self.model, self.processor = _load_model(recipe, resumed)
-        pictures = load_pictures(
-            str(recipe.dataset),
-            recipe.split,
-            streaming=recipe.streaming,
-            image_column=recipe.image_column,
-            label_column=recipe.label_column,
-        )
+        pictures = _load_pictures(recipe, str(recipe.dataset), recipe.split)
         self.label_set = load_label_set(
             recipe.labels,
             dataset=pictures,
@@ -279,7 +274,7 @@ class _Run:
             # safetensors, torch and the system name a full disk in three ways; none may cost days of training
             older = self.checkpoints.latest()
             latest = f"the latest is {older}." if older else "there is no older one."
-            return f"The checkpoint of step {self.step} cannot be written ({_first_line(error)}); {latest}", error
+            return f"The checkpoint of step {self.step} cannot be written ({first_line(error)}); {latest}", error
         return f"The state after step {self.step} is in {path}.", None
 
     def _write_model(self, folder: Path) -> None:
@@ -299,7 +294,7 @@ class _Run:
             except Exception as error:
                 latest = self.checkpoints.latest() or "the beginning, as there is no checkpoint"
                 raise OSError(
-                    f"the model cannot be saved to {self.folder} ({_first_line(error)}); free some space and go on "
+                    f"the model cannot be saved to {self.folder} ({first_line(error)}); free some space and go on "
                     f"with resume: auto, from {latest}."
                 ) from error
             if self.results:
@@ -392,7 +387,7 @@ class _Run:
         try:
             draw()
         except (OSError, ImportError, ValueError) as error:
-            _warn(f"the {what} cannot be drawn: {_first_line(error)}")
+            _warn(f"the {what} cannot be drawn: {first_line(error)}")
 
     @contextmanager
     def _bar(self) -> Iterator[tqdm]:
@@ -412,13 +407,7 @@ class _Run:
         recipe = self.recipe
         if recipe.validation is None:
             return None
-        pictures = load_pictures(
-            recipe.validation,
-            recipe.validation_split,
-            streaming=recipe.streaming,
-            image_column=recipe.image_column,
-            label_column=recipe.label_column,
-        )
+        pictures = _load_pictures(recipe, recipe.validation, recipe.validation_split)
         check_first_pictures(pictures, self.label_set, recipe.validation)
         return pictures
 
@@ -631,7 +620,7 @@ def _make_accelerator(recipe: Recipe) -> Accelerator:
             step_scheduler_with_optimizer=False,
         )
     except (ValueError, ImportError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"this run cannot be set up on this machine: {_first_line(error)}") from error
+        raise ValueError(f"this run cannot be set up on this machine: {first_line(error)}") from error
     # Accelerate leaves out what is not installed
     usable = {str(getattr(kind, "value", kind)) for kind in accelerator.log_with}
     missing = [name for name in recipe.trackers if name not in usable and name != "all"]
@@ -664,7 +653,7 @@ def _load_model(recipe: Recipe, checkpoint: Path | None) -> tuple[SANForOpenVoca
         processor = SANProcessor.from_pretrained(source)
     except Exception as error:
         # Damaged files and missing networks raise many kinds
-        raise ValueError(f"{source} cannot be loaded as a model to train: {_first_line(error)}") from error
+        raise ValueError(f"{source} cannot be loaded as a model to train: {first_line(error)}") from error
     if templates is not None:
         processor = SANProcessor(processor.image_processor, processor.tokenizer, templates=templates)
     return model, processor
@@ -755,15 +744,21 @@ def _tell_changes(path: Path, recipe: Recipe) -> None:
             _warn(f"the run continues with another recipe: {'; '.join(changes)}")
 
 
+def _load_pictures(recipe: Recipe, source: str, split: str) -> Any:
+    return load_pictures(
+        source,
+        split,
+        streaming=recipe.streaming,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+    )
+
+
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
     """What trackers accept as hyperparameters: plain values."""
     return {
         name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in recipe.items()
     }
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _say(message: str) -> None:

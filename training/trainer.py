@@ -56,18 +56,23 @@ class StreamingMeanIoU:
         self.ignore_index = ignore_index
         self.confusion = ConfusionMatrix(num_labels, ignore_index)
 
-    def to_label_map(self, logits: tuple[Any, ...], labels: Tensor) -> Tensor:
+    def to_label_map(self, logits: Tensor | tuple[Any, ...], labels: Tensor) -> Tensor:
         """
         Segment a batch.
 
         Args:
             logits: mask logits `(batch, queries, h, w)` and class logits `(batch, queries, C + 1)`, as the model's
-                output begins.
+                output begins; or, of [`SANForSemanticSegmentation`], `(batch, C, h, w)`.
             labels: `(batch, height, width)`.
 
         Returns:
             label maps of the shape of `labels`.
         """
+        if isinstance(logits, Tensor):
+            upsampled = torch.nn.functional.interpolate(
+                logits, labels.shape[-2:], mode="bilinear", align_corners=False
+            )
+            return upsampled.argmax(1)
         masks, classes = logits[:2]
         outputs = SANOutput(masks_queries_logits=masks, class_queries_logits=classes)
         size = tuple(labels.shape[-2:])
@@ -89,8 +94,7 @@ class StreamingMeanIoU:
         if not compute_result:
             return {}
         confusion, self.confusion = self.confusion, ConfusionMatrix(self.num_labels, self.ignore_index)
-        correct = confusion.counts.diagonal().sum() / confusion.counts.sum().clamp(min=1)
-        return {"mean_iou": confusion.mean_iou(), "overall_accuracy": float(correct)}
+        return {"mean_iou": confusion.mean_iou(), "overall_accuracy": confusion.overall_accuracy()}
 
 
 def run_training(

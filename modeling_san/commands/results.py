@@ -130,13 +130,10 @@ def untrained_words(loaded: LoadedModel, labels: Sequence[str]) -> tuple[list[st
         those among `labels` and their synonyms, and the words that it was trained on; both empty where the model does
         not say.
     """
-    from modeling_san.processing import split_synonyms
+    from modeling_san.processing.results import unknown_words
 
     trained = list(loaded.model.config.training_labels or [])
-    if not trained:
-        return [], []
-    known = {name for label in trained for name in split_synonyms(label)}
-    return [name for label in labels for name in split_synonyms(label) if name not in known], trained
+    return (unknown_words(labels, trained), trained) if trained else ([], [])
 
 
 @dataclass(frozen=True)
@@ -184,29 +181,26 @@ def write_results(
     Raises:
         OSError: a file cannot be written.
     """
-    from modeling_san.processing import label_colors, label_png, overlay, summarize
+    from modeling_san.processing import label_colors, label_png, overlay
+    from modeling_san.processing.results import list_segments, make_summary
 
     label_map, scores = segmentation
     labels = segmenter.labels
     colors = label_colors(labels)
-    segments = summarize(label_map, scores, labels)
-    for segment in segments:
-        segment["index"] = labels.index(segment["label"])
-        segment["color"] = "#{:02x}{:02x}{:02x}".format(*colors[segment["index"]])
+    segments = list_segments(label_map, scores, labels)
     overlay_path, labels_path = folder / (name + OVERLAY_ENDING), folder / (name + LABELS_ENDING)
     overlay(picture, label_map, labels, opacity, colors=colors).save(overlay_path)
     label_png(label_map, colors[:256]).save(labels_path)
-    summary = {
-        "image": source,
-        "width": picture.shape[1],
-        "height": picture.shape[0],
-        "model": segmenter.loaded.name,
-        "labels": list(labels),
-        "extended_by": segmenter.added,
-        "segments": segments,
-        "overlay": overlay_path.name,
-        "label_map": labels_path.name,
-    }
+    summary = make_summary(
+        segments,
+        labels,
+        image=source,
+        size=picture.shape[:2],
+        model=segmenter.loaded.name,
+        extended_by=segmenter.added,
+        overlay=overlay_path.name,
+        label_map=labels_path.name,
+    )
     # Last, so that where there is a summary the pictures are complete
     text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
     (folder / (name + SUMMARY_ENDING)).write_text(text, encoding="utf-8", errors="replace")

@@ -1,0 +1,82 @@
+"""`san app`: a page in the browser to segment pictures with."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .errors import CommandError, say, warn
+from .labels import add_label_options, read_labels
+from .parser import add_device_option, add_model_option, positive_integer
+
+_DESCRIPTION = """\
+Serve a page on which pictures are segmented by any words. It is open to this machine alone unless --host or --share
+say otherwise, works without a network, and ends with Ctrl-C. What was uploaded is removed then.
+"""
+_EXAMPLE = """\
+example:
+  san app
+  san app --model ./san-vit-b-16 --labels "sky, road, building, car|automobile" --port 8000
+"""
+_LARGEST_PORT = 65535
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command to the parser of `san`."""
+    parser = subparsers.add_parser("app", help="a page to try a model on", description=_DESCRIPTION, epilog=_EXAMPLE)
+    add_model_option(parser)
+    add_label_options(parser)
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at; 0.0.0.0 opens the page to the network (default: %(default)s)",
+    )
+    parser.add_argument("--port", type=_port, help="port to listen at (default: a free one from 7860 on)")
+    parser.add_argument(
+        "--share", action="store_true", help="open the page to anybody who knows its address, through Gradio's servers"
+    )
+    add_device_option(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """
+    Serve the page until Ctrl-C or SIGTERM.
+
+    Returns:
+        exit code.
+    """
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise CommandError('the page needs Gradio, which is not installed: pip install ".[app]"') from error
+    from modeling_san.hub_card.app import serve
+
+    from .models import load_model, pick_device, quiet_libraries
+
+    quiet_libraries()
+    labels = read_labels(args)
+    loaded = load_model(args.model, pick_device(args.device))
+    if args.share:
+        warn("anybody who learns the page's address can use it, and pictures pass through Gradio's servers")
+    try:
+        serve(
+            loaded.model,
+            loaded.processor,
+            name=loaded.name,
+            labels=labels,
+            host=args.host,
+            port=args.port,
+            share=args.share,
+            on_start=lambda address: say(f"page: {address} (Ctrl-C ends it)"),
+        )
+    except OSError as error:
+        where = args.host if args.port is None else f"{args.host}:{args.port}"
+        raise CommandError(f"{where} cannot be listened at: pass another --port or --host ({error})") from error
+    return 0
+
+
+def _port(text: str) -> int:
+    port = positive_integer(text)
+    if port > _LARGEST_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: pass a number up to {_LARGEST_PORT}")
+    return port

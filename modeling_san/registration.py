@@ -1,13 +1,13 @@
 """Makes SAN known to transformers' Auto classes and to `pipeline`, once those are there.
 
 Registering takes SAN's classes and with them most of transformers: seconds that `import modeling_san` and `san --help`
-shall not cost. So each part is registered as soon as the module of transformers that keeps the register is imported.
+shall not cost. So each part is registered as soon as the module of transformers that keeps the register is imported
+and none that it needs is half way through.
 """
 
 import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,43 +68,56 @@ _pending = [
     _Registration(_register_processor, f"{_AUTO}.processing_auto", (_CONFIGURATION, _PROCESSING)),
     _Registration(_register_pipeline, "transformers.pipelines", (_CONFIGURATION, _PIPELINE)),
 ]
-_watched = {name for registration in _pending for name in (registration.where, *registration.homes)}
+_PACKAGES = ("transformers.", f"{__package__}.")
 _running: set[str] = set()
+"""Modules of these packages that are half way through: they have not all of their classes yet."""
 
 
 def register_when_imported() -> None:
     """Register with those modules of transformers that are imported already, and watch for the others."""
-    sys.meta_path.insert(0, _Watcher())
+    sys.meta_path.insert(0, _WATCHER)
     _register_what_is_ready()
 
 
 def _register_what_is_ready() -> None:
+    # The modules of transformers import each other in circles, and SAN imports transformers: whatever SAN's classes
+    # may need has to be complete. At the end of the outermost module this is called again.
+    if _running:
+        return
     for registration in tuple(_pending):
-        # Importing transformers imports SAN and the other way round: a module half way through has no classes yet, and
-        # this is called again at its end.
-        if registration.where not in sys.modules or _running & {registration.where, *registration.homes}:
+        if registration.where not in sys.modules or registration not in _pending:
             continue
-        if registration in _pending:
-            _pending.remove(registration)
+        _pending.remove(registration)
+        try:
             homes = [importlib.import_module(name) for name in registration.homes]
             registration.register(sys.modules[registration.where], *homes)
+        except BaseException:
+            # Whoever asks next shall get this error too, rather than an Auto class that does not know SAN
+            _pending.append(registration)
+            raise
+    if not _pending and _WATCHER in sys.meta_path:
+        sys.meta_path.remove(_WATCHER)
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; lets the loaders that others find tell when a watched module is complete."""
+    """Finds nothing itself; lets the loaders that others find tell when a module is complete."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """The spec that the other finders give, with a loader that tells."""
-        if fullname not in _watched:
+        if not fullname.startswith(_PACKAGES):
             return None
-        # Also keeps this finder out of the search that follows
-        _watched.remove(fullname)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _TellingLoader(spec.loader)
-        return spec
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _TellingLoader(spec.loader)
+                return spec
+        return None
+
+
+_WATCHER = _Watcher()
 
 
 class _TellingLoader(importlib.abc.Loader):
@@ -120,11 +133,15 @@ class _TellingLoader(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Run the module, and register what is ready then."""
         _running.add(module.__name__)
+        # The module shall know the loader that it would have without this one
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         try:
             self.loader.exec_module(module)
         finally:
             _running.discard(module.__name__)
-        _register_what_is_ready()
+            _register_what_is_ready()
 
     def __getattr__(self, name: str) -> Any:
         """Source, resources and whatever else a loader is asked for."""

@@ -16,6 +16,7 @@ from . import (
     evaluate,
     fine_tune,
     prepare,
+    push,
     segment,
     segment_dataset,
     train,
@@ -36,6 +37,7 @@ _COMMANDS = {
     "evaluate": evaluate,
     "curves": curves,
     "prepare": prepare,
+    "push": push,
     "train-demo": train_demo,
 }
 

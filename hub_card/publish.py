@@ -1,0 +1,402 @@
+"""Publishing: what of a model's folder belongs on the Hub, and sending it there in one commit."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelInfo, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from modeling_san import __version__
+from modeling_san.hub_card.model_card import (
+    CARD_FILE,
+    INDEX_FILE,
+    example_name,
+    find_example,
+    make_model_card,
+    public_name,
+    read_config,
+    read_json,
+    read_kept_metadata,
+    weight_files,
+)
+from modeling_san.modeling_san import SANForOpenVocabSegmentation
+from modeling_san.processing import SANProcessor
+from modeling_san.training.metrics import RESULTS_FILE
+
+_CONFIG_FILE = "config.json"
+_PROCESSOR_FILE = "processor_config.json"
+_TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+_FILES = (
+    _CONFIG_FILE,
+    _PROCESSOR_FILE,
+    _TOKENIZER_CONFIG_FILE,
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
+)
+"""What of a folder belongs to a model beside weights, code and card; all else stays where it is."""
+
+_NEEDED_CLASSES = {_CONFIG_FILE: ("AutoConfig", "AutoModel"), _PROCESSOR_FILE: ("AutoProcessor",)}
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+# What the Hub puts into a repository when it makes one
+_HUBS_OWN_FILES = (".gitattributes",)
+
+
+class PublishError(ValueError):
+    """Something keeps a model from being published; the message says what, and never holds a token."""
+
+
+@dataclass
+class Upload:
+    """
+    What is to be published.
+
+    Attributes:
+        files: a file on disk, or content, by its name in the repository.
+        left_out: what the folder holds beside; folders end with a slash.
+        notes: what is not simply the folder's own file, and why, by the name of the file.
+        has_new_card: whether the card was made now.
+    """
+
+    files: dict[str, Path | bytes]
+    left_out: list[str]
+    notes: dict[str, str] = field(default_factory=dict)
+    has_new_card: bool = False
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file."""
+        return {
+            name: len(content) if isinstance(content, bytes) else content.stat().st_size
+            for name, content in self.files.items()
+        }
+
+
+@dataclass(frozen=True)
+class Published:
+    """
+    What has been published.
+
+    Attributes:
+        url: of the repository.
+        commit: its id.
+        kept_card: whether the repository's own card was left alone.
+        removed: files that the commit removed.
+    """
+
+    url: str
+    commit: str
+    kept_card: bool
+    removed: Sequence[str]
+
+
+def check_repo_id(repo_id: str) -> None:
+    """
+    Refuse a name that the Hub would refuse.
+
+    Raises:
+        PublishError: for anything else than NAMESPACE/NAME.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise PublishError(f"{repo_id!r} cannot name a repository: {_first_sentence(error)}") from None
+    if "/" not in repo_id:
+        raise PublishError(f"{repo_id!r} does not say whose repository it is: write YOUR-NAME/{repo_id}")
+
+
+@contextmanager
+def prepared_upload(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    new_card: bool = False,
+    results: Iterable[str | os.PathLike] = (),
+    license: str | None = None,
+    base_model: str | None = None,
+) -> Iterator[Upload]:
+    """
+    Choose what to publish, and make what is missing: the card, and the code of a folder that carries none.
+
+    Args:
+        folder: with a model and its processor; nothing in it is changed.
+        repo_id: where it goes to.
+        new_card: make a card even where the folder has a README.md.
+        results: further measurements for the card, see `make_model_card`.
+        license: of the weights, for the card.
+        base_model: Hub id of the model that these weights were made from, for the card.
+
+    Yields:
+        what to publish; files that were made for it are deleted at the end of the block.
+
+    Raises:
+        ValueError: where the folder holds no SAN model, or one of the files cannot be read.
+    """
+    check_repo_id(repo_id)
+    folder = Path(folder)
+    config = read_config(folder)
+    with TemporaryDirectory(prefix="san-push-") as scratch:
+        upload = Upload(_own_files(folder), left_out=[])
+        code = _own_code(folder)
+        if code is None:
+            code = _write_with_code(folder, Path(scratch))
+            upload.files = {name: path for name, path in upload.files.items() if not name.endswith(".py")}
+            upload.notes.update(dict.fromkeys(code, f"of modeling_san {__version__}"))
+        upload.files.update(code)
+        if example := find_example(folder, config):
+            upload.files[example_name(example)] = example
+        card = folder / CARD_FILE
+        if card.is_file() and not new_card:
+            read_kept_metadata(folder)
+            upload.files[CARD_FILE] = card
+            upload.notes[CARD_FILE] = "the folder's own"
+        else:
+            made = make_model_card(folder, repo_id=repo_id, results=results, license=license, base_model=base_model)
+            upload.files[CARD_FILE] = str(made).encode()
+            upload.notes[CARD_FILE] = "made from the folder's facts"
+            upload.has_new_card = True
+        upload.files = dict(sorted(upload.files.items()))
+        upload.left_out = _left_out(folder, upload.files)
+        yield upload
+
+
+def push(
+    upload: Upload, repo_id: str, *, private: bool = False, update: bool = False, new_card: bool = False, message: str
+) -> Published:
+    """
+    Publish in one commit, with the token that huggingface_hub keeps.
+
+    Args:
+        upload: from `prepared_upload`.
+        repo_id: made if it is not there.
+        private: make it private.
+        update: commit on top of what the repository holds: files of the same names are replaced, weights under other
+            names removed, all else stays, a card too unless the folder brings one.
+        new_card: replace the repository's card also by one that was made now.
+        message: of the commit.
+
+    Raises:
+        PublishError: where the network, the token, its rights or the repository's content stand against it.
+    """
+    check_repo_id(repo_id)
+    token = find_token()
+    api = HfApi(token=token)
+    with _explained(repo_id, token, "nothing was published"):
+        info = _find_repository(api, repo_id)
+        if info is not None:
+            _check_repository(info, repo_id, private, update)
+        else:
+            # None leaves the choice to what the account or organisation has set
+            api.create_repo(repo_id, private=private or None)
+    present = [] if info is None else [file.rfilename for file in info.siblings or []]
+    keep_card = upload.has_new_card and not new_card and CARD_FILE in present
+    names = [name for name in upload.files if not (keep_card and name == CARD_FILE)]
+    removed = [
+        name for name in present if (_WEIGHTS.fullmatch(name) or name == INDEX_FILE) and name not in upload.files
+    ]
+    with _explained(repo_id, token, "no commit was made, push once more; what has arrived is not sent twice"):
+        # Read at once, so that a file that is not there stops all before anything is sent
+        operations: list[Any] = [CommitOperationAdd(name, upload.files[name]) for name in names]
+        operations += [CommitOperationDelete(name) for name in removed]
+        commit = api.create_commit(
+            repo_id,
+            operations,
+            commit_message=message,
+            # Not on top of what somebody else has committed meanwhile
+            parent_commit=None if info is None else info.sha,
+        )
+    return Published(f"{api.endpoint}/{repo_id}", commit.oid, keep_card, removed)
+
+
+def find_token() -> str:
+    """
+    The token that huggingface_hub keeps: `HF_TOKEN`, or what `hf auth login` stored.
+
+    Raises:
+        PublishError: where there is none, or what is kept cannot be one.
+    """
+    token = get_token()
+    if not token:
+        raise PublishError("there is no token of the Hub on this machine: log in with `hf auth login` first")
+    if not (token.isascii() and token.isprintable()):
+        raise PublishError(
+            "the token of this machine holds letters that no token has: log in anew with `hf auth login`"
+        )
+    return token
+
+
+def states_no_license(upload: Upload) -> bool:
+    """Whether the card to publish leaves the licence open."""
+    content = upload.files[CARD_FILE]
+    text = (content if isinstance(content, bytes) else content.read_bytes()).decode(errors="replace")
+    return not ModelCard(text, ignore_metadata_errors=True).data.license
+
+
+# What belongs to a model
+
+
+def _own_files(folder: Path) -> dict[str, Path | bytes]:
+    """The folder's own files that are part of a model, code and card aside."""
+    names = [*weight_files(folder), *(name for name in _FILES if (folder / name).is_file())]
+    if _may_be_public(folder / RESULTS_FILE):
+        names.append(RESULTS_FILE)
+    return {name: folder / name for name in names}
+
+
+def _may_be_public(results: Path) -> bool:
+    """Measurements accompany the card that quotes them, unless they tell where files lie on somebody's disk."""
+    if not results.is_file():
+        return False
+    content = read_json(results)
+    named = [content[key] for key in ("model", "dataset") if content.get(key)]
+    return all(public_name(name) == str(name) for name in named)
+
+
+def _own_code(folder: Path) -> dict[str, Path | bytes] | None:
+    """The code that the folder's files refer to; None where some of it, or a reference, is missing."""
+    modules = set()
+    for name in (_CONFIG_FILE, _PROCESSOR_FILE, _TOKENIZER_CONFIG_FILE):
+        content = read_json(folder / name) if (folder / name).is_file() else {}
+        auto_map = content.get("auto_map")
+        references = auto_map if isinstance(auto_map, Mapping) else {}
+        if any(needed not in references for needed in _NEEDED_CLASSES.get(name, ())):
+            return None
+        pipelines = content.get("custom_pipelines")
+        implementations = [one.get("impl") for one in pipelines.values()] if isinstance(pipelines, Mapping) else []
+        for reference in [*references.values(), *implementations]:
+            # "repository--module.Class" stands for code that lies elsewhere
+            match = re.fullmatch(r"(\w+)\.\w+", str(reference))
+            if match is None:
+                return None
+            modules.add(f"{match[1]}.py")
+    files = set(modules)
+    for module in modules:
+        try:
+            files.update(Path(path).name for path in get_relative_import_files(folder / module))
+        except OSError:
+            return None
+    return {name: folder / name for name in files} if all((folder / name).is_file() for name in files) else None
+
+
+def _write_with_code(folder: Path, scratch: Path) -> dict[str, Path | bytes]:
+    """Configuration, processor and code as saving the model writes them today, without its weights."""
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = SANForOpenVocabSegmentation(config)
+    dtype = getattr(torch, str(config.dtype).removeprefix("torch."), None)
+    model.to(dtype=dtype).save_pretrained(scratch, state_dict={})
+    SANProcessor.from_pretrained(folder).save_pretrained(scratch)
+    return {path.name: path for path in scratch.iterdir() if path.is_file() and path.suffix != ".safetensors"}
+
+
+def _left_out(folder: Path, files: Mapping[str, Any]) -> list[str]:
+    kept = set(files)
+    return sorted(
+        f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir() if path.name not in kept
+    )
+
+
+# The repository
+
+
+def _find_repository(api: HfApi, repo_id: str) -> ModelInfo | None:
+    try:
+        return api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        return None
+
+
+def _check_repository(info: ModelInfo, repo_id: str, private: bool, update: bool) -> None:
+    if private and not info.private:
+        raise PublishError(
+            f"{repo_id} exists and is public: make it private on its page first, or leave out --private"
+        )
+    others = [file.rfilename for file in info.siblings or [] if file.rfilename not in _HUBS_OWN_FILES]
+    if others and not update:
+        files = f"{len(others)} file{'' if len(others) == 1 else 's'}, {others[0]!r} for example"
+        raise PublishError(
+            f"{repo_id} exists and holds {files}: pass --update to commit on top of them, or choose another name"
+        )
+
+
+@contextmanager
+def _explained(repo_id: str, token: str, outcome: str) -> Iterator[None]:
+    """Say in one sentence what went wrong within the block, without the token and without what led to it."""
+    try:
+        yield
+    except PublishError:
+        raise
+    except Exception as error:
+        # The client and the libraries below it raise many kinds; some of them quote the headers that were sent
+        message = _explain(error, repo_id)
+        for part in re.findall(r"\w{4,}", token):
+            message = message.replace(part, "***")
+        raise PublishError(f"{message}; {outcome}") from None
+
+
+def _explain(error: BaseException, repo_id: str) -> str:
+    namespace = repo_id.split("/", maxsplit=1)[0]
+    if isinstance(error, OfflineModeIsEnabled):
+        return "huggingface_hub is offline: unset HF_HUB_OFFLINE"
+    status = _status_of(error)
+    if status is None:
+        if isinstance(error, OSError) and error.filename:
+            return f"{error.filename} cannot be read: {error.strerror}"
+        if type(error).__module__.split(".")[0].startswith("http"):
+            return f"the Hub cannot be reached ({_first_sentence(error)}): check the network"
+        return f"{repo_id} cannot be published: {_first_sentence(error)}"
+    reasons = {
+        401: "the Hub does not know the token of this machine: log in anew with `hf auth login`",
+        403: f"the token of this machine may not write to {repo_id}: log in with one that may write for {namespace}",
+        404: f"the Hub has no {repo_id}, or the token of this machine may not see it",
+        409: f"{repo_id} exists already, or is being made: look at it, or choose another name",
+        412: f"somebody else has changed {repo_id} meanwhile: push once more",
+        413: "the Hub finds a file too large",
+        429: "the Hub has had too many requests from here: wait a while",
+    }
+    if status >= 500:
+        return f"the Hub has a problem of its own (error {status}): try again later"
+    return reasons.get(status) or f"the Hub refuses this (error {status}): {_first_sentence(error)}"
+
+
+def _status_of(error: BaseException | None) -> int | None:
+    """The HTTP status behind an error: uploads are wrapped in further ones."""
+    while error is not None:
+        if isinstance(error, HfHubHTTPError) and error.response is not None:
+            return error.response.status_code
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _first_sentence(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".:")
+
+
+__all__ = [
+    "PublishError",
+    "Published",
+    "Upload",
+    "check_repo_id",
+    "find_token",
+    "prepared_upload",
+    "push",
+    "states_no_license",
+]

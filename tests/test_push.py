@@ -1,0 +1,469 @@
+"""`san push`: the real client of the Hub against a server of our own that speaks the routes it uses."""
+
+import base64
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor
+from modeling_san.commands.main import main
+from modeling_san.hub_card.publish import prepared_upload
+
+TOKEN = "hf_theTokenThatNobodyElseMaySee"
+STRAY = ("optimizer.pt", "training_state.pt", "metrics.jsonl", "recipe.yaml", "notes.txt", ".env", "helper.py")
+OURS_ALONE = "nobody else may have this"
+
+# Runs `san` several times in one process, as loading the libraries takes longest, and tells what each run said.
+DRIVER = """
+import contextlib, io, json, os, sys, time
+from huggingface_hub import constants
+from modeling_san.commands.main import main
+
+time.sleep = lambda seconds: None  # the client waits before it tries again
+for case in json.load(sys.stdin):
+    os.environ["HF_TOKEN"] = case["token"]
+    constants.ENDPOINT = case["endpoint"]
+    constants.HF_HUB_OFFLINE = case["offline"]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(case["arguments"])
+        except SystemExit as stop:
+            code = stop.code
+    print(json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue()}), flush=True)
+"""
+
+
+class Hub(ThreadingHTTPServer):
+    """
+    A Hub in memory. A repository whose name is like `create-403` or `commit-500` fails with that status there.
+
+    Attributes:
+        repositories: `private` and `files` by id.
+        commits: those made, in order.
+        requests: method, path and authorization of all requests.
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.repositories = {"me/public": {"private": False, "files": {".gitattributes": b""}}}
+        self.commits, self.requests, self.large_files = [], [], {}
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.note()
+        repo_id = self.path.removeprefix("/api/models/")
+        repository = self.server.repositories.get(repo_id)
+        if repository is None:
+            self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        else:
+            files = [{"rfilename": name} for name in repository["files"]]
+            self.answer(
+                200, {"id": repo_id, "sha": "0" * 40, "private": repository["private"], "siblings": files, "tags": []}
+            )
+
+    def do_PUT(self):
+        self.note()
+        self.server.large_files[self.path.rsplit("/", 1)[-1]] = self.body()
+        self.answer(200, {})
+
+    def do_POST(self):
+        self.note()
+        body = self.body()
+        if self.path == "/api/repos/create":
+            self.create(json.loads(body))
+        elif self.path == "/api/validate-yaml":
+            self.answer(200, {"errors": [], "warnings": []})
+        elif self.path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                {**one, "actions": {"upload": {"href": f"{self.server.url}/large/{one['oid']}"}}}
+                for one in json.loads(body)["objects"]
+            ]
+            self.answer(200, {"transfer": "basic", "objects": objects})
+        elif "/preupload/" in self.path:
+            self.answer(200, {"files": [self.mode_of(one) for one in json.loads(body)["files"]]})
+        elif "/commit/" in self.path:
+            self.commit(self.path.removeprefix("/api/models/").split("/commit/")[0], body)
+        else:
+            self.answer(404, {"error": f"unknown route {self.path}"})
+
+    def mode_of(self, file):
+        kind = "lfs" if file["path"].endswith(".safetensors") else "regular"
+        return {"path": file["path"], "uploadMode": kind, "shouldIgnore": False}
+
+    def create(self, wanted):
+        repo_id = f"{wanted['organization']}/{wanted['name']}"
+        if self.fails("create", repo_id):
+            return
+        private = wanted.get("visibility") == "private" or wanted.get("private") is True
+        self.server.repositories[repo_id] = {"private": private, "files": {".gitattributes": b""}}
+        self.answer(200, {"url": f"{self.server.url}/{repo_id}"})
+
+    def commit(self, repo_id, body):
+        if self.fails("commit", repo_id):
+            return
+        header, *lines = [json.loads(line) for line in body.splitlines()]
+        files = self.server.repositories[repo_id]["files"]
+        written = []
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.server.large_files[value["oid"]]
+            else:
+                files.pop(value["path"])
+            written.append(value["path"])
+        self.server.commits.append({"repo_id": repo_id, **header["value"], "paths": written})
+        oid = f"{len(self.server.commits):040d}"
+        self.answer(200, {"commitUrl": f"{self.server.url}/{repo_id}/commit/{oid}", "commitOid": oid})
+
+    def fails(self, stage, repo_id):
+        found = re.search(rf"{stage}-(\d+|drop)$", repo_id)
+        if not found:
+            return False
+        if found[1] == "drop":
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+        else:
+            # A careless server that tells everybody what it was sent
+            self.answer(int(found[1]), {"error": f"not with {self.headers['Authorization']}"})
+        return True
+
+    def note(self):
+        self.server.requests.append((self.command, self.path, self.headers.get("Authorization")))
+
+    def body(self):
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            content = b""
+            while size := int(self.rfile.readline(), 16):
+                content += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return content
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def answer(self, status, content, headers=None):
+        content = json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        with contextlib.suppress(BrokenPipeError):
+            self.wfile.write(content)
+
+
+@pytest.fixture(scope="module")
+def hub():
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def folder(make_model, processor, tmp_path_factory):
+    """A tiny model as a training run leaves it, among things that nobody else should have."""
+    path = tmp_path_factory.mktemp("trained") / "my-model"
+    model = make_model()
+    model.set_labels(["sky", "road"], processor)
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    for name in STRAY:
+        (path / name).write_text("dataset: /home/me/train.parquet\n" if name == "recipe.yaml" else OURS_ALONE)
+    for name in ("checkpoints/step-00000001/model.safetensors", "logs/events", "__pycache__/modeling_san.pyc"):
+        (path / name).parent.mkdir(parents=True)
+        (path / name).write_text(OURS_ALONE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sharded(folder, make_model, tmp_path_factory):
+    """The same with other weights, in several files."""
+    path = tmp_path_factory.mktemp("sharded") / "my-model"
+    shutil.copytree(folder, path)
+    (path / "model.safetensors").unlink()
+    make_model(seed=1).save_pretrained(path, max_shard_size="50KB")
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(hub, folder, sharded, tmp_path_factory):
+    """What each of the commands said, by a name for it; run one after the other."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    push = ["push", str(folder)]
+    licence = ["--license", "mit"]
+    cases = {
+        "dry": [*push, "me/dry", "--dry-run", *licence],
+        "private": [*push, "me/private", "--private", "--message", "The first", *licence],
+        "again": [*push, "me/private", *licence],
+        "update": ["push", str(sharded), "me/private", "--update", *licence],
+        "open": [*push, "me/open", *licence],
+        "public": [*push, "me/public", "--private", *licence],
+        **{f"create-{status}": [*push, f"me/create-{status}", *licence] for status in (401, 403, 409, 429, 500)},
+        **{f"commit-{what}": [*push, f"me/commit-{what}", *licence] for what in (403, 412, 500, "drop")},
+        "nobody": [*push, "me/nobody", *licence],
+        "offline": [*push, "me/offline", *licence],
+        "no token": [*push, "me/no-token", *licence],
+        "odd token": [*push, "me/odd-token", *licence],
+        "bad name": [*push, "me/my model", *licence],
+        "too many parts": [*push, "me/my/model", *licence],
+        "no owner": [*push, "my-model", *licence],
+        "no folder": ["push", str(folder / "no-such"), "me/none"],
+        "no model": ["push", str(folder / "logs"), "me/none"],
+        "empty message": [*push, "me/none", "--message", " "],
+    }
+    tokens = {"no token": "", "odd token": f"{TOKEN}\u00e9"}
+    sent = [
+        {
+            "arguments": arguments,
+            "token": tokens.get(name, TOKEN),
+            "endpoint": nobody if name == "nobody" else hub.url,
+            "offline": name == "offline",
+        }
+        for name, arguments in cases.items()
+    ]
+    home = tmp_path_factory.mktemp("home")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment.update(HF_HOME=str(home), HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1", OMP_NUM_THREADS="1")
+    finished = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps(sent),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    said = dict(zip(cases, map(json.loads, finished.stdout.splitlines()), strict=True))
+    return {
+        "said": said,
+        "everything": finished.stdout + finished.stderr,
+        "unchanged": before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()},
+    }
+
+
+@pytest.fixture
+def said(runs):
+    return runs["said"]
+
+
+def error_of(run):
+    """The one line that a refused command says."""
+    lines = [line for line in run["err"].splitlines() if "san:" in line or "Error" in line or "Traceback" in line]
+    assert len(lines) == 1, run["err"]
+    assert run["code"] == 2
+    return lines[0]
+
+
+def test_what_arrives_is_byte_for_byte_the_folders_model_in_one_commit(hub, said, folder):
+    assert said["private"]["code"] == 0, said["private"]["err"]
+    [commit] = [commit for commit in hub.commits if commit["summary"] == "The first"]
+    names = set(commit["paths"])
+    arrived = {
+        name: content for name, content in hub.repositories["me/open"]["files"].items() if name != ".gitattributes"
+    }
+    assert names == set(arrived)
+    own = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name not in STRAY}
+    assert {name: content for name, content in arrived.items() if name != "README.md"} == own
+    for name in ("config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "modeling_san.py"):
+        assert name in arrived
+
+
+def test_the_folder_is_not_changed(runs):
+    assert runs["unchanged"]
+
+
+def test_the_repository_is_private_where_that_is_asked_for(hub, said):
+    assert said["private"]["code"] == said["open"]["code"] == 0
+    assert hub.repositories["me/private"]["private"]
+    assert not hub.repositories["me/open"]["private"]
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, said):
+    assert "is public" in error_of(said["public"])
+    assert list(hub.repositories["me/public"]["files"]) == [".gitattributes"]
+
+
+def test_nothing_of_training_is_published(hub, said):
+    assert said["open"]["code"] == 0
+    everything = b"".join(hub.repositories["me/open"]["files"].values())
+    assert b"train.parquet" in everything
+    assert b"/home/me" not in everything
+    assert OURS_ALONE.encode() not in everything
+    for name in (*STRAY, "checkpoints/", "logs/"):
+        assert name in said["dry"]["out"].split("left out: ")[1]
+
+
+def test_a_repository_with_content_is_left_alone_without_update(hub, said):
+    assert "--update" in error_of(said["again"])
+    assert [commit["repo_id"] for commit in hub.commits].count("me/private") == 2  # the first, and the update
+
+
+def test_an_update_replaces_weights_and_keeps_the_card(hub, said, sharded):
+    assert said["update"]["code"] == 0, said["update"]["err"]
+    files = hub.repositories["me/private"]["files"]
+    shards = sorted(path.name for path in sharded.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert sorted(name for name in files if name.endswith(".safetensors")) == shards
+    assert files["model.safetensors.index.json"] == (sharded / "model.safetensors.index.json").read_bytes()
+    commit = [commit for commit in hub.commits if commit["repo_id"] == "me/private"][-1]
+    assert "README.md" not in commit["paths"]
+    assert commit["parentCommit"] == "0" * 40
+
+
+def test_a_dry_run_lists_each_file_with_its_size_and_asks_nobody(hub, said, folder):
+    assert said["dry"]["code"] == 0
+    assert not any("dry" in path for _, path, _ in hub.requests)
+    assert "me/dry" not in hub.repositories
+    listed = dict(re.findall(r"^  (\S+) +([\d.]+ (?:B|kB))\b", said["dry"]["out"], flags=re.MULTILINE))
+    assert listed["tokenizer_config.json"] == f"{(folder / 'tokenizer_config.json').stat().st_size} B"
+    assert listed["model.safetensors"] == f"{(folder / 'model.safetensors').stat().st_size / 1e3:.1f} kB"
+    published = set(hub.repositories["me/open"]["files"]) - {".gitattributes"}
+    assert set(listed) == published
+    assert re.search(rf"^  {len(published)} files +[\d.]+ kB", said["dry"]["out"], flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("create-401", "hf auth login"),
+        ("create-403", "may not write to me/create-403"),
+        ("create-409", "exists already"),
+        ("create-429", "too many requests"),
+        ("create-500", "error 500"),
+        ("commit-403", "may not write to me/commit-403"),
+        ("commit-412", "changed me/commit-412 meanwhile"),
+        ("commit-500", "error 500"),
+        ("commit-drop", "cannot be reached"),
+        ("nobody", "check the network"),
+        ("offline", "HF_HUB_OFFLINE"),
+        ("no token", "hf auth login"),
+        ("odd token", "hf auth login"),
+        ("bad name", "'me/my model'"),
+        ("too many parts", "'me/my/model'"),
+        ("no owner", "YOUR-NAME/my-model"),
+        ("no folder", "is not a folder"),
+        ("no model", "config.json"),
+        ("empty message", "--message"),
+    ],
+)
+def test_what_goes_wrong_is_said_in_one_line(said, name, expected):
+    assert expected in error_of(said[name])
+
+
+def test_the_token_goes_to_the_hub_and_nowhere_else(hub, runs):
+    assert any(authorization == f"Bearer {TOKEN}" for _, _, authorization in hub.requests)
+    assert TOKEN not in runs["everything"]
+    assert TOKEN[:20] not in runs["everything"]
+    assert "Traceback" not in runs["everything"]
+
+
+@pytest.fixture(scope="module")
+def published_builtin(tmp_path_factory):
+    """What would be published of the built-in model, whose folder carries no code, as a folder."""
+    target = tmp_path_factory.mktemp("published") / "my-san"
+    target.mkdir()
+    with prepared_upload(BUILTIN_MODEL, "me/my-san") as upload:
+        for name, content in upload.files.items():
+            (target / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    return target
+
+
+def test_a_folder_without_code_gets_it(published_builtin, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    assert not list(BUILTIN_MODEL.glob("*.py"))
+    # The Auto classes would take the package's own classes, which are there
+    model_class = get_class_from_dynamic_module("modeling_san.SANForOpenVocabSegmentation", published_builtin)
+    processor_class = get_class_from_dynamic_module("processing_san.SANProcessor", published_builtin)
+    assert model_class.__module__.startswith("transformers_modules.")
+    model = model_class.from_pretrained(published_builtin).eval()
+    processor = processor_class.from_pretrained(published_builtin)
+    pixels = torch.rand(3, 120, 90, generator=torch.Generator().manual_seed(0)).mul(255).byte()
+    own_model = SANForOpenVocabSegmentation.from_pretrained(BUILTIN_MODEL).eval()
+    own_processor = SANProcessor.from_pretrained(BUILTIN_MODEL)
+    with torch.no_grad():
+        theirs = model(**processor(images=pixels, text=["grass", "red plain"], return_tensors="pt"))
+        ours = own_model(**own_processor(images=pixels, text=["grass", "red plain"], return_tensors="pt"))
+    assert torch.equal(theirs.masks_queries_logits, ours.masks_queries_logits)
+    assert torch.equal(theirs.class_queries_logits, ours.class_queries_logits)
+
+
+def test_weights_and_card_of_a_folder_without_code_are_its_own(published_builtin):
+    for name in ("model.safetensors", "README.md", "results.json", "tokenizer.json"):
+        assert (published_builtin / name).read_bytes() == (BUILTIN_MODEL / name).read_bytes()
+
+
+def test_code_that_lies_in_another_repository_is_replaced_by_our_own(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["auto_map"] = {name: f"somebody/else--{value}" for name, value in config["auto_map"].items()}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with prepared_upload(tmp_path / "model", "me/my-model") as upload:
+        content = upload.files["config.json"].read_text()
+    assert "somebody" not in content
+    assert "modeling_san.SANForOpenVocabSegmentation" in content
+
+
+def test_results_that_name_files_on_a_disk_stay_there(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    results = {
+        **dict.fromkeys(("mean_iou", "mean_accuracy", "overall_accuracy", "frequency_weighted_iou"), 0.5),
+        **{"pictures": 3, "unlabelled_pictures": 0, "subsets": {}},
+        **{"per_class_iou": {"sky": 0.5, "road": 0.5}, "per_class_accuracy": {"sky": 0.5, "road": 0.5}},
+        **{"model": "my-model", "dataset": "/home/me/val.parquet", "split": "validation", "tta": False, "limit": None},
+    }
+    (tmp_path / "model" / "results.json").write_text(json.dumps(results))
+    with prepared_upload(tmp_path / "model", "me/my-model") as upload:
+        assert "results.json" not in upload.files
+        assert b"val.parquet" in upload.files["README.md"]
+        assert b"/home/me" not in upload.files["README.md"]
+
+
+def test_an_index_cannot_reach_out_of_the_folder(sharded, tmp_path):
+    shutil.copytree(sharded, tmp_path / "model")
+    (tmp_path / "secret.safetensors").write_text("secret")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
+    with (
+        pytest.raises(ValueError, match=r"secret\.safetensors"),
+        prepared_upload(tmp_path / "model", "me/my-model"),
+    ):
+        pass
+
+
+def test_a_card_that_cannot_be_read_is_refused_before_anything_is_sent(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: [\n---\n# Mine\n")
+    assert main(["push", str(tmp_path / "model"), "me/my-model", "--dry-run"]) == 2
+    assert "README.md" in capsys.readouterr().err

@@ -215,7 +215,7 @@ def serve(
     host: str | None = "127.0.0.1",
     port: int | None = None,
     share: bool = False,
-    on_start: Callable[[str], None] = print,
+    on_start: Callable[[str], None] | None = None,
 ) -> None:
     """
     Make a page, serve it until Ctrl-C or SIGTERM, and remove all that was uploaded.
@@ -228,7 +228,7 @@ def serve(
         host: see `launch_page`.
         port: see `launch_page`.
         share: see `launch_page`.
-        on_start: called with the page's address once it is served.
+        on_start: called with the page's address once it is served; None prints it.
 
     Raises:
         ImportError: Gradio is not installed.
@@ -238,7 +238,8 @@ def serve(
     with _private_uploads(), _stopped_by_signals() as stopped:
         page = make_page(model, processor, name=name, labels=labels)
         try:
-            on_start(launch_page(page, host=host, port=port, share=share))
+            address = launch_page(page, host=host, port=port, share=share)
+            print(address, flush=True) if on_start is None else on_start(address)
             stopped.wait()
         finally:
             page.close(verbose=False)

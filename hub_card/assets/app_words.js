@@ -37,7 +37,7 @@ const set = (list) => { props.value = list; draw(); };
 const add = (parts) => {
   const list = words(), seen = new Set(list.map(key));
   for (const part of parts) {
-    const word = part.trim();
+    const word = part.trim().replace(/^"(.*)"$/s, (_, inside) => inside.replaceAll('""', '"').trim());
     if (word && !seen.has(key(word))) { list.push(word); seen.add(key(word)); }
   }
   if (list.length !== words().length) set(list);

@@ -17,6 +17,7 @@ _EXAMPLE = """\
 example:
   san app
   san app --model ./san-vit-b-16 --labels "sky, road, building, car|automobile" --port 8000
+  san app --model user/san-vit-b-16 --space my-space
 """
 _LARGEST_PORT = 65535
 
@@ -35,12 +36,17 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--share", action="store_true", help="open the page to anybody who knows its address, through Gradio's servers"
     )
+    parser.add_argument(
+        "--space",
+        metavar="DIR",
+        help="instead of serving the page, write a Space for the Hub repository --model into this new folder",
+    )
     add_device_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """
-    Serve the page until Ctrl-C or SIGTERM.
+    Serve the page until Ctrl-C or SIGTERM, or write a Space.
 
     Returns:
         exit code.
@@ -49,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         import gradio  # noqa: F401
     except ImportError as error:
         raise CommandError('the page needs Gradio, which is not installed: pip install ".[app]"') from error
+    if args.space is not None:
+        return _write_space(args)
     from modeling_san.hub_card.app import serve
 
     from .models import load_model, pick_device, quiet_libraries
@@ -72,6 +80,16 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         where = args.host if args.port is None else f"{args.host}:{args.port}"
         raise CommandError(f"{where} cannot be listened at: pass another --port or --host ({error})") from error
+    return 0
+
+
+def _write_space(args: argparse.Namespace) -> int:
+    from modeling_san.hub_card.space import write_space
+
+    if args.model is None:
+        raise CommandError("--space needs --model: name the model's repository on the Hub, such as user/san-vit-b-16")
+    folder = write_space(args.space, args.model)
+    say(f"space: {folder}, for {args.model}; upload it with: hf upload USER/SPACE {folder} --repo-type space")
     return 0
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from modeling_san import __version__
 
 from . import (
+    app,
     contact_sheet,
     convert,
     curves,
@@ -39,6 +40,7 @@ _COMMANDS = {
     "prepare": prepare,
     "push": push,
     "train-demo": train_demo,
+    "app": app,
 }
 
 # Commands that read further options themselves, from `args.others`

@@ -25,6 +25,10 @@ CUSTOM_PIPELINES = {
 }
 """The same for the pipeline, whose code is saved with the processor."""
 
+# Whether this is a folder's own copy of the code. The package's configs do not name the pipeline: transformers would
+# prefer a folder's code to the pipeline that the package registers.
+_CARRIED = __name__.startswith("transformers_modules.")
+
 
 @strict
 class SANConfig(PreTrainedConfig):
@@ -181,13 +185,19 @@ class SANConfig(PreTrainedConfig):
         self.fusion_map = [list(pair) for pair in self.fusion_map]
         self.deep_supervision_layers = list(self.deep_supervision_layers)
         self.trainable_clip_parameters = list(self.trainable_clip_parameters)
+        if not _CARRIED:
+            kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Write config.json, which names the classes of the code that is saved with it."""
         self.auto_map = dict(AUTO_MAP)
         self.custom_pipelines = {task: dict(entry) for task, entry in CUSTOM_PIPELINES.items()}
-        super().save_pretrained(save_directory, *args, **kwargs)
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            if not _CARRIED:
+                del self.custom_pipelines
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved; not what evaluation loops leave out, which the model's class decides."""

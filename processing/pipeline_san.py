@@ -82,7 +82,11 @@ class OpenVocabularySegmentationPipeline(Pipeline):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Take the model, the processor, and what holds for all calls."""
-        self._options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        options = {name: kwargs.pop(name, None) for name in _OPTIONS}
+        self._options = {name: value for name, value in options.items() if value is not None}
+        if "candidate_labels" in self._options:
+            # An iterator could be read for one call only
+            self._options["candidate_labels"] = _list_labels(self._options["candidate_labels"], self.MAX_LABELS)
         super().__init__(*args, **kwargs)
         if not hasattr(self.model, "get_class_embeds"):
             raise ValueError(f"model is a {type(self.model).__name__}: pass a SAN model, which encodes any words")

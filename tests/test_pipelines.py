@@ -481,7 +481,8 @@ def test_without_any_labels_there_is_one_clear_line(pipe):
 
 def test_options_given_with_the_pipeline_hold_until_a_call_says_otherwise(model, processor):
     picture = random_picture()
-    pipe = pipeline(TASK, model=model, processor=processor, candidate_labels=LABELS, threshold=1.0, other_label="x")
+    options = {"candidate_labels": iter(LABELS), "threshold": 1.0, "other_label": "x", "templates": None}
+    pipe = pipeline(TASK, model=model, processor=processor, **options)
     assert [segment["label"] for segment in pipe(picture)] == ["x"]
     assert [segment["label"] for segment in pipe(picture, other_label="y")] == ["y"]
     assert_same(

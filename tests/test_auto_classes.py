@@ -1,0 +1,171 @@
+"""After `import modeling_san` Auto classes and pipelines load SAN folders, whatever was imported first."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor, registration
+
+IMPORT_ORDERS = {
+    "the package, then an Auto class": "import modeling_san; from transformers import AutoConfig",
+    "the package, then pipeline": "import modeling_san; from transformers import pipeline",
+    "the Auto classes, then the package": (
+        "from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, pipeline; "
+        "import modeling_san"
+    ),
+    "the model's module": "import modeling_san.modeling_san",
+    "the processor": "from modeling_san import SANProcessor",
+}
+
+# What each Auto class and each task gives, as {"name": class, ...}; every load is also tried with each answer to the
+# question whether a folder's code may run.
+REPORT_CLASSES = """
+import json, sys
+import transformers
+
+def name(value):
+    return f"{type(value).__module__}.{type(value).__name__}"
+
+def load(folder, **options):
+    autos = ("AutoConfig", "AutoModel", "AutoModelForSemanticSegmentation", "AutoProcessor", "AutoImageProcessor")
+    found = {auto: name(getattr(transformers, auto).from_pretrained(folder, **options)) for auto in autos}
+    for task in ("image-segmentation", "open-vocabulary-segmentation"):
+        pipe = transformers.pipeline(task, model=folder, device="cpu", **options)
+        found[task] = name(pipe)
+        found[f"{task}: model"] = name(pipe.model)
+        found[f"{task}: image processor"] = name(pipe.image_processor)
+    return found
+
+builtin, *tampered = sys.argv[1:]
+report = {"builtin": load(builtin)}
+for folder in tampered:
+    report["tampered"] = [load(folder), load(folder, trust_remote_code=False), load(folder, trust_remote_code=True)]
+report["finders"] = [type(finder).__module__ for finder in sys.meta_path]
+report["loader"] = type(sys.modules["transformers.models.auto.modeling_auto"].__spec__.loader).__name__
+print(json.dumps(report))
+"""
+
+OUR_CLASSES = {
+    "AutoConfig": "modeling_san.configuration_san.SANConfig",
+    "AutoModel": "modeling_san.modeling_san.SANForOpenVocabSegmentation",
+    "AutoModelForSemanticSegmentation": "modeling_san.modeling_san.SANForSemanticSegmentation",
+    "AutoProcessor": "modeling_san.processing.processing_san.SANProcessor",
+    "AutoImageProcessor": "modeling_san.processing.image_processing_san.SANImageProcessor",
+    "image-segmentation": "transformers.pipelines.image_segmentation.ImageSegmentationPipeline",
+    "image-segmentation: model": "modeling_san.modeling_san.SANForSemanticSegmentation",
+    "image-segmentation: image processor": "modeling_san.processing.image_processing_san.SANImageProcessor",
+    "open-vocabulary-segmentation": "modeling_san.processing.pipeline_san.OpenVocabularySegmentationPipeline",
+    "open-vocabulary-segmentation: model": "modeling_san.modeling_san.SANForOpenVocabSegmentation",
+    "open-vocabulary-segmentation: image processor": "modeling_san.processing.image_processing_san.SANImageProcessor",
+}
+
+
+def run(code, *arguments, **environment):
+    """Run code in a new interpreter; returns what it printed last and everything it logged."""
+    finished = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return finished.stdout.splitlines()[-1], finished.stderr
+
+
+def test_importing_the_package_imports_neither_torch_nor_transformers():
+    printed, _ = run(
+        "import modeling_san, sys; print([n for n in ('torch', 'transformers', 'numpy') if n in sys.modules])"
+    )
+    assert printed == "[]"
+
+
+@pytest.mark.parametrize("order", IMPORT_ORDERS)
+def test_auto_classes_and_pipelines_know_the_model_in_every_import_order(order):
+    printed, logged = run(f"{IMPORT_ORDERS[order]}\n{REPORT_CLASSES}", BUILTIN_MODEL)
+    report = json.loads(printed)
+    assert report["builtin"] == OUR_CLASSES
+    assert "is not supported" not in logged
+    # What waited for transformers is gone when it is done, and modules have the loaders they have without it
+    assert "modeling_san.registration" not in report["finders"]
+    assert report["loader"] == "SourceFileLoader"
+
+
+@pytest.fixture(scope="module")
+def tampered(tmp_path_factory):
+    """A saved folder in which every file of code leaves a mark when it runs, and the file for the marks."""
+    folder = tmp_path_factory.mktemp("tampered")
+    SANForOpenVocabSegmentation.from_pretrained(BUILTIN_MODEL).save_pretrained(folder)
+    SANProcessor.from_pretrained(BUILTIN_MODEL).save_pretrained(folder)
+    marks = folder / "marks"
+    code = sorted(folder.glob("*.py"))
+    assert {"configuration_san.py", "modeling_san.py", "processing_san.py", "pipeline_san.py"} <= {
+        f.name for f in code
+    }
+    for file in code:
+        mark = f"open({str(marks)!r}, 'a').write('{file.name} ran ')\n"
+        # Behind the future imports, which have to come first
+        file.write_text(file.read_text().replace("\nimport ", f"\n{mark}import ", 1) + mark)
+    return folder, marks
+
+
+def test_code_in_a_folder_never_runs_where_the_package_is_imported(tampered, tmp_path):
+    # Not even with trust_remote_code=True: a class that was registered comes before a folder's.
+    folder, marks = tampered
+    code = f"import modeling_san\n{REPORT_CLASSES}"
+    printed, _ = run(code, BUILTIN_MODEL, folder, HF_MODULES_CACHE=str(tmp_path))
+    assert json.loads(printed)["tampered"] == [OUR_CLASSES] * 3
+    assert not marks.exists()
+    assert [path for path in tmp_path.rglob("*.py") if path.name != "__init__.py"] == []
+
+
+def test_the_mark_is_left_where_the_package_is_not_imported(tampered, tmp_path):
+    folder, marks = tampered
+    code = "AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True); print()"
+    run(f"import sys; from transformers import AutoConfig; {code}", folder, HF_MODULES_CACHE=str(tmp_path))
+    assert "configuration_san.py ran" in marks.read_text()
+    marks.unlink()
+
+
+def test_a_registration_that_failed_is_tried_again(monkeypatch):
+    tries = []
+
+    def register(module):
+        tries.append(module)
+        if len(tries) == 1:
+            raise ImportError("the disk was busy")
+
+    monkeypatch.setattr(registration, "_pending", [registration._Registration(register, "json", ())])
+    with pytest.raises(ImportError, match="the disk was busy"):
+        registration._register_what_is_ready()
+    registration._register_what_is_ready()
+    registration._register_what_is_ready()
+    assert tries == [json, json]
+
+
+def test_nothing_is_registered_while_a_module_is_half_way_through(monkeypatch):
+    done = []
+    monkeypatch.setattr(registration, "_pending", [registration._Registration(done.append, "json", ())])
+    monkeypatch.setattr(registration, "_running", {"transformers.processing_utils"})
+    registration._register_what_is_ready()
+    assert done == []
+    registration._running.clear()
+    registration._register_what_is_ready()
+    assert done == [json]
+
+
+def test_a_module_that_fails_to_import_holds_up_nothing(monkeypatch, tmp_path):
+    done = []
+    (tmp_path / "half_way.py").write_text("raise ImportError('something it needs is missing')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registration, "_PACKAGES", ("half_way",))
+    monkeypatch.setattr(registration, "_pending", [registration._Registration(done.append, "json", ())])
+    monkeypatch.setattr(sys, "meta_path", [registration._WATCHER, *sys.meta_path])
+    with pytest.raises(ImportError, match="something it needs is missing"):
+        importlib.import_module("half_way")
+    assert done == [json]
+    assert registration._running == set()

@@ -122,7 +122,8 @@ def make_model_card(
     config, sizes = read_config(folder), _count_weights(folder)
     name = _title((repo_id or folder.resolve().name).split("/")[-1])
     recipe = _read_recipe(folder)
-    measurements = [_read_measurement(path, name, recipe) for path in _find_results(folder, results)]
+    names = (name, folder.resolve().name)
+    measurements = [_read_measurement(path, names, recipe) for path in _find_results(folder, results)]
     example = _Example.of(folder, config, repo_id)
     kept = read_kept_metadata(folder)
     given = {"license": license, "base_model": base_model, "datasets": list(datasets) or None}
@@ -353,9 +354,9 @@ def _published(config: SANConfig) -> list[tuple[str, list[str]]]:
     width = config.vision_config.hidden_size
     if width not in PUBLISHED_RESULTS:
         return []
-    released = SANConfig(**RELEASED_CONFIGS[width])
+    defaults, changes = SANConfig(), RELEASED_CONFIGS[width]
     shape = ("num_queries", "side_hidden_size", "side_num_layers", "sls_start_layer", "clip_input_scale", "fusion_map")
-    if any(getattr(config, key) != getattr(released, key) for key in shape):
+    if any(getattr(config, key) != changes.get(key, getattr(defaults, key)) for key in shape):
         return []
     return [
         (title, ["" if value is None else str(value) for value in values])
@@ -439,12 +440,13 @@ def _find_results(folder: Path, given: Iterable[str | os.PathLike]) -> list[Path
     return paths
 
 
-def _read_measurement(path: Path, name: str, recipe: Mapping[str, Any]) -> _Measurement:
+def _read_measurement(path: Path, names: Sequence[str], recipe: Mapping[str, Any]) -> _Measurement:
+    """Figures from a file; `names` are those of the model, the published one first."""
     results = read_json(path)
     try:
         if "bias on" in results:
             return _of_the_drawn_world(results)
-        return _of_pictures(results, name, recipe)
+        return _of_pictures(results, names, recipe)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} holds no results of `san evaluate` or training ({_one_line(repr(error), 120)}): give those, or "
@@ -452,7 +454,7 @@ def _read_measurement(path: Path, name: str, recipe: Mapping[str, Any]) -> _Meas
         ) from error
 
 
-def _of_pictures(results: Mapping[str, Any], name: str, recipe: Mapping[str, Any]) -> _Measurement:
+def _of_pictures(results: Mapping[str, Any], names: Sequence[str], recipe: Mapping[str, Any]) -> _Measurement:
     """Results of an evaluation; without a data set's name they are those at the end of training."""
     about = {key: results.get(key) for key in ("dataset", "split", "limit", "tta")}
     by = "`san evaluate`"
@@ -471,7 +473,7 @@ def _of_pictures(results: Mapping[str, Any], name: str, recipe: Mapping[str, Any
     }
     index = model_index(
         {**figures, "subsets": subsets},
-        {"model": name, "dataset": dataset, "split": split, "limit": limit, "tta": bool(about["tta"])},
+        {"model": names[0], "dataset": dataset, "split": split, "limit": limit, "tta": bool(about["tta"])},
     )
     rows = [(title, figures[key]) for key, title in MEASURES.items()]
     rows += [
@@ -480,7 +482,10 @@ def _of_pictures(results: Mapping[str, Any], name: str, recipe: Mapping[str, Any
         if one["mean_iou"] is not None
     ]
     pictures = int(results["pictures"])
+    measured = public_name(results.get("model") or names[0])
     details = [
+        # Nobody can see from a file whose figures it holds; a reader is to know what it calls them
+        *([f"of a model called {_code(measured)}"] if measured.split("/")[-1] not in names else []),
         f"data set {_code(dataset)}",
         *([f"part {_code(split)}"] if split else []),
         f"{pictures} picture{'' if pictures == 1 else 's'}{' (the first ones only)' if limit else ''}",

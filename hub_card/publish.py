@@ -246,7 +246,7 @@ def states_no_license(upload: Upload) -> bool:
     """Whether the card to publish leaves the licence open."""
     content = upload.files[CARD_FILE]
     text = (content if isinstance(content, bytes) else content.read_bytes()).decode(errors="replace")
-    return not ModelCard(text, ignore_metadata_errors=True).data.license
+    return not ModelCard(text, ignore_metadata_errors=True).data.to_dict().get("license")
 
 
 # What belongs to a model
@@ -299,7 +299,7 @@ def _write_with_code(folder: Path, scratch: Path) -> dict[str, Path | bytes]:
     """Configuration, processor and code as saving the model writes them today, without its weights."""
     config = read_config(folder)
     with torch.device("meta"):
-        model = SANForOpenVocabSegmentation(config)
+        model: Any = SANForOpenVocabSegmentation(config)
     dtype = getattr(torch, str(config.dtype).removeprefix("torch."), None)
     model.to(dtype=dtype).save_pretrained(scratch, state_dict={})
     SANProcessor.from_pretrained(folder).save_pretrained(scratch)

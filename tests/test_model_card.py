@@ -101,7 +101,9 @@ def test_measurements_become_the_model_index(folder, results):
     assert values["Mean IoU of novel"] == 0.125
 
 
-def test_what_an_evaluation_writes_is_what_the_card_reads(folder, make_model, processor, tmp_path):
+def test_what_an_evaluation_writes_is_what_the_card_reads(folder, make_model, processor, tmp_path, monkeypatch):
+    # The library that draws it takes longer to load than everything here
+    monkeypatch.setattr("modeling_san.training.evaluation.plot_class_iou", lambda *args, **kwargs: None)
     pictures = [
         {"image": Image.new("RGB", (64, 48), colour), "annotation": Image.new("L", (64, 48), index)}
         for index, colour in enumerate(("blue", "red"))
@@ -122,6 +124,13 @@ def test_what_an_evaluation_writes_is_what_the_card_reads(folder, make_model, pr
     assert f"| Mean IoU | {measured['mean_iou']:.4f} |" in text
     assert "`me/pictures`" in text
     assert "2 pictures" in text
+
+
+def test_a_measurement_under_another_models_name_is_shown_as_that(folder, results):
+    write(folder / "results.json", results)
+    assert "of a model called" not in section(make_model_card(folder, repo_id="me/x"), "Measured on these weights")
+    write(folder / "results.json", {**results, "model": "/home/me/their-model"})
+    assert "of a model called `their-model`" in section(make_model_card(folder), "Measured on these weights")
 
 
 def test_without_measurements_the_card_says_so_and_has_no_index(folder):

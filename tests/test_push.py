@@ -87,8 +87,11 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def do_PUT(self):
         self.note()
-        self.server.large_files[self.path.rsplit("/", 1)[-1]] = self.body()
-        self.answer(200, {})
+        content = self.body()
+        repo_id, oid = self.path.removeprefix("/large/").rsplit("/", 1)
+        if not self.fails("upload", repo_id):
+            self.server.large_files[oid] = content
+            self.answer(200, {})
 
     def do_POST(self):
         self.note()
@@ -98,8 +101,9 @@ class HubHandler(BaseHTTPRequestHandler):
         elif self.path == "/api/validate-yaml":
             self.answer(200, {"errors": [], "warnings": []})
         elif self.path.endswith("/info/lfs/objects/batch"):
+            place = f"{self.server.url}/large{self.path.removesuffix('.git/info/lfs/objects/batch')}"
             objects = [
-                {**one, "actions": {"upload": {"href": f"{self.server.url}/large/{one['oid']}"}}}
+                {**one, "actions": {"upload": {"href": f"{place}/{one['oid']}"}}}
                 for one in json.loads(body)["objects"]
             ]
             self.answer(200, {"transfer": "basic", "objects": objects})
@@ -230,6 +234,7 @@ def runs(hub, folder, sharded, tmp_path_factory):
         "open": [*push, "me/open", *licence],
         "public": [*push, "me/public", "--private", *licence],
         **{f"create-{status}": [*push, f"me/create-{status}", *licence] for status in (401, 403, 409, 429, 500)},
+        **{f"upload-{what}": [*push, f"me/upload-{what}", *licence] for what in (403, 503, "drop")},
         **{f"commit-{what}": [*push, f"me/commit-{what}", *licence] for what in (403, 412, 500, "drop")},
         "nobody": [*push, "me/nobody", *licence],
         "offline": [*push, "me/offline", *licence],
@@ -362,6 +367,9 @@ def test_a_dry_run_lists_each_file_with_its_size_and_asks_nobody(hub, said, fold
         ("create-409", "exists already"),
         ("create-429", "too many requests"),
         ("create-500", "error 500"),
+        ("upload-403", "may not write to me/upload-403"),
+        ("upload-503", "error 503"),
+        ("upload-drop", "cannot be reached"),
         ("commit-403", "may not write to me/commit-403"),
         ("commit-412", "changed me/commit-412 meanwhile"),
         ("commit-500", "error 500"),

@@ -211,7 +211,7 @@ def push(
     removed = [
         name for name in present if (_WEIGHTS.fullmatch(name) or name == INDEX_FILE) and name not in upload.files
     ]
-    with _explained(repo_id, token, "no commit was made, push once more; what has arrived is not sent twice"):
+    with _explained(repo_id, token, "push once more; what has arrived is not sent twice"):
         # Read at once, so that a file that is not there stops all before anything is sent
         operations: list[Any] = [CommitOperationAdd(name, upload.files[name]) for name in names]
         operations += [CommitOperationDelete(name) for name in removed]
@@ -359,8 +359,10 @@ def _explain(error: BaseException, repo_id: str) -> str:
     if status is None:
         if isinstance(error, OSError) and error.filename:
             return f"{error.filename} cannot be read: {error.strerror}"
-        if type(error).__module__.split(".")[0].startswith("http"):
-            return f"the Hub cannot be reached ({_first_sentence(error)}): check the network"
+        for cause in _causes(error):
+            # The library that sends requests, under the names it has in different versions
+            if type(cause).__module__.startswith("http"):
+                return f"the Hub cannot be reached ({_first_sentence(cause)}): check the network"
         return f"{repo_id} cannot be published: {_first_sentence(error)}"
     reasons = {
         401: "the Hub does not know the token of this machine: log in anew with `hf auth login`",
@@ -376,13 +378,19 @@ def _explain(error: BaseException, repo_id: str) -> str:
     return reasons.get(status) or f"the Hub refuses this (error {status}): {_first_sentence(error)}"
 
 
-def _status_of(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error: uploads are wrapped in further ones."""
-    while error is not None:
-        if isinstance(error, HfHubHTTPError) and error.response is not None:
-            return error.response.status_code
-        error = error.__cause__ or error.__context__
+def _status_of(error: BaseException) -> int | None:
+    """The HTTP status behind an error."""
+    for cause in _causes(error):
+        if isinstance(cause, HfHubHTTPError) and cause.response is not None:
+            return cause.response.status_code
     return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it: those of uploads are wrapped in further ones."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -267,7 +267,7 @@ def runs(hub, folder, sharded, tmp_path_factory):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=600,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     said = dict(zip(cases, map(json.loads, finished.stdout.splitlines()), strict=True))

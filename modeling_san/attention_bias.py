@@ -63,7 +63,8 @@ def make_attention_mask(attention_bias: Tensor, prompts: int = 0) -> Tensor:
     """
     queries, patches = attention_bias.shape[-2:]
     hidden = float("-inf")
-    to_itself = attention_bias.new_full((queries, queries), hidden).fill_diagonal_(0.0)
+    others = ~torch.eye(queries, dtype=torch.bool, device=attention_bias.device)
+    to_itself = attention_bias.new_zeros(queries, queries).masked_fill(others, hidden)
     sls_rows = torch.cat(
         [
             attention_bias.new_full((*attention_bias.shape[:3], 1), hidden),

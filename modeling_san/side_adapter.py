@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
+from transformers.utils.import_utils import is_torchdynamo_exporting
 
 from .configuration_san import SANConfig
 
@@ -52,9 +53,10 @@ class SideAdapterEmbeddings(nn.Module):
         patches = self.patch_embedding(pixel_values)
         height, width = patches.shape[-2:]
         positions: Tensor = self.position_embedding
-        if positions.shape[-2:] != (height, width):
+        # An exported program takes any size: it may not depend on whether this one is the grid's own
+        if is_torchdynamo_exporting() or positions.shape[-2:] != (height, width):
             positions = nn.functional.interpolate(positions, (height, width), mode="bicubic", align_corners=False)
-        queries = self.query_embedding.expand(len(patches), -1, -1)
+        queries = self.query_embedding.expand(patches.shape[0], -1, -1)
         tokens = torch.cat([queries, patches.flatten(2).transpose(1, 2)], dim=1)
         positions = torch.cat([self.query_position_embedding, positions.flatten(2).transpose(1, 2)], dim=1)
         return tokens, positions, (height, width)

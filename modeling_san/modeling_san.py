@@ -1,19 +1,31 @@
 """SAN: CLIP recognises, a side adapter says where (paper, section 3)."""
 
-from collections.abc import Sequence
+import copy
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoProcessor, CLIPModel, CLIPTextModel, CLIPVisionModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoProcessor,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPVisionModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 from .attention_bias import pool_attention_bias, recognize_regions
 from .configuration_san import SANConfig
 from .loss_san import Group, SANLoss, masks_from_label_map
-from .side_adapter import MaskDecoder, SideAdapter, SideAdapterEmbeddings, SideAdapterLayer
+from .side_adapter import MaskDecoder, SideAdapter, SideAdapterAttention, SideAdapterEmbeddings, SideAdapterLayer
 
 TEXT_BATCH_SIZE = 512
 """Prompts encoded at once; bounds the memory that long vocabularies take."""
@@ -54,6 +66,19 @@ class SANOutput(ModelOutput):
             `masks_queries_logits` and `class_queries_logits` of the earlier deep-supervision layers; in training.
         loss_dict (`dict[str, Tensor]`, *optional*):
             The weighted terms by name; `_0`, `_1`, ... belong to the auxiliary outputs in order.
+        hidden_states (`tuple[Tensor]`, *optional*):
+            CLIP's, with `output_hidden_states`: its embeddings and the output of each layer, `(batch, tokens, CLIP
+            width)`. Tokens are [CLS] and patches; after `sls_start_layer` also [SLS] tokens (those of each auxiliary
+            output, then the final ones) and prompts.
+        attentions (`tuple[Tensor]`, *optional*):
+            CLIP's, with `output_attentions`: the weights in each layer, `(batch, heads, tokens, tokens)`, of the
+            tokens above.
+        side_hidden_states (`tuple[Tensor]`, *optional*):
+            The side adapter's, with `output_hidden_states`: the output of each layer, before features of CLIP are
+            added, `(batch, queries + patches, side width)`.
+        side_attentions (`tuple[Tensor]`, *optional*):
+            The side adapter's, with `output_attentions`: the weights in each layer, `(batch, side heads, queries +
+            patches, queries + patches)`.
     """
 
     loss: Tensor | None = None
@@ -66,6 +91,45 @@ class SANOutput(ModelOutput):
     image_sizes: Tensor | None = None
     auxiliary_logits: list[dict[str, Tensor]] | None = None
     loss_dict: dict[str, Tensor] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    side_hidden_states: tuple[Tensor, ...] | None = None
+    side_attentions: tuple[Tensor, ...] | None = None
+
+
+def _record_on_request(forward: Callable[..., SANOutput]) -> Callable[..., SANOutput]:
+    """Let `output_hidden_states` and `output_attentions` mean both networks; without them nothing is hooked."""
+    recorded = capture_outputs(forward, tie_last_hidden_states=False)
+
+    @functools.wraps(forward)
+    def wrapper(
+        self: "SANForOpenVocabSegmentation",
+        *args: Any,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> SANOutput:
+        hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if not hidden_states and not attentions:
+            return forward(self, *args, **kwargs)
+        if attentions and "sdpa" in (self.config._attn_implementation, self.vision_model.config._attn_implementation):
+            raise ValueError(
+                'output_attentions needs attn_implementation="eager", as "sdpa" keeps no attention weights: load the '
+                'model with it, or call model.set_attn_implementation("eager").'
+            )
+        return recorded(
+            self,
+            *args,
+            output_hidden_states=hidden_states,
+            output_side_hidden_states=hidden_states,
+            output_attentions=attentions,
+            output_side_attentions=attentions,
+            return_dict=True,
+            **kwargs,
+        )
+
+    return wrapper
 
 
 class SANPreTrainedModel(PreTrainedModel):
@@ -79,6 +143,12 @@ class SANPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["CLIPTextEmbeddings", "CLIPEncoderLayer", "CLIPVisionEmbeddings", "SideAdapterLayer"]
+    _can_record_outputs = {
+        "hidden_states": CLIPEncoderLayer,
+        "attentions": CLIPAttention,
+        "side_hidden_states": SideAdapterLayer,
+        "side_attentions": SideAdapterAttention,
+    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -133,7 +203,9 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
     """
 
     # A saved model carries this code, so that it loads where the package is not installed.
-    _auto_class = "AutoModel"
+    _auto_class = "AutoModel"  # type: ignore[assignment]
+    # The stored vocabulary, where another one was given.
+    _keys_to_ignore_on_load_unexpected = ["stored_class_embeds"]
     # `forward` swallows further keyword arguments but does not scale its loss by them: `Trainer` has to divide the
     # loss by the number of accumulated batches itself.
     accepts_loss_kwargs = False
@@ -183,13 +255,45 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         return model
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as every transformers model; what is frozen in a new model is frozen in a loaded one."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        # Loading replaces parameters and with them their requires_grad.
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """
+        Load as every transformers model; what is frozen in a new model is frozen in a loaded one. Names in `id2label`
+        other than the stored ones replace them as the vocabulary.
+
+        Raises:
+            ValueError: where the labels to store have no names, or positions other than 0, 1, 2 ...
+            OSError: where there are labels to store, and no processor beside the model to encode them with.
+        """
+        source, labels = pretrained_model_name_or_path, None
+        places = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        if (saved := _read_config(source, places)) is not None:
+            if not isinstance(config, PreTrainedConfig):
+                # Not the dtype: a config takes its name only, and would look for one that is called "auto"
+                kept = places | {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
+                config, kwargs = SANConfig.from_pretrained(config or source, return_unused_kwargs=True, **kwargs)
+                kwargs.update(kept)
+            labels = cls._labels_to_store(config, saved)
+        if labels is not None:
+            # Code that came with the checkpoint stays with it; the package's own never runs another's.
+            from_checkpoint = cls.__module__.startswith("transformers_modules.")
+            processor = _load_processor(source, trust_remote_code=from_checkpoint, **places)
+            config = copy.deepcopy(config)
+            config.has_stored_labels = False
+        loaded = super().from_pretrained(source, *args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # Loading replaces parameters and with them their requires_grad.
         model.freeze_clip()
+        if labels is not None:
+            model.set_labels(labels, processor)
         return loaded
+
+    @classmethod
+    def _labels_to_store(cls, config: SANConfig, saved: SANConfig) -> list[str] | None:
+        """Names that a checkpoint's stored embeddings are not of, to be encoded in their place."""
+        if not (saved.has_stored_labels and config.has_stored_labels):
+            return None
+        labels = _named_labels(config.id2label)
+        return None if labels == _named_labels(saved.id2label) else labels
 
     def freeze_clip(self) -> None:
         """
@@ -210,6 +314,14 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(own) or any(pattern in name for pattern in patterns))
         self.train(self.training)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """CLIP's patch embedding, where pictures enter the part that is frozen."""
+        return self.vision_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace CLIP's patch embedding."""
+        self.vision_model.set_input_embeddings(value)
 
     def text_trains(self) -> bool:
         """Whether the text encoder trains: stored label embeddings grow stale then, and batches bring prompts."""
@@ -292,6 +404,8 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         self.config.id2label = dict(enumerate(labels))
         self.config.label2id = {label: index for index, label in enumerate(labels)}
 
+    @can_return_tuple
+    @_record_on_request
     def forward(
         self,
         pixel_values: Tensor,
@@ -302,9 +416,11 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         labels: Tensor | None = None,
         mask_labels: Sequence[Tensor] | None = None,
         class_labels: Sequence[Tensor] | None = None,
-        return_dict: bool | None = None,
+        *,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
-    ) -> SANOutput | tuple:
+    ) -> SANOutput:
         """
         Segment a batch of pictures with one vocabulary.
 
@@ -319,19 +435,27 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
             labels: `(batch, height, width)` class indices, `config.semantic_loss_ignore_index` = no label.
             mask_labels: instead of `labels`, for each picture `(masks, height, width)` of 0 and 1 ...
             class_labels: ... and `(masks,)`, the class of each mask.
-            return_dict: `False` gives a tuple.
-            kwargs: ignored, so that data sets may carry further columns.
+            output_hidden_states: whether to return what each layer of CLIP and of the side adapter says; by default
+                as the config has it.
+            output_attentions: the same for attention weights, which eager attention has only.
+            kwargs: `return_dict=False` gives a tuple; others are ignored, so that data sets may carry further columns.
 
         Returns:
             [`SANOutput`].
 
         Raises:
-            ValueError: for inputs of the wrong shape, or without a vocabulary.
+            ValueError: for inputs of the wrong shape, or without a vocabulary; where hidden states or attentions are
+                asked of pictures of several padded sizes, or attentions of other than eager attention.
         """
         self._check_pixel_values(pixel_values)
         class_embeds = self._choose_class_embeds(input_ids, attention_mask, class_embeds)
         classifier = torch.cat([class_embeds, nn.functional.normalize(self.background_embedding.float(), dim=-1)])
         groups = self._group_by_padded_size(pixel_values, image_sizes)
+        if len(groups) > 1 and (output_hidden_states or output_attentions):
+            raise ValueError(
+                "output_hidden_states and output_attentions take pictures of one padded size at a time, and these are "
+                f"{', '.join(f'{height} x {width}' for _, (height, width) in groups)}: pass each size by itself."
+            )
 
         predictions = []
         for indices, (height, width) in groups:
@@ -362,7 +486,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         if labels is not None or mask_labels is not None or class_labels is not None:
             targets = self._make_targets(labels, mask_labels, class_labels, pixel_values, len(class_embeds))
             loss_dict = self.compute_loss([*auxiliary, final], *targets, groups)
-        output = SANOutput(
+        return SANOutput(
             loss=None if loss_dict is None else torch.stack(list(loss_dict.values())).sum(),
             **final,
             class_embeds=class_embeds,
@@ -370,7 +494,6 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
             auxiliary_logits=auxiliary or None,
             loss_dict=loss_dict,
         )
-        return output.to_tuple() if return_dict is False else output
 
     def shrink_for_clip(self, pixel_values: Tensor) -> Tensor:
         """CLIP's smaller picture, `(batch, 3, scale * height, scale * width)`, of `(batch, 3, height, width)`."""
@@ -589,8 +712,6 @@ class SANForSemanticSegmentation(SANForOpenVocabSegmentation):
     """
 
     _auto_class = "AutoModelForSemanticSegmentation"
-    # The stored vocabulary, where another one was given.
-    _keys_to_ignore_on_load_unexpected = ["stored_class_embeds"]
 
     def __init__(self, config: SANConfig) -> None:
         super().__init__(config)
@@ -603,45 +724,20 @@ class SANForSemanticSegmentation(SANForOpenVocabSegmentation):
         ]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        """
-        Load as every transformers model, with the names of `id2label` as the vocabulary where it is given.
+    def _labels_to_store(cls, config: SANConfig, saved: SANConfig) -> list[str] | None:
+        if saved.has_stored_labels and config.has_stored_labels:
+            return super()._labels_to_store(config, saved)
+        # Nothing is stored, and calls bring no words
+        return None if _are_placeholders(config.id2label) else _named_labels(config.id2label)
 
-        Raises:
-            ValueError: where `id2label` holds no names, or positions other than 0, 1, 2 ...
-            OSError: where a vocabulary is given and there is no processor beside the model to encode it with.
-        """
-        source = pretrained_model_name_or_path
-        places = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-        if not isinstance(config, PreTrainedConfig):
-            config, kwargs = SANConfig.from_pretrained(config or source, return_unused_kwargs=True, **kwargs)
-            kwargs.update(places)
-        saved, _ = SANConfig.get_config_dict(source, **places)
-        labels = _labels_in_order(config.id2label)
-        stored = _labels_in_order(SANConfig.from_dict(saved).id2label) if saved.get("has_stored_labels") else None
-        if labels == stored or (stored is None and not _are_names(labels)):
-            return super().from_pretrained(source, *args, config=config, **kwargs)
-        if not _are_names(labels):
-            raise ValueError(
-                f"the {len(labels)} labels have no names, which are what this model goes by: pass them, for example "
-                'id2label={0: "sky", 1: "road"}'
-            )
-        config.has_stored_labels = False
-        loaded = super().from_pretrained(source, *args, config=config, **kwargs)
-        # Code that came with the checkpoint stays with it; the package's own never runs another's.
-        from_checkpoint = cls.__module__.startswith("transformers_modules.")
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=from_checkpoint, **places)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).set_labels(labels, processor)
-        return loaded
-
+    @can_return_tuple
     def forward(  # type: ignore[override]
         self,
         pixel_values: Tensor,
         labels: Tensor | None = None,
         image_sizes: Tensor | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> SANOutput | tuple:
+    ) -> SANOutput:
         """
         Segment a batch of pictures.
 
@@ -649,7 +745,6 @@ class SANForSemanticSegmentation(SANForOpenVocabSegmentation):
             pixel_values: `(batch, 3, height, width)`, as for [`SANForOpenVocabSegmentation`].
             labels: `(batch, height, width)` class indices, `config.semantic_loss_ignore_index` = no label.
             image_sizes: `(batch, 2)`, height and width of each picture before padding.
-            return_dict: `False` gives a tuple.
             kwargs: further arguments of [`SANForOpenVocabSegmentation.forward`]; others are ignored.
 
         Returns:
@@ -657,39 +752,81 @@ class SANForSemanticSegmentation(SANForOpenVocabSegmentation):
             argmax after bilinear upsampling is the segmentation, up to pixels at the borders of regions, where
             post-processing interpolates masks instead.
         """
-        output = super().forward(pixel_values, labels=labels, image_sizes=image_sizes, **kwargs)
-        height, width = pixel_values.shape[-2:]
-        masks = nn.functional.interpolate(
-            output.masks_queries_logits.float(), (height // 4, width // 4), mode="bilinear", align_corners=False
-        )
+        output = super().forward(pixel_values, labels=labels, image_sizes=image_sizes, return_dict=True, **kwargs)
+        masks = self._enlarge_masks(output.masks_queries_logits.float(), pixel_values, image_sizes)
         probabilities = output.class_queries_logits.float().softmax(-1)[..., :-1]
         scores = probabilities.transpose(1, 2) @ masks.sigmoid().flatten(2)
         output.logits = scores.clamp(min=torch.finfo(scores.dtype).tiny).log().unflatten(-1, masks.shape[-2:])
-        return output.to_tuple() if return_dict is False else output
+        return output
+
+    def _enlarge_masks(self, masks: Tensor, pixel_values: Tensor, image_sizes: Tensor | None) -> Tensor:
+        """Masks at a quarter of the size, each picture's by itself: none looks beyond the border it has alone."""
+        frame = tuple(side // 4 for side in pixel_values.shape[-2:])
+        groups = self._group_by_padded_size(pixel_values, image_sizes)
+        parts = []
+        for indices, (height, width) in groups:
+            cells = masks if len(groups) == 1 else masks[indices]
+            cells = cells[..., : height // self.config.side_patch_size, : width // self.config.side_patch_size]
+            size = (height // 4, width // 4)
+            parts.append({"masks": nn.functional.interpolate(cells, size, mode="bilinear", align_corners=False)})
+        return _merge_groups(parts, groups, frame)["masks"]
 
 
-def _labels_in_order(id2label: dict[int, str] | None) -> list[str]:
-    """Names by position; a gap in the positions raises."""
-    id2label = id2label or {}
-    if sorted(id2label) != list(range(len(id2label))):
-        raise ValueError(f"id2label has the positions {sorted(id2label)}: number the labels 0, 1, 2 and so on")
-    return [id2label[position] for position in range(len(id2label))]
+def _read_config(source: Any, places: dict[str, Any]) -> SANConfig | None:
+    """The config saved with a checkpoint; None where there is none, as in folders of adapters."""
+    if source is None:
+        return None
+    try:
+        saved, _ = SANConfig.get_config_dict(source, **places)
+    except OSError:
+        return None
+    return SANConfig.from_dict(saved)
 
 
-def _are_names(labels: list[str]) -> bool:
-    """Whether these are more than the placeholders that every config starts with."""
-    return labels != [f"LABEL_{position}" for position in range(len(labels))]
+def _load_processor(source: Any, **options: Any) -> LabelProcessor:
+    missing = (
+        f"there is no processor in {source} to encode id2label with: save one there with processor.save_pretrained, "
+        "or load without id2label and call model.set_labels(labels, processor)."
+    )
+    try:
+        processor = AutoProcessor.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise OSError(missing) from error
+    # Where there are files of a tokenizer only, that is what comes, and it knows no templates
+    if not isinstance(processor, ProcessorMixin):
+        raise OSError(missing)
+    return processor
+
+
+def _are_placeholders(id2label: dict[Any, str] | None) -> bool:
+    """Whether these are the names that every config starts with."""
+    return all(label == f"LABEL_{position}" for position, label in (id2label or {}).items())
+
+
+def _named_labels(id2label: dict[Any, str] | None) -> list[str]:
+    """Names by position; positions with a gap and names that are none raise."""
+    # Positions read from a JSON file are strings
+    id2label = {str(position): label for position, label in (id2label or {}).items()}
+    positions = [str(position) for position in range(len(id2label))]
+    if set(id2label) != set(positions):
+        raise ValueError(f"id2label has the positions {', '.join(id2label)}: number the labels 0, 1, 2 and so on.")
+    if _are_placeholders(id2label):
+        raise ValueError(
+            f"the {len(id2label)} labels have no names, which are what this model goes by: pass them, for example "
+            'id2label={0: "sky", 1: "road"}.'
+        )
+    return [id2label[position] for position in positions]
 
 
 def _merge_groups(
     parts: Sequence[dict[str, Tensor]], groups: Sequence[Group], grid: tuple[int, ...]
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Batch tensors again, in the pictures' order; maps smaller than `grid` are filled with 0 at right and bottom."""
     order = torch.tensor([index for indices, _ in groups for index in indices]).argsort()
     merged = {}
     for name in parts[0]:
         tensors = [part[name] for part in parts]
-        if name in ("masks_queries_logits", "attention_bias"):
+        if name in ("masks", "masks_queries_logits", "attention_bias"):
             tensors = [_fill_to(tensor, grid) for tensor in tensors]
         merged[name] = tensors[0] if len(parts) == 1 else torch.cat(tensors)[order.to(tensors[0].device)]
     return merged

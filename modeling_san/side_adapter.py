@@ -73,14 +73,14 @@ class SideAdapterAttention(nn.Module):
         self.qkv = nn.Linear(config.side_hidden_size, 3 * config.side_hidden_size)
         self.projection = nn.Linear(config.side_hidden_size, config.side_hidden_size)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Map `(batch, tokens, side width)` to the same shape."""
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Map `(batch, tokens, side width)` to the same shape; eager attention gives its weights too."""
         batch, tokens, width = hidden_states.shape
         qkv = self.qkv(hidden_states).view(batch, tokens, 3, self.num_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        attended, _ = attend(self, query, key, value, None, scaling=self.scale, dropout=0.0, is_causal=False)
-        return self.projection(attended.reshape(batch, tokens, width))
+        attended, weights = attend(self, query, key, value, None, scaling=self.scale, dropout=0.0, is_causal=False)
+        return self.projection(attended.reshape(batch, tokens, width)), weights
 
 
 class SideAdapterMLP(nn.Module):
@@ -109,7 +109,8 @@ class SideAdapterLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map `(batch, tokens, side width)` to the same shape."""
-        hidden_states = hidden_states + self.attention(self.layer_norm1(hidden_states))
+        attended, _ = self.attention(self.layer_norm1(hidden_states))
+        hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 

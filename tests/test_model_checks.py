@@ -1,0 +1,498 @@
+"""The checks that transformers puts on its own models, for both classes."""
+
+import copy
+import inspect
+import threading
+
+import pytest
+import torch
+from conftest import TINY, TINY_VISION
+from torch import nn
+from torch.testing import assert_close
+from transformers import Trainer, TrainingArguments, initialization
+
+from modeling_san import SANConfig, SANForOpenVocabSegmentation, SANForSemanticSegmentation
+
+LABELS = ["sky", "road", "red car", "tree", "truck"]
+LAYERS, START, QUERIES = TINY_VISION["num_hidden_layers"], TINY["sls_start_layer"], TINY["num_queries"]
+SIDE_LAYERS = TINY["side_num_layers"]
+RECORDED = ("hidden_states", "attentions", "side_hidden_states", "side_attentions")
+
+
+@pytest.fixture(params=[SANForOpenVocabSegmentation, SANForSemanticSegmentation], ids=["words", "semantic"])
+def model_class(request):
+    return request.param
+
+
+@pytest.fixture
+def build(model_class, make_model, processor):
+    """Makes a tiny model of each class with five labels stored; keyword arguments replace fields of its config."""
+
+    def build(attn_implementation="sdpa", **changes):
+        model = make_model(attn_implementation=attn_implementation, **changes)
+        model.set_labels(LABELS, processor)
+        same = model_class._from_config(copy.deepcopy(model.config), attn_implementation=attn_implementation)
+        same.load_state_dict(model.state_dict())
+        return same.eval()
+
+    return build
+
+
+@pytest.fixture
+def built(build):
+    return build()
+
+
+@pytest.fixture
+def picture():
+    return torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(3))
+
+
+def answer(outputs):
+    """What a class is there for."""
+    return outputs.class_queries_logits if outputs.logits is None else outputs.logits
+
+
+# Initialisation
+
+
+@pytest.mark.parametrize("token_format", ["cls_token", "learnable_token"])
+def test_what_a_checkpoint_lacks_starts_as_in_a_new_model(model_class, make_config, monkeypatch, token_format):
+    # Each tensor draws by itself: what a module draws for one of them may not shift the numbers of the next.
+    for name in ("normal_", "trunc_normal_"):
+        draw = getattr(initialization, name)
+
+        def draw_from_a_seed(*args, _draw=draw, **kwargs):
+            torch.manual_seed(11)
+            return _draw(*args, **kwargs)
+
+        monkeypatch.setattr(initialization, name, draw_from_a_seed)
+    config = make_config(sls_token_format=token_format, num_clip_prompts=2, has_stored_labels=True)
+    new = model_class(copy.deepcopy(config)).state_dict()
+    loaded = model_class.from_pretrained(None, config=copy.deepcopy(config), state_dict={}).state_dict()
+    assert loaded.keys() == new.keys()
+    different = [name for name, tensor in new.items() if not torch.equal(loaded[name], tensor)]
+    assert different == []
+
+
+def test_norms_start_as_identities_and_biases_at_zero(model_class, make_config):
+    for name, module in model_class(make_config()).named_modules():
+        if isinstance(module, nn.LayerNorm):
+            assert (module.weight == 1).all(), name
+            assert (module.bias == 0).all(), name
+        elif isinstance(module, nn.Linear) and module.bias is not None and not name.endswith("bias_scaling"):
+            assert name.startswith("side_adapter.mask_decoder") or (module.bias == 0).all(), name
+
+
+def test_the_configs_range_is_the_spread_of_new_weights(model_class, make_config):
+    torch.manual_seed(0)
+    model = model_class(make_config(initializer_range=0.3, sls_token_format="learnable_token"))
+    for layer in model.side_adapter.layers:
+        assert layer.mlp.fc1.weight.std().item() == pytest.approx(0.3, rel=0.1)
+    assert model.side_adapter.embeddings.position_embedding.std().item() == pytest.approx(0.3, rel=0.1)
+    assert model.sls_embedding.std().item() == pytest.approx(0.3, rel=0.3)
+    assert model.logit_scale.exp().item() == pytest.approx(100, rel=1e-3)
+    assert model.background_embedding.norm().item() == pytest.approx(1, rel=0.6)
+
+
+# Hidden states and attentions
+
+
+@torch.no_grad()
+def test_hidden_states_and_attentions_come_when_asked_for_and_change_nothing(build, picture):
+    model = build("eager")
+    plain = model(picture)
+    assert all(plain[name] is None for name in RECORDED if name in plain)
+    assert not hasattr(model, "_output_capturing_hooks_installed")
+    recorded = model(picture, output_hidden_states=True, output_attentions=True)
+    for name, value in plain.items():
+        assert torch.equal(recorded[name], value), name
+    assert set(recorded) - set(plain) == set(RECORDED)
+    states_only = model(picture, output_hidden_states=True)
+    assert set(states_only) - set(plain) == {"hidden_states", "side_hidden_states"}
+    assert set(model(picture)) == set(plain)
+
+
+@torch.no_grad()
+def test_hidden_states_are_of_every_layer_of_both_networks(built, picture):
+    outputs = built(picture, output_hidden_states=True)
+    patches, side_patches = 2 * 3, 4 * 6
+    tokens = [1 + patches] * (START + 1) + [1 + patches + QUERIES] * (LAYERS - START)
+    assert [tuple(state.shape) for state in outputs.hidden_states] == [(2, count, 32) for count in tokens]
+    assert [tuple(state.shape) for state in outputs.side_hidden_states] == [
+        (2, QUERIES + side_patches, 24)
+    ] * SIDE_LAYERS
+
+
+@torch.no_grad()
+def test_hidden_states_are_clips_own_and_end_in_the_answer(built, picture):
+    outputs = built(picture, output_hidden_states=True)
+    clip = built.vision_model(built.shrink_for_clip(picture), interpolate_pos_encoding=True, output_hidden_states=True)
+    assert len(outputs.hidden_states) == len(clip.hidden_states)
+    for ours, theirs in zip(outputs.hidden_states, clip.hidden_states, strict=True):
+        assert_close(ours[:, : theirs.shape[1]], theirs, atol=1e-4, rtol=1e-4)
+    sls_tokens = outputs.hidden_states[-1][:, -QUERIES:]
+    embeds = built.visual_projection(built.vision_model.post_layernorm(sls_tokens))
+    assert_close(nn.functional.normalize(embeds, dim=-1), outputs.mask_embeds)
+    queries, patches = outputs.side_hidden_states[-1].split([QUERIES, 4 * 6], dim=1)
+    decoded = built.side_adapter.mask_decoder(queries, patches, (4, 6))
+    assert_close(decoded.mask_logits, outputs.masks_queries_logits)
+
+
+@torch.no_grad()
+def test_attentions_show_who_sees_whom(build, picture):
+    model = build("eager")
+    outputs = model(picture, output_attentions=True)
+    seen = 1 + 2 * 3
+    assert [tuple(weights.shape) for weights in outputs.attentions] == [
+        (2, 4, count, count) for count in [seen] * START + [seen + QUERIES] * (LAYERS - START)
+    ]
+    side = QUERIES + 4 * 6
+    assert [tuple(weights.shape) for weights in outputs.side_attentions] == [(2, 3, side, side)] * SIDE_LAYERS
+    for weights in (*outputs.attentions, *outputs.side_attentions):
+        assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    for weights in outputs.attentions[START:]:
+        assert not weights[:, :, :seen, seen:].any()
+        assert not weights[:, :, seen:, 0].any()
+        assert weights[:, :, seen:, 1:seen].any()
+    clip_pixels = model.shrink_for_clip(picture)
+    clip = model.vision_model(clip_pixels, interpolate_pos_encoding=True, output_attentions=True)
+    for ours, theirs in zip(outputs.attentions, clip.attentions, strict=True):
+        assert_close(ours[:, :, :seen, :seen], theirs, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_config_can_ask_for_hidden_states_and_attentions(build, picture):
+    model = build("eager", output_hidden_states=True)
+    assert len(model(picture).hidden_states) == LAYERS + 1
+    assert model(picture, output_hidden_states=False).hidden_states is None
+    model.config.output_attentions = True
+    outputs = model(picture)
+    assert len(outputs.attentions) == LAYERS
+    assert len(outputs.side_attentions) == SIDE_LAYERS
+
+
+@torch.no_grad()
+def test_sdpa_says_that_it_has_no_attentions(built, picture):
+    with pytest.raises(ValueError, match='output_attentions needs attn_implementation="eager"'):
+        built(picture, output_attentions=True)
+    built.set_attn_implementation("eager")
+    assert len(built(picture, output_attentions=True).attentions) == LAYERS
+
+
+@torch.no_grad()
+def test_pictures_of_several_sizes_have_no_common_hidden_states(built, picture):
+    with pytest.raises(ValueError, match="one padded size at a time, and these are 64 x 96, 64 x 64: pass each size"):
+        built(picture, image_sizes=torch.tensor([[64, 96], [60, 40]]), output_hidden_states=True)
+    # A frame that is too large for all of them is no second size.
+    one_size = built(picture, image_sizes=torch.tensor([[64, 50], [60, 40]]), output_hidden_states=True)
+    assert one_size.side_hidden_states[0].shape == (2, QUERIES + 4 * 4, 24)
+
+
+def test_training_with_prompts_adds_their_tokens_and_those_of_every_decoded_layer(build, picture):
+    model = build(num_clip_prompts=2).train()
+    outputs = model(picture, output_hidden_states=True)
+    assert outputs.hidden_states[-1].shape[1] == 1 + 2 * 3 + 2 * QUERIES + 2
+
+
+def test_gradients_reach_hidden_states_and_attentions(build, picture):
+    model = build("eager").train()
+    labels = torch.zeros(2, 64, 96, dtype=torch.int64)
+    outputs = model(picture, labels=labels, output_hidden_states=True, output_attentions=True)
+    recorded = [tensor for name in RECORDED for tensor in outputs[name]]
+    for tensor in recorded:
+        tensor.retain_grad()
+    outputs.loss.backward()
+    assert all(tensor.grad is not None and tensor.grad.any() for tensor in recorded)
+
+
+@torch.no_grad()
+def test_hidden_states_of_words_are_not_mixed_with_those_of_pictures(built, picture, processor):
+    built(picture, output_hidden_states=True)
+    if isinstance(built, SANForSemanticSegmentation):
+        built.set_labels(["sky"], processor)
+        outputs = built(picture, output_hidden_states=True)
+    else:
+        outputs = built(picture, **processor(text=["sky"]), output_hidden_states=True)
+    assert len(outputs.hidden_states) == LAYERS + 1
+    assert {state.shape[-1] for state in outputs.hidden_states} == {32}
+
+
+@torch.no_grad()
+def test_threads_that_record_and_threads_that_do_not_share_a_model(built, picture):
+    expected = built(picture, output_hidden_states=True)
+    results = {}
+
+    def work(index):
+        with torch.no_grad():
+            results[index] = [built(picture, output_hidden_states=bool(index % 2)) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(4):
+        for outputs in results[index]:
+            assert_close(answer(outputs), answer(expected))
+            assert (outputs.hidden_states is not None) == bool(index % 2)
+            assert outputs.hidden_states is None or len(outputs.hidden_states) == LAYERS + 1
+
+
+@torch.no_grad()
+def test_a_model_that_has_recorded_can_be_copied(built, picture):
+    expected = built(picture, output_hidden_states=True)
+    copied = copy.deepcopy(built)
+    del built
+    assert torch.equal(copied(picture, output_hidden_states=True).hidden_states[-1], expected.hidden_states[-1])
+
+
+# Outputs
+
+
+def assert_same(value, other):
+    if isinstance(value, torch.Tensor):
+        assert torch.equal(value, other)
+    elif isinstance(value, dict):
+        assert list(value) == list(other)
+        assert_same(tuple(value.values()), tuple(other.values()))
+    else:
+        assert len(value) == len(other)
+        for one, another in zip(value, other, strict=True):
+            assert_same(one, another)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_tuples_and_outputs_hold_the_same(build, picture, training):
+    model = build("eager").train(training)
+    calls = [
+        {},
+        {"labels": torch.zeros(2, 64, 96, dtype=torch.int64)},
+        {"output_hidden_states": True, "output_attentions": True},
+    ]
+    for call in calls:
+        torch.manual_seed(2)
+        outputs = model(picture, **call)
+        torch.manual_seed(2)
+        values = model(picture, **call, return_dict=False)
+        assert type(values) is tuple
+        assert_same(outputs.to_tuple(), values)
+        assert ("loss" in outputs) == ("labels" in call)
+        torch.manual_seed(2)
+        model.config.return_dict = False
+        assert_same(model(picture, **call), values)
+        model.config.return_dict = True
+
+
+def test_the_signature_begins_with_the_picture(model_class):
+    names = list(inspect.signature(model_class.forward).parameters)
+    assert names[:2] == ["self", "pixel_values"]
+    assert "labels" in names
+    assert model_class.main_input_name == "pixel_values"
+
+
+@torch.no_grad()
+def test_the_same_call_gives_the_same_answer(built, picture):
+    first = answer(built(picture))
+    built.train()
+    built.eval()
+    assert torch.equal(answer(built(picture)), first)
+    assert not first.isnan().any()
+
+
+@torch.no_grad()
+def test_eager_and_sdpa_give_the_same_answer(build, picture):
+    assert_close(answer(build("eager")(picture)), answer(build("sdpa")(picture)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [[(64, 96), (64, 96)], [(64, 96), (60, 40), (31, 64)]])
+@torch.no_grad()
+def test_a_batch_gives_what_its_pictures_give_alone(built, sizes):
+    frame = torch.zeros(len(sizes), 3, 64, 96)
+    for canvas, (height, width) in zip(frame, sizes, strict=True):
+        canvas[:, :height, :width] = torch.randn(3, height, width)
+    together = built(frame, image_sizes=torch.tensor(sizes))
+    for index, (height, width) in enumerate(sizes):
+        rows, columns = -(-height // 32) * 32, -(-width // 32) * 32
+        alone = built(frame[index : index + 1, :, :rows, :columns], image_sizes=torch.tensor([[height, width]]))
+        assert_close(together.class_queries_logits[index], alone.class_queries_logits[0], atol=1e-3, rtol=1e-4)
+        masks = together.masks_queries_logits[index, :, : rows // 16, : columns // 16]
+        assert_close(masks, alone.masks_queries_logits[0], atol=1e-3, rtol=1e-4)
+        if together.logits is not None:
+            logits = together.logits[index, :, : rows // 4, : columns // 4]
+            assert_close(logits, alone.logits[0], atol=1e-3, rtol=1e-4)
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_queries": 3},
+        {"side_num_layers": 4, "deep_supervision_layers": [4]},
+        {"side_hidden_size": 12, "side_num_heads": 2, "mask_dim": 8, "side_mlp_ratio": 2.0},
+        {"side_patch_size": 32, "side_image_size": 64},
+        {"attention_bias_heads": 1, "attention_bias_layers": 2, "attention_bias_pooling": "avg"},
+        {"sls_start_layer": 1, "fusion_map": [[1, 3]]},
+        {"vision_config": {**TINY_VISION, "hidden_size": 16, "num_attention_heads": 2, "patch_size": 8}},
+        {"projection_dim": 5},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+@torch.no_grad()
+def test_every_size_is_the_configs(build, picture, changes):
+    model = build(**changes)
+    config: SANConfig = model.config
+    outputs = model(picture, output_hidden_states=True)
+    grid = (64 // config.side_patch_size, 96 // config.side_patch_size)
+    assert outputs.masks_queries_logits.shape == (2, config.num_queries, *grid)
+    assert outputs.class_queries_logits.shape == (2, config.num_queries, len(LABELS) + 1)
+    assert outputs.mask_embeds.shape == (2, config.num_queries, config.projection_dim)
+    heads = changes.get("attention_bias_heads", config.vision_config.num_attention_heads)
+    biases = (config.attention_bias_layers, heads, config.num_queries)
+    assert outputs.attention_bias.shape == (2, *biases, *grid)
+    assert len(outputs.side_hidden_states) == config.side_num_layers
+    assert outputs.side_hidden_states[0].shape == (2, config.num_queries + grid[0] * grid[1], config.side_hidden_size)
+    patches = (32 // config.vision_config.patch_size) * (48 // config.vision_config.patch_size)
+    assert outputs.hidden_states[0].shape == (2, 1 + patches, config.vision_config.hidden_size)
+
+
+# Training
+
+
+def test_a_step_of_training_changes_what_trains_and_makes_no_other_gradients(built, picture):
+    built.train()
+    before = {name: parameter.clone() for name, parameter in built.named_parameters()}
+    optimizer = torch.optim.SGD((p for p in built.parameters() if p.requires_grad), lr=0.1)
+    labels = torch.arange(96).expand(2, 64, -1) // 24
+    built(picture, labels=labels).loss.backward()
+    optimizer.step()
+    trains = {name for name, parameter in built.named_parameters() if parameter.requires_grad}
+    assert {name for name, parameter in built.named_parameters() if parameter.grad is not None} == trains
+    changed = {name for name, parameter in built.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed <= trains
+    assert {name.split(".")[0] for name in changed} == {"side_adapter", "background_embedding", "vision_model"}
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_is_switched_on_and_off_and_keeps_gradients(built, picture, reentrant):
+    labels = torch.arange(96).expand(2, 64, -1) // 24
+    gradients = []
+
+    def train_once(**call):
+        built.train()
+        built.zero_grad()
+        torch.manual_seed(5)
+        outputs = built(picture, labels=labels, **call)
+        outputs.loss.backward()
+        gradients.append({name: p.grad for name, p in built.named_parameters() if p.requires_grad})
+        return outputs
+
+    plain = train_once(output_hidden_states=True)
+    built.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert built.is_gradient_checkpointing
+    recorded = train_once(output_hidden_states=True)
+    assert_same(recorded.hidden_states, plain.hidden_states)
+    assert_same(recorded.side_hidden_states, plain.side_hidden_states)
+    built.gradient_checkpointing_disable()
+    assert not built.is_gradient_checkpointing
+    train_once()
+    expected, *others = gradients
+    for other in others:
+        assert other.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert_close(other[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+class OnePicture(torch.utils.data.Dataset):
+    """The same labelled picture again and again."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return {"pixel_values": torch.ones(3, 64, 64), "labels": torch.zeros(64, 64, dtype=torch.int64)}
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+def test_trainer_trains_with_checkpointing(built, tmp_path):
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        report_to="none",
+        use_cpu=True,
+        gradient_checkpointing=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        label_names=["labels"],
+    )
+    result = Trainer(model=built, args=arguments, train_dataset=OnePicture()).train()
+    assert 0 < result.training_loss < float("inf")
+
+
+# Input embeddings
+
+
+def test_the_input_embedding_is_clips_patch_embedding(built, picture):
+    patches = built.get_input_embeddings()
+    assert patches is built.vision_model.embeddings.patch_embedding
+    other = copy.deepcopy(patches)
+    with torch.no_grad():
+        before = built(picture).mask_embeds
+        other.weight.mul_(-1)
+        built.set_input_embeddings(other)
+        assert built.get_input_embeddings() is other
+        assert not torch.allclose(built(picture).mask_embeds, before, atol=1e-2)
+    assert built.get_output_embeddings() is None
+
+
+def test_inputs_can_be_made_to_need_gradients(build, picture):
+    # What adapters inside a frozen network ask for.
+    model = build(trainable_clip_parameters=[]).train()
+    plain = model(picture, output_hidden_states=True)
+    assert not plain.hidden_states[START].requires_grad
+    model.enable_input_require_grads()
+    assert model(picture, output_hidden_states=True).hidden_states[START].requires_grad
+    model.disable_input_require_grads()
+    assert not model(picture, output_hidden_states=True).hidden_states[START].requires_grad
+
+
+# torch.compile
+
+
+@pytest.fixture
+def shallow(build):
+    """One layer of each kind on each side of every choice: compiling takes its time layer by layer."""
+    torch.compiler.reset()
+    yield build(
+        "eager",
+        vision_config={**TINY_VISION, "num_hidden_layers": 2},
+        sls_start_layer=1,
+        fusion_map=[[0, 0], [1, 1]],
+        side_num_layers=1,
+        deep_supervision_layers=[1],
+    )
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("model_class", [SANForSemanticSegmentation], indirect=True)
+@torch.no_grad()
+def test_the_model_for_semantic_segmentation_compiles_in_one_graph(shallow, picture):
+    compiled = torch.compile(copy.deepcopy(shallow), fullgraph=True, backend="eager")
+    sizes = torch.tensor([[64, 90], [60, 96]])
+    ours, expected = (each(picture, image_sizes=sizes) for each in (compiled, shallow))
+    assert_close(ours.logits, expected.logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model_class", [SANForOpenVocabSegmentation], indirect=True)
+@torch.no_grad()
+def test_a_compiled_model_has_hidden_states_and_attentions(shallow, picture):
+    expected = shallow(picture, output_hidden_states=True, output_attentions=True)
+    compiled = torch.compile(shallow, backend="eager")
+    ours = compiled(picture, output_hidden_states=True, output_attentions=True)
+    for name in RECORDED:
+        assert len(ours[name]) == len(expected[name])
+        for tensor, other in zip(ours[name], expected[name], strict=True):
+            assert_close(tensor, other, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,398 @@
+"""A model leaves PyTorch: what the exported program and the ONNX file say is what the model says."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import modeling_san.export as exporting
+from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor
+from modeling_san.commands import export as command
+from modeling_san.commands.export import draw_batch
+from modeling_san.commands.main import main
+from modeling_san.conversion import convert_checkpoint
+from modeling_san.export import export_program, write_onnx
+
+pytestmark = pytest.mark.export
+
+TOLERANCE = 1e-3
+L14_SHAPE = {
+    "clip_input_scale": 0.7,
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": 56,
+        "patch_size": 14,
+    },
+}
+
+
+@contextlib.contextmanager
+def keep_all_output(path):
+    """What is printed, and what libraries write past Python, goes to a file."""
+    with path.open("w") as file:
+        kept = [os.dup(number) for number in (1, 2)]
+        try:
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                yield
+        finally:
+            for number, copy in zip((1, 2), kept, strict=True):
+                os.dup2(copy, number)
+                os.close(copy)
+
+
+class Exported:
+    """The built-in model through `san export`, once for all tests."""
+
+    def __init__(self, folder):
+        self.path, self.int8_path = folder / "demo.onnx", folder / "demo.int8.onnx"
+        programs = []
+
+        def keep(*args, **kwargs):
+            programs.append(export_program(*args, **kwargs))
+            return programs[-1]
+
+        with pytest.MonkeyPatch.context() as monkeypatch, keep_all_output(folder / "output.txt"):
+            monkeypatch.setattr(exporting, "export_program", keep)
+            self.code = main(["export", "built-in", str(self.path), "--int8"])
+        self.lines = (folder / "output.txt").read_text().splitlines()
+        self.program = programs[0]
+        self.files = sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    return Exported(tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture(scope="module")
+def builtin():
+    return SANForOpenVocabSegmentation.from_pretrained(BUILTIN_MODEL).eval()
+
+
+@pytest.fixture(scope="module")
+def builtin_processor():
+    return SANProcessor.from_pretrained(BUILTIN_MODEL)
+
+
+def run_onnx(path, images, **others):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(output) for output in session.run(None, {"images": images, **others})]
+
+
+def segment(model, processor, images, **inputs):
+    """Labels, winning scores and all scores of `images` (batch, 3, height, width), by the model itself."""
+    with torch.no_grad():
+        pixels = processor(images=list(images.transpose(0, 2, 3, 1)), do_resize=False, return_tensors="pt")
+        outputs = model(**pixels, **inputs)
+    labels, scores = processor.post_process_semantic_segmentation(outputs, return_scores=True)
+    full = processor.post_process_semantic_scores(outputs)
+    return torch.stack(labels), torch.stack(scores), torch.stack(full)
+
+
+def assert_same(result, expected):
+    """Scores within the tolerance, labels equal where the best two are further apart than that."""
+    (labels, scores, *others), (expected_labels, expected_scores, full) = result, expected
+    assert labels.dtype == torch.int64
+    assert scores.dtype == torch.float32
+    assert labels.shape == scores.shape == expected_labels.shape
+    assert (scores - expected_scores).abs().max() <= TOLERANCE
+    best = full.topk(min(2, full.shape[1]), dim=1).values
+    clear = best[:, 0] - best[:, -1] > TOLERANCE if full.shape[1] > 1 else torch.ones_like(labels, dtype=torch.bool)
+    assert torch.equal(labels[clear], expected_labels[clear])
+    if others:
+        assert (others[0] - full).abs().max() <= TOLERANCE
+    return clear.float().mean()
+
+
+# The built-in model through the command
+
+
+def test_the_command_ends_well_and_leaves_only_its_files(exported):
+    assert exported.code == 0, exported.lines
+    assert exported.files == ["demo.int8.onnx", "demo.onnx", "output.txt"]
+
+
+def test_the_command_says_nothing_but_what_it_wrote_and_measured(exported):
+    started, wrote, wrote_int8 = exported.lines
+    assert started.startswith("exporting built-in")
+    size, opset = re.search(r"demo\.onnx: ([\d.]+) MB, opset (\d+), 38 labels; ", wrote).groups()
+    assert float(size) == pytest.approx(exported.path.stat().st_size / 1e6, abs=0.06)
+    assert 18 <= int(opset) <= 25
+    differences = re.findall(r"scores differ by (\S+) at most \(\S+ on average\) and \S+ of the labels", wrote)
+    assert len(differences) == 2
+    assert all(float(difference) <= TOLERANCE for difference in differences)
+    assert "on 2 x 77 x 107" in wrote
+    assert "on 1 x 128 x 170" in wrote
+    share = int(re.search(r"\((\d+)%\)", wrote_int8)[1])
+    assert share == round(100 * exported.int8_path.stat().st_size / exported.path.stat().st_size)
+
+
+@pytest.mark.parametrize("shape", [(1, 128, 192), (3, 64, 64), (2, 151, 98), (1, 20, 33), (1, 1, 1)])
+def test_the_file_takes_any_batch_and_size(exported, builtin, builtin_processor, shape):
+    images = draw_batch(*shape) if min(shape[1:]) > 32 else np.full((shape[0], 3, *shape[1:]), 200, np.uint8)
+    assert_same(run_onnx(exported.path, images), segment(builtin, builtin_processor, images))
+
+
+def test_most_labels_of_the_built_in_model_are_clear(exported, builtin, builtin_processor):
+    images = draw_batch(2, 128, 128)
+    assert assert_same(run_onnx(exported.path, images), segment(builtin, builtin_processor, images)) > 0.95
+
+
+def test_a_picture_that_is_resized_first_is_segmented_as_by_the_processor(exported, builtin, builtin_processor):
+    picture = Image.fromarray(draw_batch(1, 200, 300)[0].transpose(1, 2, 0))
+    with torch.no_grad():
+        outputs = builtin(**builtin_processor(images=picture, return_tensors="pt"))
+    [expected] = builtin_processor.post_process_semantic_segmentation(outputs)
+    small = np.asarray(picture.resize((192, 128), Image.Resampling.BILINEAR)).transpose(2, 0, 1)[None]
+    labels, _ = run_onnx(exported.path, np.ascontiguousarray(small))
+    assert (labels[0] == expected).float().mean() > 0.999
+
+
+def test_the_file_tells_its_labels_and_size(exported, builtin):
+    onnx = pytest.importorskip("onnx")
+    metadata = {entry.key: entry.value for entry in onnx.load(exported.path).metadata_props}
+    assert json.loads(metadata["labels"]) == [builtin.config.id2label[index] for index in range(38)]
+    assert json.loads(metadata["size"]) == {"shortest_edge": 128, "longest_edge": 512}
+    assert metadata["model"] == "built-in"
+
+
+def test_the_file_names_its_inputs_and_outputs_and_their_free_sizes(exported):
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(exported.path).graph
+    sizes = {
+        value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in [*graph.input, *graph.output]
+    }
+    assert sizes["images"] == ["batch", 3, "height", "width"]
+    assert sizes["labels"] == sizes["scores"] == ["batch", "height", "width"]
+
+
+def test_the_file_holds_no_paths_of_the_machine_that_wrote_it(exported):
+    assert os.path.dirname(torch.__file__).encode() not in exported.path.read_bytes()
+
+
+def test_int8_is_smaller_and_agrees_on_most_pixels(exported, builtin, builtin_processor):
+    images = draw_batch(2, 128, 128)
+    labels, scores = run_onnx(exported.int8_path, images)
+    expected_labels, expected_scores, _ = segment(builtin, builtin_processor, images)
+    assert exported.int8_path.stat().st_size < 0.5 * exported.path.stat().st_size
+    assert (labels == expected_labels).float().mean() > 0.95
+    assert (scores - expected_scores).abs().mean() < 0.05
+
+
+# Programs
+
+
+def test_a_program_is_saved_loaded_and_run_at_other_sizes(exported, builtin, builtin_processor, tmp_path):
+    torch.export.save(exported.program, tmp_path / "san.pt2")
+    module = torch.export.load(tmp_path / "san.pt2").module()
+    for shape in [(1, 100, 150), (3, 128, 128)]:
+        images = draw_batch(*shape)
+        with torch.no_grad():
+            assert_same(module(torch.from_numpy(images)), segment(builtin, builtin_processor, images))
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), reason="needs a C++ compiler"
+)
+def test_a_program_compiled_ahead_of_time_runs_without_the_model(exported, builtin, builtin_processor, tmp_path):
+    package = torch._inductor.aoti_compile_and_package(exported.program, package_path=str(tmp_path / "san.pt2"))
+    compiled = torch._inductor.aoti_load_package(package)
+    for shape in [(1, 100, 150), (3, 128, 128)]:
+        images = draw_batch(*shape)
+        assert_same(compiled(torch.from_numpy(images)), segment(builtin, builtin_processor, images))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        L14_SHAPE,
+        {**L14_SHAPE, "attention_bias_pooling": "avg", "attention_bias_layers": 2, "num_clip_prompts": 2},
+        {"attention_bias_pooling": "bilinear", "asymmetric_input": False},
+        {"attention_bias_pooling": "bicubic", "sls_token_format": "pos_embedding"},
+        {"attention_bias_pooling": "nearest", "clip_input_scale": 0.75, "attention_bias_heads": 1},
+    ],
+    ids=["vit_l_14", "avg", "bilinear", "bicubic", "nearest"],
+)
+def test_every_shape_of_model_exports(make_model, processor, class_embeds, tmp_path, changes):
+    pytest.importorskip("onnxscript")
+    model = make_model(**changes)
+    program = export_program(model, all_scores=True)
+    write_onnx(program, tmp_path / "tiny.onnx", {})
+    for shape, embeds in [
+        ((2, 157, 219), class_embeds),
+        ((1, 70, 256), class_embeds[:1]),
+        ((1, 33, 64), class_embeds),
+    ]:
+        images = np.random.default_rng(0).integers(0, 256, (shape[0], 3, *shape[1:]), dtype=np.uint8)
+        expected = segment(model, processor, images, class_embeds=embeds)
+        with torch.no_grad():
+            assert_same(program.module()(torch.from_numpy(images), embeds), expected)
+        assert_same(run_onnx(tmp_path / "tiny.onnx", images, class_embeds=embeds.numpy()), expected)
+
+
+def test_a_training_model_is_refused(model, class_embeds):
+    with pytest.raises(ValueError, match=r"model\.eval\(\)"):
+        export_program(model.train(), class_embeds)
+
+
+def test_a_scale_without_whole_sizes_is_refused(make_model, class_embeds):
+    with pytest.raises(ValueError, match=r"clip_input_scale is 0\.33333"):
+        export_program(make_model(clip_input_scale=0.33333), class_embeds)
+
+
+def test_ten_thousand_labels_fit(make_model, processor, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    model = make_model()
+    embeds = torch.nn.functional.normalize(torch.randn(10_000, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    names = [f"label {index}" for index in range(10_000)]
+    write_onnx(export_program(model, embeds), tmp_path / "many.onnx", {"labels": names})
+    images = draw_batch(1, 96, 64)
+    assert_same(run_onnx(tmp_path / "many.onnx", images), segment(model, processor, images, class_embeds=embeds))
+    metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "many.onnx").metadata_props}
+    assert json.loads(metadata["labels"]) == names
+
+
+# The released model's shape
+
+
+def test_vit_b_16_with_the_reference_weights_exports(reference, reference_weights, clip_processor, tmp_path):
+    pytest.importorskip("onnxscript")
+    model = convert_checkpoint(reference_weights.make_state_dict(reference / "vit_b_16_shapes.json")).eval()
+    vocabulary = json.loads((reference / "vit_b_16_640x640.json").read_text())["vocabulary"]
+    with torch.no_grad():
+        embeds = model.get_class_embeds(**clip_processor(text=vocabulary, return_tensors="pt"))
+    write_onnx(export_program(model, embeds), tmp_path / "vit_b_16.onnx", {"labels": vocabulary})
+    for height, width in [(320, 320), (213, 340)]:
+        images = np.ascontiguousarray(reference_weights.make_image(height, width, 3).transpose(2, 0, 1)[None])
+        result = run_onnx(tmp_path / "vit_b_16.onnx", images)
+        clear = assert_same(result, segment(model, clip_processor, images, class_embeds=embeds))
+        assert clear > 0.8
+
+
+# What can go wrong
+
+
+@pytest.fixture
+def san(exported, builtin, monkeypatch, capsys):
+    """Runs `san export` with a program that was traced before; returns exit code, standard output and error."""
+    monkeypatch.setattr(exporting, "export_program", lambda *args, **kwargs: exported.program)
+
+    def run(*arguments):
+        try:
+            code = main(["export", *map(str, arguments)])
+        except SystemExit as stop:
+            code = stop.code
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return run
+
+
+def assert_refused(result, *words):
+    """Exit code 2 and one line that holds the words."""
+    code, _, err = result
+    assert code == 2
+    assert err.count("\n") == 1, err
+    assert err.startswith("san: error: ")
+    for word in words:
+        assert str(word) in err
+
+
+def test_a_file_that_fails_its_check_is_not_written_and_an_older_one_stays(san, monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "TOLERANCE", -1.0)
+    output = tmp_path / "demo.onnx"
+    output.write_text("older")
+    assert_refused(san("built-in", output), "does not do what the model does", "Nothing was written")
+    assert output.read_text() == "older"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_a_file_of_another_model_fails_the_check(san, tmp_path):
+    # The program has the 38 labels stored in the model, in their order; the command expects two others
+    assert_refused(san("built-in", tmp_path / "a.onnx", "--labels", "sand, water"), "does not do what the model does")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_file_is_replaced(san, tmp_path):
+    output = tmp_path / "demo.onnx"
+    output.write_text("older")
+    code, out, err = san("built-in", output, "--size", 64)
+    assert (code, err) == (0, "")
+    assert "on 1 x 64 x 85" in out
+    onnx = pytest.importorskip("onnx")
+    metadata = {entry.key: entry.value for entry in onnx.load(output).metadata_props}
+    assert json.loads(metadata["size"]) == {"shortest_edge": 64, "longest_edge": 256}
+
+
+def test_labels_of_any_letters_come_back_from_the_metadata(exported, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    names = ['the "quoted"', "süß|甜", "🦊", "a\nb", "\ud800", "\x00"]
+    write_onnx(exported.program, tmp_path / "odd.onnx", {"labels": names})
+    metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "odd.onnx").metadata_props}
+    assert json.loads(metadata["labels"]) == names
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model", ".onnx", "model.onnx.zip"])
+def test_another_ending_is_refused(san, tmp_path, name):
+    assert_refused(san("built-in", tmp_path / name), name, "end with .onnx")
+
+
+def test_a_place_that_cannot_be_written_to_is_refused(san, tmp_path):
+    (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "file").touch()
+    assert_refused(san("built-in", tmp_path / "folder.onnx"), "is a folder")
+    assert_refused(san("built-in", tmp_path / "missing" / "a.onnx"), "cannot be written to", "missing")
+    assert_refused(san("built-in", tmp_path / "file" / "a.onnx"), "cannot be written to")
+
+
+@pytest.mark.parametrize("library", ["onnx", "onnxruntime", "onnxscript"])
+def test_a_missing_library_is_named_with_the_command_that_helps(san, monkeypatch, tmp_path, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    assert_refused(san("built-in", tmp_path / "a.onnx"), library, 'pip install ".[onnx]"')
+
+
+def test_a_model_without_labels_asks_for_them(san, make_model, processor, tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    assert_refused(san(tmp_path / "model", tmp_path / "a.onnx"), "no labels of its own", "--labels")
+
+
+@pytest.mark.parametrize("labels", ["", ",", "sky, sky"])
+def test_labels_that_cannot_be_used_are_refused(san, tmp_path, labels):
+    assert_refused(san("built-in", tmp_path / "a.onnx", "--labels", labels), "label")
+
+
+def test_labels_are_baked_in_or_an_input_but_not_both(san, tmp_path):
+    result = san("built-in", tmp_path / "a.onnx", "--class-embeds-input", "--labels", "sky")
+    assert_refused(result, "--class-embeds-input", "--labels")
+
+
+@pytest.mark.parametrize("opset", ["17", "26", "latest"])
+def test_an_opset_that_the_operators_lack_is_refused(san, tmp_path, opset):
+    assert_refused(san("built-in", tmp_path / "a.onnx", "--opset", opset), "from 18 to 25")
+
+
+def test_weights_beyond_one_file_are_refused(exported, monkeypatch, tmp_path):
+    monkeypatch.setattr(exporting, "MAX_ONNX_BYTES", 1000)
+    with pytest.raises(ValueError, match="less than 2 GiB"):
+        write_onnx(exported.program, tmp_path / "a.onnx", {})
+    assert list(tmp_path.iterdir()) == []

@@ -84,7 +84,8 @@ def make_page(
     """
     import gradio as gr
 
-    segmenter = Segmenter(model.eval(), processor, name)
+    # Where a folder lies on the server is nobody's business
+    segmenter = Segmenter(model.eval(), processor, Path(name).resolve().name if Path(name).is_dir() else name)
     examples = _draw_examples() if _knows_drawn_world(segmenter) else []
     words = normalize_labels(labels) if labels is not None else _first_words(segmenter, examples)
     suggestions = _suggested_words(segmenter)

@@ -19,8 +19,10 @@ box.append(input);
 const pool = make("div", "san-pool");
 element.append(box, pool);
 
-const words = () => Array.from(props.value ?? []);
 const key = (word) => word.normalize("NFC").toLowerCase().split(/\s+/).filter(Boolean).join(" ");
+// What is drawn as chips. The value holds the text still being typed as well, so that a click elsewhere finds it there:
+// were it made a chip just then, the page would move away under the pointer.
+let words = Array.from(props.value ?? []);
 
 // Commas and line breaks part labels, but for those between double quotes
 const split = (text) => {
@@ -28,21 +30,26 @@ const split = (text) => {
   let part = "", quoted = false;
   for (const letter of text) {
     if (letter === '"') quoted = !quoted;
-    else if (!quoted && (letter === "," || letter === "\n" || letter === "\r")) { parts.push(part); part = ""; }
-    else part += letter;
+    else if (!quoted && (letter === "," || letter === "\n" || letter === "\r")) { parts.push(part); part = ""; continue; }
+    part += letter;
   }
   return { done: parts, rest: part, quoted };
 };
-const set = (list) => { props.value = list; draw(); };
-const add = (parts) => {
-  const list = words(), seen = new Set(list.map(key));
+const joined = (list, parts) => {
+  const all = [...list], seen = new Set(list.map(key));
   for (const part of parts) {
     const word = part.trim().replace(/^"(.*)"$/s, (_, inside) => inside.replaceAll('""', '"').trim());
-    if (word && !seen.has(key(word))) { list.push(word); seen.add(key(word)); }
+    if (word && !seen.has(key(word))) { all.push(word); seen.add(key(word)); }
   }
-  if (list.length !== words().length) set(list);
+  return all;
 };
-const remove = (word) => set(words().filter((other) => key(other) !== key(word)));
+const tell = () => {
+  const { done, rest } = split(input.value);
+  props.value = joined(words, [...done, rest]);
+};
+const set = (list) => { words = list; draw(); tell(); };
+const add = (parts) => set(joined(words, parts));
+const remove = (word) => set(words.filter((other) => key(other) !== key(word)));
 const commit = () => {
   const { done, rest } = split(input.value);
   input.value = "";
@@ -51,8 +58,8 @@ const commit = () => {
 
 function draw() {
   box.querySelectorAll(".san-chip").forEach((chip) => chip.remove());
-  const list = words(), present = new Set(list.map(key));
-  for (const word of list) {
+  const present = new Set(words.map(key));
+  for (const word of words) {
     const chip = make("span", "san-chip", word);
     const cross = make("button", "", "×");
     cross.type = "button";
@@ -61,7 +68,7 @@ function draw() {
     chip.append(cross);
     box.insertBefore(chip, input);
   }
-  input.placeholder = list.length ? "add a word" : "sky, road, car | automobile";
+  input.placeholder = words.length ? "add a word" : "sky, road, car | automobile";
   for (const button of pool.querySelectorAll("button")) {
     button.setAttribute("aria-pressed", String(present.has(key(button.textContent))));
   }
@@ -71,7 +78,7 @@ for (const word of Array.from(props.suggestions ?? [])) {
   const button = make("button", "", word);
   button.type = "button";
   button.addEventListener("click", () => {
-    if (words().some((other) => key(other) === key(word))) remove(word);
+    if (words.some((other) => key(other) === key(word))) remove(word);
     else add([word]);
   });
   pool.append(button);
@@ -85,14 +92,14 @@ input.addEventListener("keydown", (event) => {
     event.preventDefault();
     if (input.value.trim()) commit();
     else trigger("submit");
-  } else if (event.key === "Backspace" && !input.value && words().length) {
-    set(words().slice(0, -1));
+  } else if (event.key === "Backspace" && !input.value && words.length) {
+    set(words.slice(0, -1));
   }
 });
 // Keyboards of phones do not say which key was pressed: what arrived in the field counts
 input.addEventListener("input", () => {
   const { done, rest, quoted } = split(input.value);
-  if (!done.length || quoted) return;
+  if (!done.length || quoted) { tell(); return; }
   input.value = rest.trimStart();
   add(done);
 });
@@ -103,6 +110,16 @@ input.addEventListener("paste", (event) => {
   input.value += text.replace(/[\r\n]+/g, ",");
   commit();
 });
-input.addEventListener("blur", () => { if (input.value.trim()) commit(); });
-watch("value", draw);
+input.addEventListener("blur", () => setTimeout(() => {
+  if (input.value.trim() && document.activeElement !== input) commit();
+}, 400));
+watch("value", () => {
+  const given = Array.from(props.value ?? []);
+  const { done, rest } = split(input.value);
+  // Not what was told from here
+  if (JSON.stringify(given) === JSON.stringify(joined(words, [...done, rest]))) return;
+  input.value = "";
+  words = given;
+  draw();
+});
 draw();

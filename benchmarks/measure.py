@@ -1,0 +1,241 @@
+"""Time, memory and the machine's own speed, measured together."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PRODUCT_SIDE = 2048
+"""Rows and columns of the matrices whose product says how fast the machine is."""
+
+PRODUCTS_AT_ONCE = 3
+
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """
+    What was measured of one stage.
+
+    Attributes:
+        seconds: of each round.
+        gflops: rate of the float32 matrix product on the processor right before and after, in 10^9 operations per
+            second; None on a GPU.
+        peak_memory: largest memory of the process, or of tensors on the GPU, during the rounds, in bytes; None where
+            the system does not tell.
+        added_memory: the same less what was held before the rounds.
+        warmed_up: whether a run that is not counted came before.
+        flops: floating-point operations of one round, where they were counted.
+    """
+
+    seconds: tuple[float, ...]
+    gflops: float | None = None
+    peak_memory: int | None = None
+    added_memory: int | None = None
+    warmed_up: bool = True
+    flops: int | None = None
+
+    @property
+    def median(self) -> float:
+        """Seconds of the median round."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Slowest less fastest round, as a share of the median."""
+        return (max(self.seconds) - min(self.seconds)) / self.median
+
+    @property
+    def cost(self) -> float | None:
+        """Median seconds times the matrix product's rate: about the same on a faster or slower processor."""
+        return None if self.gflops is None else self.median * self.gflops
+
+    def with_flops(self, flops: int) -> Measurement:
+        """The same with the number of operations."""
+        return replace(self, flops=flops)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dictionary; median, spread and cost are in it for readers."""
+        return {
+            **asdict(self),
+            "seconds": list(self.seconds),
+            "median": self.median,
+            "spread": self.spread,
+            "cost": self.cost,
+        }
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Measurement:
+        """
+        A measurement from the dictionary that `to_json` made.
+
+        Raises:
+            ValueError: it is not of that form.
+        """
+        seconds = saved.get("seconds")
+        fields = ("gflops", "peak_memory", "added_memory", "flops")
+        numbers = [saved.get(name) for name in fields]
+        if (
+            not isinstance(seconds, list)
+            or not seconds
+            or not all(isinstance(value, int | float) and value > 0 for value in seconds)
+            or not all(value is None or isinstance(value, int | float) for value in numbers)
+        ):
+            raise ValueError(f"a measurement holds {dict(saved)}: expected a list of seconds, rate and memory")
+        return cls(tuple(seconds), warmed_up=bool(saved.get("warmed_up")), **dict(zip(fields, numbers, strict=True)))
+
+
+class PeakMemory:
+    """The high-water mark of memory since `start`: of the process on Linux, of tensors on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before: int | None = None
+
+    def start(self) -> None:
+        """Give back what can be given back, and forget earlier peaks."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+            return
+        _return_freed_memory()
+        try:
+            _CLEAR_REFS.write_text(_RESET_PEAK)
+            self._before = _status_bytes("VmRSS")
+        except OSError:
+            # Other systems, and some containers, keep no mark that can be reset
+            self._before = None
+
+    def read(self) -> tuple[int | None, int | None]:
+        """Bytes at the peak, and how many more these are than at the start; None where the system does not tell."""
+        if self._before is None:
+            return None, None
+        on_gpu = self._device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self._device) if on_gpu else _status_bytes("VmHWM")
+        return peak, max(0, peak - self._before)
+
+
+class Meter:
+    """
+    Measures stages, with products of matrices in between that tell how fast the machine is at the time.
+
+    Args:
+        device: where the stages compute.
+        rounds: runs that count.
+        budget: seconds after which no further round of a stage begins. A warm-up that takes longer counts as the only
+            round.
+        warmups: runs before the rounds.
+        product_side: rows and columns of the matrices.
+
+    Attributes:
+        rates: of all products so far, in 10^9 operations per second; none on a GPU.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        rounds: int = 5,
+        budget: float = 60.0,
+        warmups: int = 1,
+        product_side: int = PRODUCT_SIDE,
+    ) -> None:
+        self.rates: list[float] = []
+        self._device = device
+        self._rounds, self._budget, self._warmups = rounds, budget, warmups
+        self._product_side = product_side
+        self._memory = PeakMemory(device)
+
+    def measure(self, run: Callable[[], Any], *, in_process: bool = True) -> Measurement:
+        """
+        Run a stage several times.
+
+        Args:
+            run: the stage.
+            in_process: False where it computes in another process, whose memory is not measured.
+        """
+        before = self._measure_rates()
+        self._memory.start()
+        first = self._time(run)
+        if first > self._budget and self._warmups == 1:
+            seconds, warmed_up = [first], False
+        else:
+            for _ in range(self._warmups - 1):
+                self._time(run)
+            self._memory.start()
+            seconds, warmed_up = [], True
+            while len(seconds) < self._rounds and sum(seconds) < self._budget:
+                seconds.append(self._time(run))
+        peak, added = self._memory.read() if in_process else (None, None)
+        rates = before + self._measure_rates()
+        gflops = statistics.median(rates) if rates else None
+        return Measurement(tuple(seconds), gflops, peak, added, warmed_up)
+
+    def _time(self, run: Callable[[], Any]) -> float:
+        self._synchronize()
+        start = time.perf_counter()
+        run()
+        self._synchronize()
+        return time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _measure_rates(self) -> list[float]:
+        if self._device.type != "cpu":
+            return []
+        rates = product_rates(self._product_side)
+        self.rates += rates
+        return rates
+
+
+def product_rates(side: int = PRODUCT_SIDE, count: int = PRODUCTS_AT_ONCE) -> list[float]:
+    """
+    How fast the processor multiplies float32 matrices.
+
+    Args:
+        side: rows and columns.
+        count: products that are timed.
+
+    Returns:
+        10^9 operations per second for each; a multiplication and an addition are two.
+    """
+    left, right = torch.rand(2, side, side)
+    out = left @ right
+    rates = []
+    for _ in range(count):
+        start = time.perf_counter()
+        torch.mm(left, right, out=out)
+        rates.append(2e-9 * side**3 / (time.perf_counter() - start))
+    return rates
+
+
+def _status_bytes(field: str) -> int:
+    """A size in the process's status."""
+    for line in _STATUS.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    raise OSError(f"{_STATUS} has no {field}")
+
+
+def _return_freed_memory() -> None:
+    """Have the C library give freed memory back to the system: what is used again would not show as a peak."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -1,0 +1,138 @@
+"""What users would pick instead, from transformers with random weights, beside SAN in the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CLIPSegConfig,
+    CLIPSegForImageSegmentation,
+    EomtConfig,
+    EomtForUniversalSegmentation,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+)
+
+from .measure import Measurement, Meter
+from .report import format_measurement, format_table
+from .settings import Settings
+from .stages import STAGES, Run
+from .workload import Workload, made_up_prompts, make_labels
+
+LABELS = (1, 20, 171)
+
+CLIPSEG: dict[str, Any] = {"vision_config": {"patch_size": 16, "image_size": 352}}
+"""As the published clipseg-rd64: ViT-B/16 on 352 x 352 pixels."""
+
+EOMT: dict[str, Any] = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_blocks": 3,
+    "num_queries": 100,
+    "image_size": 640,
+}
+"""EoMT-B on 640 x 640 pixels, as published for semantic segmentation."""
+
+MASK2FORMER: dict[str, Any] = {}
+"""The library's default: Swin-S, 100 queries."""
+
+MASK2FORMER_SIDE = 640
+
+
+def measure_others(
+    settings: Settings, labels: Sequence[int], folder: Path, make_meter: Callable[[], Meter]
+) -> Iterator[tuple[str, int, Measurement]]:
+    """
+    Measure networks for one picture, SAN first.
+
+    Args:
+        settings: SAN's, and the number format and device of all.
+        labels: numbers of labels.
+        folder: for pictures.
+        make_meter: gives what measures.
+
+    Yields:
+        title, number of labels and measurement.
+    """
+    settings = replace(settings, batch=1)
+    makers: dict[str, Callable[[Settings, int], Run]] = {
+        "SAN": lambda settings, count: _san("network", settings, count, folder),
+        "SAN's text, once": lambda settings, count: _san("text", settings, count, folder),
+        "CLIPSeg": make_clipseg,
+        "EoMT-B": make_eomt,
+        "Mask2Former": make_mask2former,
+    }
+    for title, make in makers.items():
+        for count in labels:
+            yield title, count, make_meter().measure(make(settings, count))
+
+
+def make_clipseg(settings: Settings, labels: int) -> Run:
+    """CLIPSeg, which takes picture and text once for each label."""
+    config = CLIPSegConfig(**CLIPSEG)
+    model = _ready(CLIPSegForImageSegmentation(config), settings)
+    prompts = made_up_prompts(make_labels(labels), ["{}"], config.text_config)
+    inputs = {name: tensor.flatten(0, 1).to(settings.device) for name, tensor in prompts.items()}
+    pixels = _pixels(CLIPSEG["vision_config"]["image_size"], settings).expand(labels, -1, -1, -1)
+    return lambda: model(pixel_values=pixels, **inputs)
+
+
+def make_eomt(settings: Settings, labels: int) -> Run:
+    """EoMT-B, which knows the labels it was trained on."""
+    config = EomtConfig(**{**EOMT, "num_labels": labels})
+    model = _ready(EomtForUniversalSegmentation(config), settings)
+    pixels = _pixels(EOMT["image_size"], settings)
+    return lambda: model(pixel_values=pixels)
+
+
+def make_mask2former(settings: Settings, labels: int) -> Run:
+    """Mask2Former, which knows the labels it was trained on."""
+    config = Mask2FormerConfig(**{**MASK2FORMER, "num_labels": labels})
+    model = _ready(Mask2FormerForUniversalSegmentation(config), settings)
+    pixels = _pixels(MASK2FORMER_SIDE, settings)
+    return lambda: model(pixel_values=pixels)
+
+
+def format_others(others: Mapping[str, Mapping[str, Measurement]], settings: Settings) -> str:
+    """A table with one row for each model and number of labels."""
+    headers = [
+        "one picture through the network",
+        "labels",
+        "seconds",
+        "spread",
+        "rounds",
+        "cost",
+        "peak MB",
+        "added MB",
+    ]
+    rows = [
+        [title, count, *format_measurement(measured)]
+        for title, measurements in others.items()
+        for count, measured in measurements.items()
+    ]
+    side = CLIPSEG["vision_config"]["image_size"]
+    return (
+        f"{format_table(headers, rows)}\n\nSAN at {settings.size} x {settings.size} pixels with labels encoded "
+        f"beforehand, CLIPSeg at {side} x {side} and with its text in every call, EoMT-B at {EOMT['image_size']} and "
+        f"Mask2Former at {MASK2FORMER_SIDE}. The last two know a fixed list of labels; CLIPSeg's work grows with "
+        "each label."
+    )
+
+
+def _san(stage: str, settings: Settings, labels: int, folder: Path) -> Run:
+    return STAGES[stage].prepare(Workload(replace(settings, classes=labels), folder))
+
+
+def _ready(model: Any, settings: Settings) -> Callable[..., Any]:
+    ready = model.eval().to(settings.device, getattr(torch, settings.dtype))
+    return ready if settings.compile is None else torch.compile(ready, mode=settings.compile)
+
+
+def _pixels(side: int, settings: Settings) -> torch.Tensor:
+    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    return pixels.to(settings.device, getattr(torch, settings.dtype))

@@ -1,0 +1,50 @@
+"""Where the time goes within a stage, and how many operations it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+_OPERATORS = 25
+
+
+def count_flops(run: Callable[[], Any]) -> int:
+    """
+    Floating-point operations of matrix products and convolutions; a multiplication and an addition are two.
+
+    Args:
+        run: a stage in eager mode.
+    """
+    # The fused attention of processors is unknown to the counter; the plain one is made of products it counts
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return int(counter.get_total_flops())
+
+
+def profile_stage(run: Callable[[], Any], trace: Path, device: torch.device) -> str:
+    """
+    Profile one run, after another to warm up.
+
+    Args:
+        run: a stage.
+        trace: file to write, for chrome://tracing or https://ui.perfetto.dev.
+        device: where it computes.
+
+    Returns:
+        a table of the operators that take longest.
+    """
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    run()
+    with profile(activities=activities, profile_memory=True) as profiler:
+        run()
+    profiler.export_chrome_trace(str(trace))
+    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=order, row_limit=_OPERATORS, max_name_column_width=50)

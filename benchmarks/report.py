@@ -1,0 +1,188 @@
+"""What a run found: a file for programs, tables for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .measure import Measurement
+from .settings import Settings
+
+_FORMAT = 1
+_BUSY = 0.25
+_MEGABYTE = 1e6
+
+
+@dataclass
+class Report:
+    """
+    Everything that one run measured.
+
+    Attributes:
+        settings: what was measured.
+        machine: see `machine.describe_machine`.
+        rates: of the matrix products, in the order they were made, in 10^9 operations per second.
+        stages: by the names of `stages.STAGES`.
+        scaling: for each axis and value, measurements by stage.
+        others: for each model and number of labels, its measurement.
+        load_average: of the system when the run ended.
+    """
+
+    settings: Settings
+    machine: dict[str, Any]
+    rates: list[float] = field(default_factory=list)
+    stages: dict[str, Measurement] = field(default_factory=dict)
+    scaling: dict[str, dict[str, dict[str, Measurement]]] = field(default_factory=dict)
+    others: dict[str, dict[str, Measurement]] = field(default_factory=dict)
+    load_average: float | None = None
+
+    def save(self, path: Path) -> None:
+        """Write JSON; what is there already stays whole until the new file is."""
+        content = {
+            "format": _FORMAT,
+            "settings": self.settings.to_json(),
+            "machine": self.machine,
+            "rates": self.rates,
+            "rate": statistics.median(self.rates) if self.rates else None,
+            "load_average": self.load_average,
+            "stages": _to_json(self.stages),
+            "scaling": _to_json(self.scaling),
+            "others": _to_json(self.others),
+        }
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """
+        Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is something else.
+            OSError: it cannot be read.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != _FORMAT:
+                raise ValueError(f"its format is {content['format']!r}, expected {_FORMAT}")
+            return cls(
+                settings=Settings.from_json(content["settings"]),
+                machine=dict(content["machine"]),
+                rates=[float(rate) for rate in content["rates"]],
+                stages=_measurements(content["stages"]),
+                scaling={
+                    axis: {value: _measurements(stages) for value, stages in points.items()}
+                    for axis, points in content["scaling"].items()
+                },
+                others={model: _measurements(labels) for model, labels in content["others"].items()},
+                load_average=content["load_average"],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path} is not a file that python -m benchmarks wrote: {reason}") from error
+
+
+def format_machine(report: Report) -> str:
+    """Machine, versions, commit and the matrix product's rate, a few lines."""
+    machine, settings = report.machine, report.settings
+    libraries = ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())
+    memory = "" if machine["memory"] is None else f", {machine['memory'] / 2**30:.0f} GiB"
+    place = machine["gpu"] or f"{machine['processor']} ({machine['instructions']}), {settings.threads} threads"
+    height, width = settings.target
+    lines = [
+        f"{place}, {machine['cores']} cores{memory}, {machine['system']}",
+        f"Python {machine['python']}, {libraries}; commit {machine['commit']}; {machine['date']}",
+        f"{settings.model}, {settings.size} x {settings.size} pixels, batch {settings.batch}, {settings.classes} "
+        f"classes, label maps of {height} x {width}, {settings.dtype}, "
+        + ("eager" if settings.compile is None else f"compiled ({settings.compile})"),
+    ]
+    return "\n".join(lines)
+
+
+def format_rates(report: Report) -> str:
+    """How fast the machine was, and whether it was busy with something else."""
+    rates = report.rates
+    if not rates:
+        return "No cost on a GPU."
+    median, low, high = statistics.median(rates), min(rates), max(rates)
+    loads = [report.machine["load_average"], report.load_average]
+    load = "" if None in loads else f"; load average {loads[0]:.2f} at the start, {loads[1]:.2f} at the end"
+    text = f"Matrix product: {median:.1f} GFLOP/s, {low:.1f} to {high:.1f} over {len(rates)} products{load}."
+    if high - low > _BUSY * median:
+        text += " This machine was busy with other work: read the figures with care."
+    return text
+
+
+def format_stages(stages: Mapping[str, Measurement], titles: Mapping[str, str]) -> str:
+    """A table with one row per measurement."""
+    counted = any(measured.flops is not None for measured in stages.values())
+    headers = ["", "seconds", "spread", "rounds", "cost", "peak MB", "added MB"]
+    headers += ["GFLOP", "GFLOP/s"] if counted else []
+    rows = []
+    for name, measured in stages.items():
+        row = [titles.get(name, name), *format_measurement(measured)]
+        if counted:
+            flops = measured.flops
+            row += ["", ""] if flops is None else [f"{flops / 1e9:.1f}", f"{flops / 1e9 / measured.median:.0f}"]
+        rows.append(row)
+    return format_table(headers, rows)
+
+
+def format_measurement(measured: Measurement) -> list[str]:
+    """Median seconds, spread, rounds, cost, peak and added memory."""
+    rounds = str(len(measured.seconds)) + ("" if measured.warmed_up else ", cold")
+    return [
+        format_seconds(measured.median),
+        f"{measured.spread:.0%}" if len(measured.seconds) > 1 else "",
+        rounds,
+        format_cost(measured.cost),
+        format_memory(measured.peak_memory),
+        format_memory(measured.added_memory),
+    ]
+
+
+def format_seconds(seconds: float) -> str:
+    """Three digits or a few more."""
+    return f"{seconds:.{1 if seconds >= 10 else 3 if seconds >= 0.1 else 5}f}"
+
+
+def format_cost(cost: float | None) -> str:
+    """A whole number, or with decimals where it is small."""
+    if cost is None:
+        return ""
+    return f"{cost:,.0f}" if cost >= 10 else f"{cost:.2f}"
+
+
+def format_memory(memory: int | None) -> str:
+    """Whole megabytes."""
+    return "" if memory is None else f"{memory / _MEGABYTE:,.0f}"
+
+
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown whose columns line up, the first to the left and the others to the right."""
+    widths = [max(len(line[column]) for line in [headers, *rows]) for column in range(len(headers))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + " |"
+
+    rule = "|" + "|".join(
+        "-" * (width + 2) if not index else "-" * (width + 1) + ":" for index, width in enumerate(widths)
+    )
+    return "\n".join([line(headers), rule + "|", *map(line, rows)])
+
+
+def _to_json(tree: Any) -> Any:
+    if isinstance(tree, Measurement):
+        return tree.to_json()
+    return {key: _to_json(value) for key, value in tree.items()}
+
+
+def _measurements(saved: Mapping[str, Any]) -> dict[str, Measurement]:
+    return {name: Measurement.from_json(measured) for name, measured in saved.items()}

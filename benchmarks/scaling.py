@@ -1,0 +1,130 @@
+"""How time and memory grow with the picture, the vocabulary, the queries and the batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .measure import Measurement, Meter
+from .report import format_cost, format_memory, format_seconds, format_table
+from .settings import Settings
+from .stages import STAGES, Run
+from .workload import Workload
+
+MOST_ENCODED_LABELS = 1000
+"""Vocabularies up to this size are encoded too, with one prompt for each label; beyond it takes very long."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """
+    What is varied while all else stays.
+
+    Attributes:
+        values: of the setting.
+        explanation: what grows how, and why.
+    """
+
+    values: tuple[int, ...]
+    explanation: str
+
+
+AXES = {
+    "size": Axis(
+        (320, 480, 640, 960, 1280, 2048),
+        "Patches grow with the square of the side, and with them the products in the layers; attention among patches "
+        "grows with the fourth power of the side and rules on large pictures. Label maps are as large as the picture "
+        "here, so post-processing grows with the square.",
+    ),
+    "classes": Axis(
+        (10, 100, 1000, 10_000),
+        "The network meets the classes in its last product only. Post-processing grows linearly in time, as each "
+        "pixel has a score for each class; in memory it does not, as it works in blocks. Text grows linearly with "
+        "the prompts, once for a vocabulary.",
+    ),
+    "queries": Axis(
+        (50, 100, 200, 400),
+        "Queries are further tokens: linear in the layers of the side adapter and of recognition, and linear in "
+        "post-processing. Attention grows with the square of all tokens, of which patches are most.",
+    ),
+    "batch": Axis((1, 2, 4, 8), "Everything is linear; what is shared by the pictures of a batch can only save."),
+}
+"""By the setting that is varied."""
+
+_TITLES = {"network": "network", "post_processing": "post-processing", "text": "text, a prompt a label"}
+
+
+def measure_scaling(
+    settings: Settings, axes: Mapping[str, Sequence[int]], folder: Path, make_meter: Callable[[], Meter]
+) -> Iterator[tuple[str, int, dict[str, Measurement]]]:
+    """
+    Measure the network and post-processing at each value of each axis.
+
+    Args:
+        settings: what stays.
+        axes: values by axis.
+        folder: for pictures.
+        make_meter: gives what measures.
+
+    Yields:
+        axis, value and measurements by stage.
+    """
+    model = Workload(settings, folder).model
+    for axis, values in axes.items():
+        for value in values:
+            changes = {axis: value, "target": (value, value)} if axis == "size" else {axis: value}
+            changed = replace(settings, **changes)
+            work = Workload(changed, folder, model=None if axis == "queries" else model)
+            runs: dict[str, Callable[[Workload], Run]] = {
+                name: STAGES[name].prepare for name in ("network", "post_processing")
+            }
+            if axis == "classes" and value <= MOST_ENCODED_LABELS:
+                runs["text"] = _one_prompt_a_label
+            yield axis, value, {name: make_meter().measure(prepare(work)) for name, prepare in runs.items()}
+
+
+def format_scaling(axis: str, points: Mapping[str, Mapping[str, Measurement]]) -> str:
+    """
+    A table of one axis, with the line that explains it.
+
+    Args:
+        axis: what was varied.
+        points: measurements by stage, by value.
+    """
+    stages = list(dict.fromkeys(name for point in points.values() for name in point))
+    headers = [axis]
+    for name in stages:
+        headers += [f"{_TITLES.get(name, name)}: s", "cost", "power", "peak MB", "added MB"]
+    rows: list[list[str]] = []
+    before: tuple[int, Mapping[str, Measurement]] | None = None
+    for value, point in points.items():
+        row = [value]
+        for name in stages:
+            row += _cells(int(value), point.get(name), before, name)
+        rows.append(row)
+        before = int(value), point
+    return f"{format_table(headers, rows)}\n\n{AXES[axis].explanation}"
+
+
+def _one_prompt_a_label(work: Workload) -> Run:
+    prompts, encode = work.prompts(templates=1), work.compiled(work.model.get_class_embeds)
+    return lambda: encode(**prompts)
+
+
+def _cells(
+    value: int, measured: Measurement | None, before: tuple[int, Mapping[str, Measurement]] | None, name: str
+) -> list[str]:
+    if measured is None:
+        return [""] * 5
+    power = ""
+    if before is not None and name in before[1] and value != before[0]:
+        power = f"{math.log(measured.median / before[1][name].median) / math.log(value / before[0]):.1f}"
+    return [
+        format_seconds(measured.median),
+        format_cost(measured.cost),
+        power,
+        format_memory(measured.peak_memory),
+        format_memory(measured.added_memory),
+    ]

@@ -1,0 +1,68 @@
+"""What a run measures; two runs can be compared where these agree."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+SIZE_DIVISOR = 32
+"""Sides of pictures are multiples of this, so that none is padded."""
+
+DTYPES = ("float32", "bfloat16")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """
+    Everything that changes how much there is to compute.
+
+    Attributes:
+        model: `"vit_b_16"`, `"vit_l_14"` or a folder that save_pretrained wrote.
+        size: side of the square picture that the network sees, in pixels.
+        batch: pictures at once.
+        classes: labels of the vocabulary.
+        target: height and width of the label maps, in pixels.
+        queries: mask proposals per picture; None leaves them to the model.
+        dtype: of the network's weights and activations.
+        compile: mode of `torch.compile`, or None for eager.
+        threads: of the processor.
+        device: as PyTorch writes it.
+        tokenizer: folder of a tokenizer, or None for token ids that are made up, see `workload.made_up_prompts`.
+    """
+
+    model: str = "vit_b_16"
+    size: int = 640
+    batch: int = 1
+    classes: int = 171
+    target: tuple[int, int] = (480, 640)
+    queries: int | None = None
+    dtype: str = "float32"
+    compile: str | None = None
+    threads: int = 1
+    device: str = "cpu"
+    tokenizer: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dictionary of what JSON knows."""
+        return {**dataclasses.asdict(self), "target": list(self.target)}
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Settings:
+        """
+        Settings from the dictionary that `to_json` made.
+
+        Raises:
+            ValueError: it holds other names than the settings', or no target size.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(saved) != names or len(saved["target"]) != 2:
+            raise ValueError(f"settings hold {', '.join(sorted(saved)) or 'nothing'}: expected {', '.join(names)}")
+        height, width = saved["target"]
+        return cls(**{**saved, "target": (height, width)})
+
+    def differences(self, other: Settings) -> list[str]:
+        """Names of the settings that have another value in `other`."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return [name for name in names if getattr(self, name) != getattr(other, name)]

@@ -1,0 +1,197 @@
+"""The parts of a segmentation that are measured, each through the project's public names."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from modeling_san import SANOutput
+
+from .machine import REPOSITORY
+from .workload import PHOTO_SIZE, Workload
+
+Run = Callable[[], Any]
+
+LARGE_CLASSES, LARGE_SIDE = 847, 1024
+
+_IMPORT_MODEL = "from modeling_san import SANForOpenVocabSegmentation, SANProcessor"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    One part.
+
+    Attributes:
+        title: what it is called in tables.
+        prepare: makes all that the stage takes as given, and returns the function that is measured.
+        in_process: False where it computes in another process, whose memory is not measured.
+        is_network: whether its floating-point operations are worth counting.
+    """
+
+    title: str
+    prepare: Callable[[Workload], Run]
+    in_process: bool = True
+    is_network: bool = False
+
+
+def _text(work: Workload) -> Run:
+    prompts, encode = work.prompts(), work.compiled(work.model.get_class_embeds)
+    return lambda: encode(**prompts)
+
+
+def _preprocessing(work: Workload) -> Run:
+    paths, processor = work.pictures(*PHOTO_SIZE), work.image_processor
+    return lambda: processor(images=paths, return_tensors="pt")
+
+
+def _pil(work: Workload) -> Run:
+    """What PIL takes for the same pictures by itself: preprocessing can hardly be faster."""
+    paths = work.pictures(*PHOTO_SIZE)
+    height, width = work.image_processor.resized_size(*PHOTO_SIZE)
+
+    def run() -> None:
+        for path in paths:
+            with Image.open(path) as picture:
+                picture.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+
+    return run
+
+
+def _clip(work: Workload) -> Run:
+    model, pixels = work.model, work.pixel_values.to(work.dtype)
+    encode = work.compiled(lambda pixels: model.get_clip_hidden_states(model.shrink_for_clip(pixels)))
+    return lambda: encode(pixels)
+
+
+def _side_adapter(work: Workload) -> Run:
+    pixels = work.pixel_values.to(work.dtype)
+    hidden_states, grid = _clip_features(work, pixels)
+    adapt = work.compiled(work.model.side_adapter)
+    return lambda: adapt(pixels, hidden_states, grid)
+
+
+def _recognition(work: Workload) -> Run:
+    pixels = work.pixel_values.to(work.dtype)
+    hidden_states, grid = _clip_features(work, pixels)
+    biases = [work.model.side_adapter(pixels, hidden_states, grid)[-1].attention_bias]
+    last = hidden_states[-1]
+    recognize = work.compiled(work.model.recognize)
+    return lambda: recognize(last, biases, grid)
+
+
+def _network(work: Workload) -> Run:
+    model = work.compiled(work.model)
+    inputs = {"class_embeds": work.class_embeds, "image_sizes": work.image_sizes}
+    pixels = work.pixel_values
+    return lambda: model(pixels, **inputs)
+
+
+def _post_processing(work: Workload) -> Run:
+    outputs = work.outputs(work.settings.classes, work.settings.size)
+    return _post_process(work, outputs, work.settings.target)
+
+
+def _large_post_processing(work: Workload) -> Run:
+    return _post_process(work, work.outputs(LARGE_CLASSES, LARGE_SIDE), (LARGE_SIDE, LARGE_SIDE))
+
+
+def _post_process(work: Workload, outputs: SANOutput, target: tuple[int, int]) -> Run:
+    targets = [target] * work.settings.batch
+    processor = work.image_processor
+    return lambda: processor.post_process_semantic_segmentation(outputs, target_sizes=targets)
+
+
+def _end_to_end(work: Workload) -> Run:
+    processor, targets = work.image_processor, [work.settings.target] * work.settings.batch
+    segment = _from_file(work)
+    return lambda: processor.post_process_semantic_segmentation(segment(), target_sizes=targets)
+
+
+def _full_scores(work: Workload) -> Run:
+    """End to end as it would be without blocks: how much memory these save."""
+    target, segment = work.settings.target, _from_file(work)
+    return lambda: label_maps_from_full_scores(segment(), target)
+
+
+def _from_file(work: Workload) -> Callable[[], SANOutput]:
+    paths = work.pictures(work.settings.size, work.settings.size)
+    model, processor, class_embeds = work.compiled(work.model), work.image_processor, work.class_embeds
+
+    def run() -> SANOutput:
+        inputs = processor(images=paths, return_tensors="pt")
+        pixels = inputs["pixel_values"].to(work.device)
+        return model(pixels, image_sizes=inputs["image_sizes"], class_embeds=class_embeds)
+
+    return run
+
+
+def _python(*arguments: str) -> Callable[[Workload], Run]:
+    command = [sys.executable, *arguments]
+
+    def prepare(_: Workload) -> Run:
+        return lambda: subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+
+    return prepare
+
+
+STAGES = {
+    "text": Stage("text encoding", _text, is_network=True),
+    "preprocessing": Stage("preprocessing of a 1920 x 1080 JPEG", _preprocessing),
+    "pil": Stage("  PIL alone: decode and resize", _pil),
+    "clip": Stage("CLIP to layer K", _clip, is_network=True),
+    "side_adapter": Stage("side adapter", _side_adapter, is_network=True),
+    "recognition": Stage("recognition", _recognition, is_network=True),
+    "network": Stage("network as a whole", _network, is_network=True),
+    "post_processing": Stage("post-processing", _post_processing),
+    "post_processing_large": Stage("post-processing, 847 classes, 1024 x 1024", _large_post_processing),
+    "end_to_end": Stage("end to end, file to label map", _end_to_end),
+    "full_scores": Stage("  the same with full-size scores", _full_scores),
+    "import_torch": Stage("start: import torch", _python("-c", "import torch"), in_process=False),
+    "import_san": Stage("start: import modeling_san", _python("-c", "import modeling_san"), in_process=False),
+    "import_model": Stage("start: import model and processor", _python("-c", _IMPORT_MODEL), in_process=False),
+    "help": Stage("start: san --help", _python("-m", "modeling_san.commands.main", "--help"), in_process=False),
+}
+"""By the names that the command line knows, in the order they are measured."""
+
+
+@torch.inference_mode()
+def label_maps_from_full_scores(outputs: SANOutput, target: tuple[int, int]) -> list[Tensor]:
+    """
+    Post-processing written down as plainly as the paper has it, holding the scores of all classes at once.
+
+    Args:
+        outputs: of the network, for pictures without padding.
+        target: height and width of the label maps.
+
+    Returns:
+        maps `(height, width)` of class indices.
+
+    Raises:
+        ValueError: the outputs lack one of the parts.
+    """
+    masks_of, classes_of, sizes = outputs.masks_queries_logits, outputs.class_queries_logits, outputs.image_sizes
+    if masks_of is None or classes_of is None or sizes is None:
+        raise ValueError("outputs lack masks, classes or sizes: pass those of a call with image_sizes.")
+    label_maps = []
+    for masks, classes, size in zip(masks_of, classes_of, sizes.tolist(), strict=True):
+        resized = masks[None].float()
+        for wanted in (size, target):
+            resized = nn.functional.interpolate(resized, wanted, mode="bilinear", align_corners=False)
+        probabilities = classes.float().softmax(-1)[:, :-1]
+        scores = torch.einsum("qc,qhw->chw", probabilities, resized[0].sigmoid())
+        label_maps.append(scores.argmax(0))
+    return label_maps
+
+
+def _clip_features(work: Workload, pixels: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
+    """CLIP's hidden states and grid, which the stages after it take as given."""
+    clip_pixels = work.model.shrink_for_clip(pixels)
+    return work.model.get_clip_hidden_states(clip_pixels), work.model.clip_grid(clip_pixels)

@@ -308,6 +308,7 @@ def write_onnx(
     for node in [*proto.graph.node, *(node for function in proto.functions for node in function.node)]:
         del node.metadata_props[:]
         node.doc_string = ""
+    _name_free_sizes(proto.graph)
     for key, value in metadata.items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
     with replacing(path) as partial:
@@ -360,6 +361,21 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def _name_free_sizes(graph: Any) -> None:
+    """Call the sizes of the pictures by their names, which the exporter numbers."""
+    wanted = {"images": ("batch", "", "height", "width"), "class_embeds": ("classes", "")}
+    shapes = [value.type.tensor_type.shape.dim for value in [*graph.input, *graph.output, *graph.value_info]]
+    names = {
+        size.dim_param: name
+        for value in graph.input
+        for size, name in zip(value.type.tensor_type.shape.dim, wanted[value.name], strict=True)
+        if name
+    }
+    for size in (size for shape in shapes for size in shape):
+        if size.dim_param in names:
+            size.dim_param = names[size.dim_param]
 
 
 def _whole_scale(config: SANConfig) -> Fraction:

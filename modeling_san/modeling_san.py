@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +21,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_bias import pool_attention_bias, recognize_regions
@@ -149,6 +151,20 @@ class SANPreTrainedModel(PreTrainedModel):
         "side_hidden_states": SideAdapterLayer,
         "side_attentions": SideAdapterAttention,
     }
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: for custom code transformers skips modules without parameters of their own, as CLIP's and our layers."""
+        return False
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as every transformers model, and remove weights of an earlier save, in one file or in parts."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        whole, index = (Path(save_directory, name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+        if kwargs.get("variant") is None and kwargs.get("is_main_process", True) and whole.exists() and index.exists():
+            # Parts of an earlier save are gone by now, so that parts are what was saved; loading would take the file
+            in_parts = any(whole.parent.glob(f"{whole.stem}-*-of-*{whole.suffix}"))
+            (whole if in_parts else index).unlink()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -90,6 +90,10 @@ def test_the_configs_range_is_the_spread_of_new_weights(model_class, make_config
     for layer in model.side_adapter.layers:
         assert layer.mlp.fc1.weight.std().item() == pytest.approx(0.3, rel=0.1)
     assert model.side_adapter.embeddings.position_embedding.std().item() == pytest.approx(0.3, rel=0.1)
+    # A shift of the bias is the same for every patch and says nothing; a scale of 0 would say nothing at all.
+    assert model.side_adapter.mask_decoder.bias_scaling.weight.item() == 1
+    assert model.side_adapter.mask_decoder.bias_scaling.bias.item() == 0
+    assert model.side_adapter.layers[0].mlp.fc1.weight.abs().max() <= 2, "the normal distribution is cut at 2"
     assert model.sls_embedding.std().item() == pytest.approx(0.3, rel=0.3)
     assert model.logit_scale.exp().item() == pytest.approx(100, rel=1e-3)
     assert model.background_embedding.norm().item() == pytest.approx(1, rel=0.6)

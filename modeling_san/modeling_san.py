@@ -20,6 +20,7 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers import initialization as init
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -764,16 +765,17 @@ class SANForSemanticSegmentation(SANForOpenVocabSegmentation):
             kwargs: further arguments of [`SANForOpenVocabSegmentation.forward`]; others are ignored.
 
         Returns:
-            [`SANOutput`] with `logits` `(batch, classes, height / 4, width / 4)`, the logarithms of the scores: their
-            argmax after bilinear upsampling is the segmentation, up to pixels at the borders of regions, where
-            post-processing interpolates masks instead.
+            [`SANOutput`] without `class_embeds`, and with `logits` `(batch, classes, height / 4, width / 4)`, the
+            logarithms of the scores: their argmax after bilinear upsampling is the segmentation, up to pixels at the
+            borders of regions, where post-processing interpolates masks instead.
         """
         output = super().forward(pixel_values, labels=labels, image_sizes=image_sizes, return_dict=True, **kwargs)
         masks = self._enlarge_masks(output.masks_queries_logits.float(), pixel_values, image_sizes)
         probabilities = output.class_queries_logits.float().softmax(-1)[..., :-1]
         scores = probabilities.transpose(1, 2) @ masks.sigmoid().flatten(2)
         output.logits = scores.clamp(min=torch.finfo(scores.dtype).tiny).log().unflatten(-1, masks.shape[-2:])
-        return output
+        # Pipelines cut each tensor of a batch into the pictures' parts, and this one has none
+        return SANOutput(**{name: value for name, value in output.items() if name != "class_embeds"})
 
     def _enlarge_masks(self, masks: Tensor, pixel_values: Tensor, image_sizes: Tensor | None) -> Tensor:
         """Masks at a quarter of the size, each picture's by itself: none looks beyond the border it has alone."""
@@ -854,5 +856,8 @@ def _fill_to(maps: Tensor, grid: tuple[int, ...]) -> Tensor:
         return maps
     return nn.functional.pad(maps, (0, grid[1] - width, 0, grid[0] - height))
 
+
+# Where the pipeline for image segmentation looks up which models it supports, of the library's own and of others.
+MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES.setdefault(SANConfig.model_type, SANForSemanticSegmentation.__name__)
 
 __all__ = ["SANForOpenVocabSegmentation", "SANForSemanticSegmentation", "SANOutput", "SANPreTrainedModel"]

@@ -30,10 +30,9 @@ def _register_config(auto: Any, configuration: Any) -> None:
 
 def _register_models(auto: Any, configuration: Any, modeling: Any) -> None:
     auto.AutoModel.register(configuration.SANConfig, modeling.SANForOpenVocabSegmentation, exist_ok=True)
-    semantic = modeling.SANForSemanticSegmentation
-    auto.AutoModelForSemanticSegmentation.register(configuration.SANConfig, semantic, exist_ok=True)
-    # Where the stock pipeline for image segmentation looks which models it supports.
-    auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[configuration.SANConfig.model_type] = semantic.__name__
+    auto.AutoModelForSemanticSegmentation.register(
+        configuration.SANConfig, modeling.SANForSemanticSegmentation, exist_ok=True
+    )
 
 
 def _register_image_processor(auto: Any, configuration: Any, processing: Any) -> None:

@@ -32,6 +32,9 @@ COMMANDS = (
     "segment-dataset",
     "prepare",
     "train-demo",
+    "app",
+    "export",
+    "push",
 )
 
 

@@ -85,9 +85,13 @@ class Workload:
 
     @functools.cached_property
     def image_processor(self) -> SANImageProcessor:
-        """Resizes to the size that is measured."""
-        size = self.settings.size
-        return SANImageProcessor(size={"shortest_edge": size, "longest_edge": 4 * size})
+        """Resizes to the size that is measured, and knows the network's grid."""
+        size, config = self.settings.size, self.model.config
+        return SANImageProcessor(
+            size={"shortest_edge": size, "longest_edge": 4 * size},
+            size_divisor=config.size_divisor,
+            mask_stride=config.side_patch_size,
+        )
 
     @functools.cached_property
     def class_embeds(self) -> Tensor:
@@ -167,6 +171,7 @@ def make_workload_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="san-benchmarks-")
 
 
+@torch.inference_mode(False)
 def make_model(settings: Settings) -> SANForOpenVocabSegmentation:
     """
     The network, with random weights unless the settings name a folder; on the processor, in evaluation mode.
@@ -219,7 +224,12 @@ def make_labels(count: int) -> list[str]:
     sets = sorted(vocabulary_names(), key=lambda name: (name != FIRST_VOCABULARY, name))
     names = list(dict.fromkeys(label for name in sets for label in load_vocabulary(name).classes))
     pairs = (f"{first} {second}" for first, second in itertools.product(names, names))
-    return list(itertools.islice(itertools.chain(names, pairs), count))
+    labels: dict[str, None] = {}
+    for label in itertools.chain(names, pairs):
+        if len(labels) == count:
+            break
+        labels[label] = None
+    return list(labels)
 
 
 def made_up_prompts(labels: Sequence[str], templates: Sequence[str], text_config: Any) -> dict[str, Tensor]:

@@ -346,7 +346,7 @@ def test_others_are_measured_beside_san(run, monkeypatch, capsys):
     monkeypatch.setattr(others, "EOMT", eomt)
     swin = {"model_type": "swin", "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4, "window_size": 2}
     swin["out_features"] = ["stage1", "stage2", "stage3", "stage4"]
-    sizes = {"feature_size": 16, "mask_feature_size": 16, "hidden_dim": 16, "decoder_layers": 2, "encoder_layers": 1}
+    sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "decoder_layers": 2, "encoder_layers": 1}
     monkeypatch.setattr(others, "MASK2FORMER", {**sizes, "backbone_config": swin, "num_attention_heads": 2})
     monkeypatch.setattr(others, "MASK2FORMER_SIDE", 64)
     _, written = run("--stages", "none", "--others", "1", "2")

@@ -71,6 +71,8 @@ def measure_scaling(
     Yields:
         axis, value and measurements by stage.
     """
+    if not axes:
+        return
     model = Workload(settings, folder).model
     for axis, values in axes.items():
         for value in values:

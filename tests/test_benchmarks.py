@@ -1,6 +1,7 @@
 """The benchmarks: what they record, how they compare two runs, and what they refuse. Nothing here asserts a time."""
 
 import dataclasses
+import gc
 import importlib
 import json
 import sys
@@ -44,6 +45,10 @@ def same_threads():
 def fixed_rate(monkeypatch):
     """A machine whose matrix product always runs at 10 GFLOP/s, and takes no time here."""
     monkeypatch.setattr(measure, "product_rates", lambda side: [10.0] * 3)
+    # Before each stage garbage is collected, which is not to look at everything that other tests have left
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -766,8 +766,9 @@ class SANForSemanticSegmentation(SANForOpenVocabSegmentation):
 
         Returns:
             [`SANOutput`] without `class_embeds`, and with `logits` `(batch, classes, height / 4, width / 4)`, the
-            logarithms of the scores: their argmax after bilinear upsampling is the segmentation, up to pixels at the
-            borders of regions, where post-processing interpolates masks instead.
+            logarithms of the scores: their argmax after bilinear upsampling to `(height, width)`, cut to `image_sizes`
+            where pictures are padded, is the segmentation, up to pixels at the borders of regions, where
+            post-processing interpolates masks instead.
         """
         output = super().forward(pixel_values, labels=labels, image_sizes=image_sizes, return_dict=True, **kwargs)
         masks = self._enlarge_masks(output.masks_queries_logits.float(), pixel_values, image_sizes)

@@ -60,7 +60,7 @@ class SANImageProcessor(PilBackend):
     valid_kwargs = SANImageProcessorKwargs
     model_input_names = ["pixel_values", "image_sizes"]
     # A saved image processor carries this code, so that it loads where the package is not installed.
-    _auto_class = "AutoImageProcessor"
+    _auto_class = "AutoImageProcessor"  # type: ignore[assignment]
 
     do_convert_rgb = True
     do_resize = True

@@ -45,7 +45,7 @@ class SANProcessor(ProcessorMixin):
     """
 
     # A saved processor carries this code, so that it loads where the package is not installed.
-    _auto_class = "AutoProcessor"
+    _auto_class = "AutoProcessor"  # type: ignore[assignment]
 
     def __init__(
         self,

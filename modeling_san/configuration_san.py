@@ -123,7 +123,17 @@ class SANConfig(PreTrainedConfig):
     _auto_class: ClassVar[str | None] = "AutoConfig"
     sub_configs = {"vision_config": CLIPVisionConfig, "text_config": CLIPTextConfig}
     # What an evaluation loop need not gather over a whole data set; `Trainer` adds to it and wants a list.
-    keys_to_ignore_at_inference = ["mask_embeds", "class_embeds", "attention_bias", "auxiliary_logits", "loss_dict"]
+    keys_to_ignore_at_inference = [
+        "mask_embeds",
+        "class_embeds",
+        "attention_bias",
+        "auxiliary_logits",
+        "loss_dict",
+        "hidden_states",
+        "attentions",
+        "side_hidden_states",
+        "side_attentions",
+    ]
 
     # Dictionaries and None are accepted too, and are CLIP's own classes once the config is made.
     vision_config: CLIPVisionConfig | Any = None

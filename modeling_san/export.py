@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .attention_bias import pool_attention_bias, recognize_regions
+from .attention_bias import recognize_regions
 
 if TYPE_CHECKING:
     from modeling_san import SANConfig, SANForOpenVocabSegmentation
@@ -47,7 +47,7 @@ class SegmentationProgram(nn.Module):
         all_scores: whether to return the scores of all classes as well.
 
     Raises:
-        ValueError: the model is training, or has a scale that cannot be computed in whole numbers.
+        ValueError: the model is training, or has a scale that cannot be computed in whole numbers (`_whole_scale`).
     """
 
     pixel_scale: Tensor
@@ -118,15 +118,8 @@ class SegmentationProgram(nn.Module):
         if self.clip_scale == 1:
             return pixels
         for dim in (-2, -1):
-            length = pixels.shape[dim]
-            target = length * self.clip_scale.numerator // self.clip_scale.denominator
-            index = torch.arange(target, device=pixels.device)
-            position = ((index + 0.5) / self.model.config.clip_input_scale - 0.5).clamp(min=0)
-            below = position.long().clamp(max=length - 1)
-            above = (below + 1).clamp(max=length - 1)
-            share = (position - below).to(pixels.dtype)
-            share = share[:, None] if dim == -2 else share
-            pixels = torch.lerp(pixels.index_select(dim, below), pixels.index_select(dim, above), share)
+            target = pixels.shape[dim] * self.clip_scale.numerator // self.clip_scale.denominator
+            pixels = _interpolate(pixels, target, self.model.config.clip_input_scale, dim)
         return pixels
 
     def get_clip_hidden_states(self, clip_pixels: Tensor, clip_grid: tuple[int, int]) -> list[Tensor]:
@@ -151,11 +144,10 @@ class SegmentationProgram(nn.Module):
         """As the model's own, with pooling for which the exporter need not know the sizes."""
         model = self.model
         method = model.config.attention_bias_pooling
-        pool = {"max": self.pool_max, "avg": _pool_avg}.get(method)
-        biases = [
-            pool_attention_bias(bias, clip_grid, method) if pool is None else pool(bias, clip_grid).flatten(-2)
-            for bias in attention_bias.unbind(1)
-        ]
+        pool = {"max": self.pool_max, "avg": self.pool_avg}.get(
+            method, functools.partial(_interpolate_to, mode=method)
+        )
+        biases = [pool(bias, clip_grid).flatten(-2) for bias in attention_bias.unbind(1)]
         cls_token = hidden_states[:, :1]
         if model.sls_embedding is None:
             sls_tokens = cls_token.expand(-1, model.config.num_queries, -1)
@@ -171,14 +163,29 @@ class SegmentationProgram(nn.Module):
     def pool_max(self, bias: Tensor, size: tuple[int, int]) -> Tensor:
         """`adaptive_max_pool2d` of `(..., height, width)`."""
         for dim, cells in ((-2, size[0]), (-1, size[1])):
-            starts, ends = _windows(bias.shape[dim], cells, bias.device)
             # A window that is shorter than the longest one repeats its last cell
-            picked = [
-                bias.index_select(dim, torch.minimum(starts + offset, ends - 1))
-                for offset in range(self.longest_window)
-            ]
+            picked = [cell for cell, _ in self.pick_cells(bias, cells, dim)]
             bias = functools.reduce(torch.maximum, picked)
         return bias
+
+    def pool_avg(self, bias: Tensor, size: tuple[int, int]) -> Tensor:
+        """`adaptive_avg_pool2d` of `(..., height, width)`."""
+        for dim, cells in ((-2, size[0]), (-1, size[1])):
+            picked = [cell * share.to(cell.dtype) for cell, share in self.pick_cells(bias, cells, dim)]
+            bias = functools.reduce(torch.add, picked)
+        return bias
+
+    def pick_cells(self, bias: Tensor, cells: int, dim: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first cell of all windows of adaptive pooling, with its share of the window, then the second, ..."""
+        length = bias.shape[dim]
+        index = torch.arange(cells, device=bias.device)
+        starts, ends = index * length // cells, ((index + 1) * length + cells - 1) // cells
+        for offset in range(self.longest_window):
+            share = (starts + offset < ends) / (ends - starts)
+            yield (
+                bias.index_select(dim, torch.minimum(starts + offset, ends - 1)),
+                share[:, None] if dim == -2 else share,
+            )
 
     def label_pixels(self, mask_logits: Tensor, class_logits: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
         """
@@ -198,15 +205,13 @@ class SegmentationProgram(nn.Module):
         """
         stride = self.model.config.side_patch_size
         probabilities = class_logits.softmax(dim=-1)[..., :-1].transpose(1, 2)
-        # Picked by index rather than sliced: a slice's length would be the smaller one of two, and hard to follow
-        columns = torch.arange(width, device=mask_logits.device)
-        masks = torch.stack(list(_enlarge(mask_logits, stride, -1)), dim=-1).flatten(-2).index_select(-1, columns)
+        masks = _interpolate(mask_logits, width, stride, -1)
         parts = []
-        for rows in _enlarge(masks, stride, -2):
+        for rows in _enlarge_rows(masks, stride):
             scores = (probabilities @ rows.sigmoid().flatten(2)).unflatten(-1, rows.shape[-2:])
             best_score, best = scores.max(dim=1)
             parts.append((best, best_score, scores) if self.all_scores else (best, best_score))
-        # (..., h, stride, width) -> (..., height, width)
+        # (..., h, stride, width) -> (..., height, width); picked by index, as a slice's length would be hard to follow
         kept = torch.arange(height, device=mask_logits.device)
         return tuple(
             torch.stack(part, dim=-2).flatten(-3, -2).index_select(-2, kept) for part in zip(*parts, strict=True)
@@ -320,6 +325,10 @@ def quantize_onnx(source: str | Path, target: str | Path) -> None:
     """
     Store the weights of a file's matrix products in 8 bits; activations are quantised as they come.
 
+    What is saved is size. Labels change where two classes are close, and scores by a few thousandths on average; the
+    command measures both. Weights are unsigned, since processors without instructions for 8-bit products add signed
+    ones in pairs of 16 bits, which overflow: scores were then off by ten times as much.
+
     Args:
         source: a file of `write_onnx`.
         target: of the smaller file.
@@ -331,7 +340,7 @@ def quantize_onnx(source: str | Path, target: str | Path) -> None:
 
     with quiet(), replacing(target) as partial:
         quantize_dynamic(
-            source, partial, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8
+            source, partial, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QUInt8
         )
 
 
@@ -379,16 +388,21 @@ def _name_free_sizes(graph: Any) -> None:
 
 
 def _whole_scale(config: SANConfig) -> Fraction:
-    """A fraction that gives the sizes which `interpolate` gives with the factor `clip_input_scale`."""
+    """
+    A fraction that gives the sizes which `interpolate` gives with the factor `clip_input_scale`.
+
+    With one exception: where `0.7 * side` is a whole number, floating point may fall short of it (1440 gives 1007, the
+    next are 2720 and 2880), and `interpolate` then makes CLIP's picture a pixel smaller than the fraction does.
+    """
     if not config.asymmetric_input:
         return Fraction(1)
-    fraction = Fraction(config.clip_input_scale).limit_denominator(1000)
-    for length in range(config.size_divisor, _LARGEST_SIDE, config.size_divisor):
-        if int(length * config.clip_input_scale) != length * fraction.numerator // fraction.denominator:
-            raise ValueError(
-                f"clip_input_scale is {config.clip_input_scale}, for which sizes cannot be computed in whole numbers: "
-                "a model with up to three decimals, such as 0.5 or 0.7, can be exported."
-            )
+    scale = Fraction(config.clip_input_scale)
+    fraction = scale.limit_denominator(1000)
+    if _LARGEST_SIDE * abs(scale - fraction) > 1e-6:
+        raise ValueError(
+            f"clip_input_scale is {config.clip_input_scale}, for which sizes cannot be computed in whole numbers: "
+            "a model with up to three decimals, such as 0.5 or 0.7, can be exported."
+        )
     return fraction
 
 
@@ -404,32 +418,33 @@ def _longest_window(config: SANConfig, clip_scale: Fraction) -> int:
     return longest
 
 
-def _windows(length: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where each of the `cells` windows of adaptive pooling over `length` values starts, and where it has ended."""
-    index = torch.arange(cells, device=device)
-    return index * length // cells, ((index + 1) * length + cells - 1) // cells
-
-
-def _pool_avg(bias: Tensor, size: tuple[int, int]) -> Tensor:
-    """`adaptive_avg_pool2d` of `(..., height, width)`."""
-    matrices = []
-    for length, cells in ((bias.shape[-2], size[0]), (bias.shape[-1], size[1])):
-        starts, ends = _windows(length, cells, bias.device)
-        index = torch.arange(length, device=bias.device)
-        inside = ((index >= starts[:, None]) & (index < ends[:, None])).to(bias.dtype)
-        matrices.append(inside / inside.sum(1, keepdim=True))
-    return matrices[0] @ bias @ matrices[1].T
-
-
-def _enlarge(maps: Tensor, factor: int, dim: int) -> Iterator[Tensor]:
-    """Interpolate `maps` linearly to `factor` times the length: cells 0, factor, 2 factor, ... first, then 1, ..."""
+def _interpolate(maps: Tensor, target: int, scale: float, dim: int) -> Tensor:
+    """The first `target` values along `dim` of `maps` resized linearly by `scale`."""
     length = maps.shape[dim]
-    maps = nn.functional.pad(maps, (1, 1, 0, 0) if dim == -1 else (0, 0, 1, 1), mode="replicate")
+    position = ((torch.arange(target, device=maps.device) + 0.5) / scale - 0.5).clamp(min=0)
+    below = position.long().clamp(max=length - 1)
+    above = (below + 1).clamp(max=length - 1)
+    share = (position - below).to(maps.dtype)
+    share = share[:, None] if dim == -2 else share
+    return torch.lerp(maps.index_select(dim, below), maps.index_select(dim, above), share)
+
+
+def _interpolate_to(bias: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """Resize `(batch, heads, queries, height, width)`; the batch stays a dimension of its own."""
+    align_corners = None if mode == "nearest" else False
+    resized = nn.functional.interpolate(bias.flatten(1, 2), size, mode=mode, align_corners=align_corners)
+    return resized.unflatten(1, bias.shape[1:3])
+
+
+def _enlarge_rows(maps: Tensor, factor: int) -> Iterator[Tensor]:
+    """Interpolate `maps` linearly to `factor` times the height: rows 0, factor, 2 factor, ... first, then 1, ..."""
+    height = maps.shape[-2]
+    maps = nn.functional.pad(maps, (0, 0, 1, 1), mode="replicate")
     for offset in range(factor):
-        # Distance of the pixel's centre from that of the cell before
+        # Distance of the pixel's centre from that of the row before
         position = (offset + 0.5) / factor + 0.5
         below = int(position)
-        start, end = (maps.narrow(dim, first, length) for first in (below, below + 1))
+        start, end = (maps.narrow(-2, first, height) for first in (below, below + 1))
         yield torch.lerp(start, end, position - below)
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +19,14 @@ from modeling_san.commands import export as command
 from modeling_san.commands.export import draw_batch
 from modeling_san.commands.main import main
 from modeling_san.conversion import convert_checkpoint
-from modeling_san.export import export_program, write_onnx
+from modeling_san.export import SegmentationProgram, export_program, write_onnx
 
 pytestmark = pytest.mark.export
+
+# All of this file, what needs PyTorch alone included: tracing takes long
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
 
 TOLERANCE = 1e-3
 L14_SHAPE = {
@@ -34,6 +40,10 @@ L14_SHAPE = {
         "patch_size": 14,
     },
 }
+
+
+# Fewer layers where the layers are not what is tested
+SMALL = {"side_num_layers": 1, "fusion_map": [[0, 0]], "deep_supervision_layers": [1], "sls_start_layer": 1}
 
 
 @contextlib.contextmanager
@@ -57,24 +67,34 @@ class Exported:
 
     def __init__(self, folder):
         self.path, self.int8_path = folder / "demo.onnx", folder / "demo.int8.onnx"
-        programs = []
+        write, programs, protos = torch.onnx.export, [], []
 
-        def keep(*args, **kwargs):
+        def keep_program(*args, **kwargs):
             programs.append(export_program(*args, **kwargs))
             return programs[-1]
 
+        def keep_proto(*args, **kwargs):
+            protos.append(write(*args, **kwargs).model_proto)
+            return SimpleNamespace(model_proto=protos[-1])
+
         with pytest.MonkeyPatch.context() as monkeypatch, keep_all_output(folder / "output.txt"):
-            monkeypatch.setattr(exporting, "export_program", keep)
+            monkeypatch.setattr(exporting, "export_program", keep_program)
+            monkeypatch.setattr(torch.onnx, "export", keep_proto)
             self.code = main(["export", "built-in", str(self.path), "--int8"])
         self.lines = (folder / "output.txt").read_text().splitlines()
-        self.program = programs[0]
         self.files = sorted(path.name for path in folder.iterdir())
+        [self.program], [self.proto] = programs, protos
+
+    def write_again(self, *args, **kwargs):
+        """What `torch.onnx.export` gives for the program."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        del proto.metadata_props[:]
+        return SimpleNamespace(model_proto=proto)
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     return Exported(tmp_path_factory.mktemp("export"))
 
 
@@ -89,7 +109,6 @@ def builtin_processor():
 
 
 def run_onnx(path, images, **others):
-    onnxruntime = pytest.importorskip("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -166,7 +185,6 @@ def test_a_picture_that_is_resized_first_is_segmented_as_by_the_processor(export
 
 
 def test_the_file_tells_its_labels_and_size(exported, builtin):
-    onnx = pytest.importorskip("onnx")
     metadata = {entry.key: entry.value for entry in onnx.load(exported.path).metadata_props}
     assert json.loads(metadata["labels"]) == [builtin.config.id2label[index] for index in range(38)]
     assert json.loads(metadata["size"]) == {"shortest_edge": 128, "longest_edge": 512}
@@ -174,7 +192,6 @@ def test_the_file_tells_its_labels_and_size(exported, builtin):
 
 
 def test_the_file_names_its_inputs_and_outputs_and_their_free_sizes(exported):
-    onnx = pytest.importorskip("onnx")
     graph = onnx.load(exported.path).graph
     sizes = {
         value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
@@ -193,8 +210,8 @@ def test_int8_is_smaller_and_agrees_on_most_pixels(exported, builtin, builtin_pr
     labels, scores = run_onnx(exported.int8_path, images)
     expected_labels, expected_scores, _ = segment(builtin, builtin_processor, images)
     assert exported.int8_path.stat().st_size < 0.5 * exported.path.stat().st_size
-    assert (labels == expected_labels).float().mean() > 0.95
-    assert (scores - expected_scores).abs().mean() < 0.05
+    assert (labels == expected_labels).float().mean() > 0.98
+    assert (scores - expected_scores).abs().mean() < 0.02
 
 
 # Programs
@@ -220,32 +237,94 @@ def test_a_program_compiled_ahead_of_time_runs_without_the_model(exported, built
         assert_same(compiled(torch.from_numpy(images)), segment(builtin, builtin_processor, images))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        L14_SHAPE,
-        {**L14_SHAPE, "attention_bias_pooling": "avg", "attention_bias_layers": 2, "num_clip_prompts": 2},
-        {"attention_bias_pooling": "bilinear", "asymmetric_input": False},
-        {"attention_bias_pooling": "bicubic", "sls_token_format": "pos_embedding"},
-        {"attention_bias_pooling": "nearest", "clip_input_scale": 0.75, "attention_bias_heads": 1},
-    ],
-    ids=["vit_l_14", "avg", "bilinear", "bicubic", "nearest"],
-)
-def test_every_shape_of_model_exports(make_model, processor, class_embeds, tmp_path, changes):
-    pytest.importorskip("onnxscript")
-    model = make_model(**changes)
+VARIANTS = {
+    "vit_l_14": L14_SHAPE,
+    "avg": {**L14_SHAPE, "attention_bias_pooling": "avg", "attention_bias_layers": 2, "num_clip_prompts": 2},
+    "bilinear": {"attention_bias_pooling": "bilinear", "asymmetric_input": False},
+    "bicubic": {"attention_bias_pooling": "bicubic", "sls_token_format": "pos_embedding"},
+    "nearest": {"attention_bias_pooling": "nearest", "clip_input_scale": 0.75, "attention_bias_heads": 1},
+}
+SHAPES = [(2, 157, 219), (1, 70, 256), (1, 33, 64)]
+
+
+def make_noise(batch, height, width):
+    return np.random.default_rng(0).integers(0, 256, (batch, 3, height, width), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_program_does_what_every_shape_of_model_does(make_model, processor, class_embeds, changes, shape):
+    model, images = make_model(**changes), make_noise(*shape)
+    expected = segment(model, processor, images, class_embeds=class_embeds)
+    with torch.no_grad():
+        program = SegmentationProgram(model, class_embeds, all_scores=True)
+        assert_same(program(torch.from_numpy(images)), expected)
+        # A score for all labels is a probability-weighted sum over queries, and a single label is always the best
+        only = segment(model, processor, images, class_embeds=class_embeds[:1])
+        assert_same(SegmentationProgram(model)(torch.from_numpy(images), class_embeds[:1]), only)
+
+
+@pytest.fixture(scope="module")
+def variant(make_model, tmp_path_factory):
+    """A tiny model with most options, its program that takes embeddings and returns all scores, and its file."""
+    model = make_model(**VARIANTS["avg"])
     program = export_program(model, all_scores=True)
-    write_onnx(program, tmp_path / "tiny.onnx", {})
-    for shape, embeds in [
-        ((2, 157, 219), class_embeds),
-        ((1, 70, 256), class_embeds[:1]),
-        ((1, 33, 64), class_embeds),
-    ]:
-        images = np.random.default_rng(0).integers(0, 256, (shape[0], 3, *shape[1:]), dtype=np.uint8)
-        expected = segment(model, processor, images, class_embeds=embeds)
+    path = tmp_path_factory.mktemp("variant") / "tiny.onnx"
+    return SimpleNamespace(model=model, program=program, path=path, opset=write_onnx(program, path, {}, opset=18))
+
+
+@pytest.mark.parametrize(("shape", "classes"), list(zip(SHAPES, (5, 1, 3), strict=True)), ids=str)
+def test_a_file_takes_any_labels_as_its_second_input(variant, processor, class_embeds, shape, classes):
+    images, embeds = make_noise(*shape), class_embeds[:classes]
+    expected = segment(variant.model, processor, images, class_embeds=embeds)
+    with torch.no_grad():
+        assert_same(variant.program.module()(torch.from_numpy(images), embeds), expected)
+    result = run_onnx(variant.path, images, class_embeds=embeds.numpy())
+    assert len(result) == 3
+    assert_same(result, expected)
+
+
+def test_a_file_has_the_opset_that_was_asked_for(variant):
+    assert variant.opset == 18
+    assert {entry.domain: entry.version for entry in onnx.load(variant.path).opset_import}[""] == 18
+
+
+def test_a_file_that_takes_labels_names_their_free_number(variant):
+    graph = onnx.load(variant.path).graph
+    sizes = {
+        value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in [*graph.input, *graph.output]
+    }
+    assert sizes["class_embeds"] == ["classes", 16]
+    assert sizes["all_scores"] == ["batch", "classes", "height", "width"]
+
+
+def test_ten_thousand_labels_fit(variant, processor):
+    embeds = torch.nn.functional.normalize(torch.randn(10_000, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    images = draw_batch(1, 96, 64)
+    expected = segment(variant.model, processor, images, class_embeds=embeds)
+    assert_same(run_onnx(variant.path, images, class_embeds=embeds.numpy()), expected)
+
+
+def test_biases_that_are_interpolated_can_be_traced(make_model, processor, class_embeds):
+    model = make_model(**VARIANTS["bicubic"], **SMALL)
+    module = export_program(model, class_embeds).module()
+    for shape in SHAPES:
+        images = make_noise(*shape)
         with torch.no_grad():
-            assert_same(program.module()(torch.from_numpy(images), embeds), expected)
-        assert_same(run_onnx(tmp_path / "tiny.onnx", images, class_embeds=embeds.numpy()), expected)
+            assert_same(module(torch.from_numpy(images)), segment(model, processor, images, class_embeds=class_embeds))
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.7, 0.75])
+@pytest.mark.parametrize("method", ["max", "avg"])
+def test_pooling_takes_the_windows_of_adaptive_pooling(make_model, class_embeds, scale, method):
+    program = SegmentationProgram(make_model(**{**L14_SHAPE, "clip_input_scale": scale}), class_embeds)
+    pool = {"max": program.pool_max, "avg": program.pool_avg}[method]
+    adaptive = {"max": torch.nn.functional.adaptive_max_pool2d, "avg": torch.nn.functional.adaptive_avg_pool2d}[method]
+    for height, width in [(32, 64), (96, 160), (416, 640), (640, 864), (608, 1024)]:
+        bias = torch.randn(1, 2, height // 16, width // 16, generator=torch.Generator().manual_seed(height))
+        size = int(height * scale) // 14, int(width * scale) // 14
+        torch.testing.assert_close(pool(bias, size), adaptive(bias, size))
 
 
 def test_a_training_model_is_refused(model, class_embeds):
@@ -258,24 +337,10 @@ def test_a_scale_without_whole_sizes_is_refused(make_model, class_embeds):
         export_program(make_model(clip_input_scale=0.33333), class_embeds)
 
 
-def test_ten_thousand_labels_fit(make_model, processor, tmp_path):
-    pytest.importorskip("onnxscript")
-    onnx = pytest.importorskip("onnx")
-    model = make_model()
-    embeds = torch.nn.functional.normalize(torch.randn(10_000, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
-    names = [f"label {index}" for index in range(10_000)]
-    write_onnx(export_program(model, embeds), tmp_path / "many.onnx", {"labels": names})
-    images = draw_batch(1, 96, 64)
-    assert_same(run_onnx(tmp_path / "many.onnx", images), segment(model, processor, images, class_embeds=embeds))
-    metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "many.onnx").metadata_props}
-    assert json.loads(metadata["labels"]) == names
-
-
 # The released model's shape
 
 
 def test_vit_b_16_with_the_reference_weights_exports(reference, reference_weights, clip_processor, tmp_path):
-    pytest.importorskip("onnxscript")
     model = convert_checkpoint(reference_weights.make_state_dict(reference / "vit_b_16_shapes.json")).eval()
     vocabulary = json.loads((reference / "vit_b_16_640x640.json").read_text())["vocabulary"]
     with torch.no_grad():
@@ -295,6 +360,7 @@ def test_vit_b_16_with_the_reference_weights_exports(reference, reference_weight
 def san(exported, builtin, monkeypatch, capsys):
     """Runs `san export` with a program that was traced before; returns exit code, standard output and error."""
     monkeypatch.setattr(exporting, "export_program", lambda *args, **kwargs: exported.program)
+    monkeypatch.setattr(torch.onnx, "export", exported.write_again)
 
     def run(*arguments):
         try:
@@ -338,14 +404,13 @@ def test_an_existing_file_is_replaced(san, tmp_path):
     code, out, err = san("built-in", output, "--size", 64)
     assert (code, err) == (0, "")
     assert "on 1 x 64 x 85" in out
-    onnx = pytest.importorskip("onnx")
     metadata = {entry.key: entry.value for entry in onnx.load(output).metadata_props}
     assert json.loads(metadata["size"]) == {"shortest_edge": 64, "longest_edge": 256}
 
 
-def test_labels_of_any_letters_come_back_from_the_metadata(exported, tmp_path):
-    onnx = pytest.importorskip("onnx")
-    names = ['the "quoted"', "süß|甜", "🦊", "a\nb", "\ud800", "\x00"]
+def test_labels_of_any_letters_come_back_from_the_metadata(exported, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.onnx, "export", exported.write_again)
+    names = ['the "quoted"', "süß|甜", "🦊", "a\nb", "\ud800", "\x00", *map(str, range(10_000))]
     write_onnx(exported.program, tmp_path / "odd.onnx", {"labels": names})
     metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "odd.onnx").metadata_props}
     assert json.loads(metadata["labels"]) == names

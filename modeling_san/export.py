@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError
 from torch.fx.experimental import _config
+from torch.onnx import OnnxExporterError
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .attention_bias import recognize_regions
@@ -274,7 +276,12 @@ def export_program(
     # Lengths of 1 are like any other: without this the tracer would take them for a case of its own
     any_length = _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     with torch.no_grad(), any_length, quiet():
-        return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+        try:
+            return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+        except UserError as error:
+            raise ValueError(
+                f"PyTorch cannot trace this model for pictures of any size: {_first_line(error)}"
+            ) from error
 
 
 def write_onnx(
@@ -293,7 +300,7 @@ def write_onnx(
         the version of the operators.
 
     Raises:
-        ValueError: the weights are too large for one file.
+        ValueError: the weights are too large for one file, or an operation is unknown to ONNX.
         OSError: the file cannot be written.
     """
     import onnx
@@ -303,9 +310,12 @@ def write_onnx(
         raise ValueError(f"the model has {size / 2**30:.1f} GiB of weights: an ONNX file takes less than 2 GiB.")
     outputs = ["labels", "scores", "all_scores"][: len(program.graph_signature.user_outputs)]
     with quiet(), torch.no_grad():
-        written = torch.onnx.export(
-            program, (), dynamo=True, output_names=outputs, opset_version=opset, external_data=False, verbose=False
-        )
+        try:
+            written = torch.onnx.export(
+                program, (), dynamo=True, output_names=outputs, opset_version=opset, external_data=False, verbose=False
+            )
+        except OnnxExporterError as error:
+            raise ValueError(f"PyTorch cannot write this model as ONNX: {_first_line(error)}") from error
     if written is None:
         raise ValueError("PyTorch did not export the program to ONNX.")
     proto = written.model_proto
@@ -416,6 +426,11 @@ def _longest_window(config: SANConfig, clip_scale: Fraction) -> int:
         if cells:
             longest = max(longest, length // cells if length % cells == 0 else -(-length // cells) + 1)
     return longest
+
+
+def _first_line(error: Exception) -> str:
+    """What an exporter complains about, without the pages that follow."""
+    return next((line for line in map(str.strip, str(error).splitlines()) if line), type(error).__name__)
 
 
 def _interpolate(maps: Tensor, target: int, scale: float, dim: int) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.exc import UserError, UserErrorType
 
 import modeling_san.export as exporting
 from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor
@@ -43,7 +44,7 @@ L14_SHAPE = {
 
 
 # Fewer layers where the layers are not what is tested
-SMALL = {"side_num_layers": 1, "fusion_map": [[0, 0]], "deep_supervision_layers": [1], "sls_start_layer": 1}
+SMALL = {"side_num_layers": 2, "deep_supervision_layers": [2]}
 
 
 @contextlib.contextmanager
@@ -226,17 +227,6 @@ def test_a_program_is_saved_loaded_and_run_at_other_sizes(exported, builtin, bui
             assert_same(module(torch.from_numpy(images)), segment(builtin, builtin_processor, images))
 
 
-@pytest.mark.skipif(
-    not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), reason="needs a C++ compiler"
-)
-def test_a_program_compiled_ahead_of_time_runs_without_the_model(exported, builtin, builtin_processor, tmp_path):
-    package = torch._inductor.aoti_compile_and_package(exported.program, package_path=str(tmp_path / "san.pt2"))
-    compiled = torch._inductor.aoti_load_package(package)
-    for shape in [(1, 100, 150), (3, 128, 128)]:
-        images = draw_batch(*shape)
-        assert_same(compiled(torch.from_numpy(images)), segment(builtin, builtin_processor, images))
-
-
 VARIANTS = {
     "vit_l_14": L14_SHAPE,
     "avg": {**L14_SHAPE, "attention_bias_pooling": "avg", "attention_bias_layers": 2, "num_clip_prompts": 2},
@@ -306,13 +296,33 @@ def test_ten_thousand_labels_fit(variant, processor):
     assert_same(run_onnx(variant.path, images, class_embeds=embeds.numpy()), expected)
 
 
-def test_biases_that_are_interpolated_can_be_traced(make_model, processor, class_embeds):
+@pytest.fixture(scope="module")
+def interpolating(make_model):
+    """A tiny model whose biases are interpolated, embeddings of three labels, and the program of both."""
     model = make_model(**VARIANTS["bicubic"], **SMALL)
-    module = export_program(model, class_embeds).module()
+    embeds = torch.nn.functional.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(2)), dim=-1)
+    return SimpleNamespace(model=model, embeds=embeds, program=export_program(model, embeds))
+
+
+def test_biases_that_are_interpolated_can_be_traced(interpolating, processor):
+    module = interpolating.program.module()
     for shape in SHAPES:
         images = make_noise(*shape)
         with torch.no_grad():
-            assert_same(module(torch.from_numpy(images)), segment(model, processor, images, class_embeds=class_embeds))
+            result = module(torch.from_numpy(images))
+        assert_same(result, segment(interpolating.model, processor, images, class_embeds=interpolating.embeds))
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), reason="needs a C++ compiler"
+)
+def test_a_program_compiled_ahead_of_time_runs_without_the_model(interpolating, processor, tmp_path):
+    package = torch._inductor.aoti_compile_and_package(interpolating.program, package_path=str(tmp_path / "san.pt2"))
+    compiled = torch._inductor.aoti_load_package(package)
+    for shape in SHAPES:
+        images = make_noise(*shape)
+        expected = segment(interpolating.model, processor, images, class_embeds=interpolating.embeds)
+        assert_same(compiled(torch.from_numpy(images)), expected)
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.7, 0.75])
@@ -330,6 +340,25 @@ def test_pooling_takes_the_windows_of_adaptive_pooling(make_model, class_embeds,
 def test_a_training_model_is_refused(model, class_embeds):
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         export_program(model.train(), class_embeds)
+
+
+def test_what_the_tracer_refuses_is_one_line(model, class_embeds, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise UserError(UserErrorType.CONSTRAINT_VIOLATION, "\nConstraints violated (batch)!\n  - pages\n  - of text")
+
+    monkeypatch.setattr(torch.export, "export", refuse)
+    with pytest.raises(ValueError, match=r"cannot trace this model .*: Constraints violated \(batch\)!$"):
+        export_program(model, class_embeds)
+
+
+def test_what_onnx_cannot_say_is_one_line(interpolating, monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise torch.onnx.OnnxExporterError("No translation for aten.something\nand a report")
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(ValueError, match=r"as ONNX: No translation for aten\.something$"):
+        write_onnx(interpolating.program, tmp_path / "a.onnx", {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_scale_without_whole_sizes_is_refused(make_model, class_embeds):

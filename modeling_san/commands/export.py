@@ -228,6 +228,11 @@ class _Check:
                     f"the exported file returns labels of {tuple(labels.shape)} for pictures of {images.shape}: "
                     "nothing was written"
                 )
+            if labels.max() >= len(self.class_embeds) or labels.min() < 0:
+                raise CommandError(
+                    f"the exported file does not do what the model does: it returns labels beyond the "
+                    f"{len(self.class_embeds)} asked for. Nothing was written"
+                )
             differences = (scores - expected).abs()
             largest = [differences.max()]
             if self.all_scores:

@@ -403,10 +403,26 @@ def _picture_field(gr: Any) -> Any:
             raise gr.Error("Upload the picture: addresses are not read", print_exception=False)
         return await keep_in_cache(source)
 
+    def hand_over(payload: Any) -> str | None:
+        if payload is None or is_upload(payload.path):
+            return payload and payload.path
+        raise gr.Error("That is no upload of yours: upload the picture", print_exception=False)
+
     # On the object: Gradio takes a subclass for a component with a front end of its own, and writes files beside it
-    field.preprocess = lambda payload: None if payload is None else payload.path
+    field.preprocess = hand_over
     field.async_move_resource_to_block_cache = keep_files_only
     return field
+
+
+def is_upload(path: str | None) -> bool:
+    """
+    Whether a path lies where uploads are kept, or is none; a visitor's program may name any file of the server.
+
+    Args:
+        path: as the page, or what speaks in its place, sends it.
+    """
+    folder = os.environ.get("GRADIO_TEMP_DIR")
+    return path is None or (folder is not None and Path(path).resolve().is_relative_to(Path(folder).resolve()))
 
 
 def _script(name: str) -> str:

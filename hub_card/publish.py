@@ -173,6 +173,7 @@ def prepared_upload(
             upload.notes[CARD_FILE] = "made from the folder's facts"
             upload.has_new_card = True
         upload.files = dict(sorted(upload.files.items()))
+        _refuse_links_out(folder, upload)
         upload.left_out = _left_out(folder, upload.files)
         yield upload
 
@@ -304,6 +305,18 @@ def _write_with_code(folder: Path, scratch: Path) -> dict[str, Path | bytes]:
     model.to(dtype=dtype).save_pretrained(scratch, state_dict={})
     SANProcessor.from_pretrained(folder).save_pretrained(scratch)
     return {path.name: path for path in scratch.iterdir() if path.is_file() and path.suffix != ".safetensors"}
+
+
+def _refuse_links_out(folder: Path, upload: Upload) -> None:
+    """A link to elsewhere would publish a file that nobody sees in the folder; the Hub's cache links to its blobs."""
+    inside = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        inside.append(folder.resolve().parent.parent / "blobs")
+    for content in upload.files.values():
+        if isinstance(content, Path) and content.is_relative_to(folder):
+            target = content.resolve()
+            if not any(target.is_relative_to(place) for place in inside):
+                raise ValueError(f"{content} is a link to {target}: replace it by a copy if that is to be published")
 
 
 def _left_out(folder: Path, files: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import secrets
+import stat
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -86,12 +87,15 @@ def read_upload(path: str | None) -> bytes:
     if path is None:
         raise ValueError("There is no picture yet: upload one, paste one, or choose an example")
     try:
-        size = Path(path).stat().st_size
-        if size > MAX_BYTES:
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("That is no file: upload a picture")
+        if status.st_size > MAX_BYTES:
             raise ValueError(
-                f"The file has {size / 2**20:.0f} MB: keep to {MAX_BYTES // 2**20} MB, or shrink the picture"
+                f"The file has {status.st_size / 2**20:.0f} MB: keep to {MAX_BYTES // 2**20} MB, or shrink the picture"
             )
-        content = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            content = file.read(MAX_BYTES)
     except OSError as error:
         raise ValueError(
             "The picture is no longer here: uploads are kept for a short time, upload it again"

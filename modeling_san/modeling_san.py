@@ -158,11 +158,13 @@ class SANPreTrainedModel(PreTrainedModel):
         """No: for custom code transformers skips modules without parameters of their own, as CLIP's and our layers."""
         return False
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         """Save as every transformers model, and remove weights of an earlier save, in one file or in parts."""
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         whole, index = (Path(save_directory, name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-        if kwargs.get("variant") is None and kwargs.get("is_main_process", True) and whole.exists() and index.exists():
+        if kwargs.get("variant") is None and is_main_process and whole.exists() and index.exists():
             # Parts of an earlier save are gone by now, so that parts are what was saved; loading would take the file
             in_parts = any(whole.parent.glob(f"{whole.stem}-*-of-*{whole.suffix}"))
             (whole if in_parts else index).unlink()
@@ -614,8 +616,9 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
             class_embeds = self.stored_class_embeds
         if class_embeds is None:
             raise ValueError(
-                "no vocabulary: pass input_ids (processor(text=[...]) makes them) or class_embeds, or store labels "
-                "once with model.set_labels(labels, processor)."
+                "no vocabulary: pass input_ids (processor(text=[...]) makes them) or class_embeds; or store labels "
+                "once with model.set_labels(labels, processor), or name them when the model is loaded: "
+                'from_pretrained(folder, id2label={0: "sky", 1: "road"}).'
             )
         if class_embeds.dim() != 2 or len(class_embeds) == 0 or class_embeds.shape[1] != self.config.projection_dim:
             raise ValueError(
@@ -731,6 +734,7 @@ class SANForSemanticSegmentation(SANForOpenVocabSegmentation):
     _auto_class = "AutoModelForSemanticSegmentation"
 
     def __init__(self, config: SANConfig) -> None:
+        config = copy.deepcopy(config)
         super().__init__(config)
         # An evaluation loop gets the logits and nothing else.
         config.keys_to_ignore_at_inference = [

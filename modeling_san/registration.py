@@ -9,6 +9,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -90,10 +91,10 @@ def _register_what_is_ready() -> None:
         try:
             homes = [importlib.import_module(name) for name in registration.homes]
             registration.register(sys.modules[registration.where], *homes)
-        except BaseException:
-            # Whoever asks next shall get this error too, rather than an Auto class that does not know SAN
+        except Exception as error:
+            # An import of transformers shall not fail for SAN's sake; the next one tries again
             _pending.append(registration)
-            raise
+            warnings.warn(f"SAN cannot be registered with {registration.where}: {error}", RuntimeWarning, stacklevel=2)
     if not _pending and _WATCHER in sys.meta_path:
         sys.meta_path.remove(_WATCHER)
 

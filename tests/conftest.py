@@ -48,8 +48,10 @@ TINY = {
 
 
 def pytest_configure(config):
-    # Small tensors gain nothing from many threads, and lose when other work shares the cores.
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    # Small tensors gain nothing from many threads, and lose when other work shares the cores. Where pytest-xdist runs
+    # several processes, each takes one.
+    threads = 1 if hasattr(config, "workerinput") else 2
+    torch.set_num_threads(min(threads, torch.get_num_threads()))
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from PIL import Image
 from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor
 from modeling_san.commands.main import main
 from modeling_san.hub_card import segmenting
+from modeling_san.hub_card.app import is_upload
 from modeling_san.hub_card.segmenting import Segmenter, open_upload, read_upload, read_words
 from modeling_san.processing import extend_labels
 from modeling_san.training.world import draw_scene
@@ -62,6 +63,23 @@ def segmentation(segmenter, picture):
 
 
 # Words
+
+
+def test_only_files_among_the_uploads_are_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    (tmp_path / "uploads").mkdir()
+    (tmp_path / "uploads" / "link.png").symlink_to(tmp_path / "other.png")
+    assert is_upload(str(tmp_path / "uploads" / "0123" / "picture.png"))
+    assert not is_upload(str(tmp_path / "other.png"))
+    assert not is_upload(str(tmp_path / "uploads" / ".." / "other.png"))
+    assert not is_upload(str(tmp_path / "uploads" / "link.png"))
+    monkeypatch.delenv("GRADIO_TEMP_DIR")
+    assert not is_upload(str(tmp_path / "uploads" / "0123" / "picture.png"))
+
+
+def test_what_is_no_file_is_not_read():
+    with pytest.raises(ValueError, match="no file"):
+        read_upload("/dev/zero")
 
 
 def test_words_come_as_chips_or_as_a_line():

@@ -408,8 +408,23 @@ def published_builtin(tmp_path_factory):
     return target
 
 
+def test_a_link_out_of_the_folder_is_refused(tmp_path):
+    shutil.copytree(BUILTIN_MODEL, tmp_path / "model")
+    (tmp_path / "secret.txt").write_text("hf_secret")
+    (tmp_path / "model" / "NOTICE").symlink_to(tmp_path / "secret.txt")
+    with (
+        pytest.raises(ValueError, match=r"NOTICE is a link to .*secret\.txt"),
+        prepared_upload(tmp_path / "model", "me/my-san"),
+    ):
+        pass
+
+
 def test_a_folder_without_code_gets_it(published_builtin, monkeypatch, tmp_path):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    # What other tests loaded from a cache of theirs
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
     assert not list(BUILTIN_MODEL.glob("*.py"))
     # The Auto classes would take the package's own classes, which are there
     model_class = get_class_from_dynamic_module("modeling_san.SANForOpenVocabSegmentation", published_builtin)

@@ -242,8 +242,14 @@ def test_a_killed_run_goes_on_without_a_row_twice_or_missing(model_folder, label
 
     reports = [label("cut", data, part=Part(index, 2), shard_size=2) for index in range(2)]
     label("uncut", data, shard_size=2)
-    assert [row["row"] for row in stored(tmp_path / "cut")] == list(range(80))
-    assert stored(tmp_path / "cut") == stored(tmp_path / "uncut")
+    cut, uncut = stored(tmp_path / "cut"), stored(tmp_path / "uncut")
+    assert [row["row"] for row in cut] == list(range(80))
+    # Sums depend on what shares a batch, in the last bit
+    scores, expected = (
+        [segment.pop("mean_score") for row in rows for segment in row["segments"]] for rows in (cut, uncut)
+    )
+    assert cut == uncut
+    assert scores == pytest.approx(expected, rel=1e-5)
     assert sum(report.pictures for report in reports) == 80 - done
     assert not list((tmp_path / "cut").glob("*unfinished*"))
 

@@ -75,7 +75,15 @@ _ERROR_LENGTH = 300
 _PENDING_BATCHES = 4
 """So many batches of pictures wait at most for others of their size."""
 
-_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+_VOLATILE = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "custom_pipelines",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+)
 """Entries of a config that say nothing about what the model computes."""
 
 

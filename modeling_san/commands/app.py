@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from .errors import CommandError, say, warn
@@ -88,6 +89,11 @@ def _write_space(args: argparse.Namespace) -> int:
 
     if args.model is None:
         raise CommandError("--space needs --model: name the model's repository on the Hub, such as user/san-vit-b-16")
+    if given := [option for option in ("labels", "labels_file", "port", "share") if getattr(args, option)]:
+        options = ", ".join(f"--{option.replace('_', '-')}" for option in given)
+        raise CommandError(f"--space writes a page for anybody's words: leave out {options}")
+    if Path(args.space).is_file():
+        raise CommandError(f"--space {args.space} is a file: name a new folder")
     folder = write_space(args.space, args.model)
     say(f"space: {folder}, for {args.model}; upload it with: hf upload USER/SPACE {folder} --repo-type space")
     return 0

@@ -4,6 +4,9 @@ import os
 
 # Before transformers is imported: nothing in these tests may wait for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before torch is: where pytest-xdist runs several processes, each of them and all its threads compute with one thread.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import sys
 from pathlib import Path
@@ -48,10 +51,8 @@ TINY = {
 
 
 def pytest_configure(config):
-    # Small tensors gain nothing from many threads, and lose when other work shares the cores. Where pytest-xdist runs
-    # several processes, each takes one.
-    threads = 1 if hasattr(config, "workerinput") else 2
-    torch.set_num_threads(min(threads, torch.get_num_threads()))
+    # Small tensors gain nothing from many threads, and lose when other work shares the cores.
+    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from importlib.metadata import PackageNotFoundError, files, requires, version
 from pathlib import Path
 
 from huggingface_hub import SpaceCard, SpaceCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from packaging.requirements import InvalidRequirement, Requirement
 
 import modeling_san
+from modeling_san.hub_card.publish import check_repo_id
 from modeling_san.training.files import new_folder
 
 PACKAGES = (
@@ -79,7 +79,7 @@ def write_space(folder: str | os.PathLike, model_id: str, *, package: str | None
     """
     import gradio
 
-    _check_model_id(model_id)
+    check_repo_id(model_id)
     requirements = [_checked_requirement(package)] if package is not None else _requirements()
     title = f"{model_id.split('/')[1]} demo"
     metadata = SpaceCardData(
@@ -105,16 +105,6 @@ def write_space(folder: str | os.PathLike, model_id: str, *, package: str | None
         if package is None:
             _copy_package(unfinished)
     return Path(folder)
-
-
-def _check_model_id(model_id: str) -> None:
-    expected = 'pass the model\'s repository on the Hub, such as "user/san-vit-b-16"'
-    try:
-        validate_repo_id(model_id)
-    except HFValidationError as error:
-        raise ValueError(f"{model_id!r} is no name of a repository: {expected}") from error
-    if "/" not in model_id:
-        raise ValueError(f"{model_id!r} does not say whose repository it is: {expected}")
 
 
 def _checked_requirement(package: str) -> str:

@@ -284,7 +284,7 @@ def _run_onnx(path: Path, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
     options.log_severity_level = 3  # errors
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        return session.run(None, feed)
+        return [np.asarray(value) for value in session.run(None, feed)]
     except Exception as error:
         # onnxruntime has many exceptions, and they share no base class of its own
         raise CommandError(f"onnxruntime cannot run the exported file: {one_line(error)}") from error

@@ -63,7 +63,13 @@ def san(tmp_path_factory):
 
 @pytest.fixture(params=["segformer", "san"])
 def checkpoint(request):
-    return request.getfixturevalue(request.param)
+    folder = request.getfixturevalue(request.param)
+    if request.param == "segformer":
+        try:
+            AutoImageProcessor.from_pretrained(folder)
+        except ValueError:
+            pytest.skip("this transformers makes SegFormer's image processor with torchvision only")
+    return folder
 
 
 def draw_data(first_value):

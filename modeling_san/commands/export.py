@@ -278,6 +278,7 @@ def draw_batch(batch: int, height: int, width: int) -> np.ndarray:
 
 def _run_onnx(path: Path, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
     """What onnxruntime makes of a file."""
+    import numpy as np
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

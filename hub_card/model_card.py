@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_san.configuration_san import SANConfig
 from modeling_san.conversion import RELEASED_CONFIGS
@@ -29,8 +30,6 @@ from modeling_san.training.train import RECIPE_FILE
 from modeling_san.training.world import BACKGROUNDS, CLASS_NAMES, NEVER_SEEN_COMBINATIONS, SEEN_COMBINATIONS
 
 CARD_FILE = "README.md"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 EXAMPLE_FILES = ("example.jpg", "example.jpeg", "example.png")
 """Names by which a folder may bring a picture for the Hub's widget."""
 
@@ -187,11 +186,11 @@ def weight_files(folder: Path) -> list[str]:
     Raises:
         ValueError: where there are none, or the index names files that are missing or lie elsewhere.
     """
-    if (folder / WEIGHTS_FILE).is_file():
-        return [WEIGHTS_FILE]
-    index = folder / INDEX_FILE
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [SAFE_WEIGHTS_NAME]
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
-        raise ValueError(f"{folder} holds no weights ({WEIGHTS_FILE}): pass a folder that save_pretrained wrote.")
+        raise ValueError(f"{folder} holds no weights ({SAFE_WEIGHTS_NAME}): pass a folder that save_pretrained wrote.")
     mapping = read_json(index).get("weight_map")
     names = set(mapping.values()) if isinstance(mapping, dict) else set()
     for name in names:
@@ -201,7 +200,7 @@ def weight_files(folder: Path) -> list[str]:
             raise ValueError(f"{index} names {name}, which is not there: save the model once more.")
     if not names:
         raise ValueError(f"{index} names no files: save the model once more.")
-    return [*sorted(names), INDEX_FILE]
+    return [*sorted(names), SAFE_WEIGHTS_INDEX_NAME]
 
 
 # Facts

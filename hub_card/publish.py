@@ -16,11 +16,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from modeling_san import __version__
 from modeling_san.hub_card.model_card import (
     CARD_FILE,
-    INDEX_FILE,
     example_name,
     find_example,
     make_model_card,
@@ -32,6 +32,7 @@ from modeling_san.hub_card.model_card import (
 )
 from modeling_san.modeling_san import SANForOpenVocabSegmentation
 from modeling_san.processing import SANProcessor
+from modeling_san.training.errors import first_line
 from modeling_san.training.metrics import RESULTS_FILE
 
 _CONFIG_FILE = "config.json"
@@ -210,7 +211,9 @@ def push(
     keep_card = upload.has_new_card and not new_card and CARD_FILE in present
     names = [name for name in upload.files if not (keep_card and name == CARD_FILE)]
     removed = [
-        name for name in present if (_WEIGHTS.fullmatch(name) or name == INDEX_FILE) and name not in upload.files
+        name
+        for name in present
+        if (_WEIGHTS.fullmatch(name) or name == SAFE_WEIGHTS_INDEX_NAME) and name not in upload.files
     ]
     with _explained(repo_id, token, "push once more; what has arrived is not sent twice"):
         # Read at once, so that a file that is not there stops all before anything is sent
@@ -407,8 +410,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _first_sentence(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".:")
+    return first_line(error).strip().rstrip(".:")
 
 
 __all__ = [

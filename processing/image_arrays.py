@@ -49,7 +49,17 @@ def flatten_maps(maps: Any, pictures: int) -> list[Any]:
 
 
 def read_picture(image: Any, name: str, *, to_rgb: bool = True, channels_first: bool | None = None) -> np.ndarray:
-    """One picture as an array (height, width, 3): uint8 in 0 ... 255, or float32 with the values given.
+    """One picture as an array: what `load_picture` gives, with PIL images as arrays of bytes (height, width, 3)."""
+    return np.asarray(load_picture(image, name, to_rgb=to_rgb, channels_first=channels_first))
+
+
+def load_picture(
+    image: Any, name: str, *, to_rgb: bool = True, channels_first: bool | None = None
+) -> Image.Image | np.ndarray:
+    """One picture, decoded and checked, in the form it comes in: a PIL image stays one, which spares two copies.
+
+    PIL images have mode RGB. Those with more than 8 bits, and all arrays, become arrays (height, width, 3): uint8 in
+    0 ... 255, or float32 with the values given.
 
     Files and PIL images are turned upright by their EXIF orientation. Grey becomes three equal channels, palettes are
     looked up, and transparency is dropped as PIL's `convert("RGB")` and the reference implementation do: the colour
@@ -71,8 +81,12 @@ def read_picture(image: Any, name: str, *, to_rgb: bool = True, channels_first: 
     if isinstance(image, (str, os.PathLike)):
         image = _open(image, name)
     if isinstance(image, Image.Image):
-        array = _pil_pixels(_decoded(image, name), name, to_rgb)
-        channels_first = False
+        image = _decoded(image, name)
+        if to_rgb:
+            image = _converted_to_rgb(image, name)
+        if image.mode == "RGB":
+            return image
+        array, channels_first = np.asarray(image), False
     elif isinstance(image, torch.Tensor):
         array = _tensor_array(image)
         channels_first = _infer_channels_first(array, True) if channels_first is None else channels_first
@@ -151,19 +165,27 @@ def read_byte_picture(image: Any, name: str) -> np.ndarray:
     return picture if picture.dtype == np.uint8 else np.rint(picture).astype(np.uint8)
 
 
-def resize_picture(picture: np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:
+def picture_size(picture: Image.Image | np.ndarray) -> tuple[int, int]:
+    """Height and width of what `load_picture` gives."""
+    height, width = picture.size[::-1] if isinstance(picture, Image.Image) else picture.shape[:2]
+    return height, width
+
+
+def resize_picture(picture: Image.Image | np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:
     """Resize with PIL's filters: bytes as bytes (rounded, like the reference), floats as floats.
 
     Args:
-        picture: (height, width, 3), uint8 or float32.
+        picture: a PIL image of mode RGB, or (height, width, 3), uint8 or float32.
         size: height and width to reach, in pixels.
         resample: one of `PIL.Image.Resampling`.
     """
     height, width = size
-    if picture.shape[:2] == (height, width):
-        return picture
-    if picture.dtype == np.uint8:
-        return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling(resample)))
+    if picture_size(picture) == (height, width):
+        return np.asarray(picture)
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8:
+        picture = Image.fromarray(picture)
+    if isinstance(picture, Image.Image):
+        return np.asarray(picture.resize((width, height), Image.Resampling(resample)))
     resized = np.empty((height, width, picture.shape[2]), dtype=np.float32)
     for channel in range(picture.shape[2]):
         plane = Image.fromarray(np.ascontiguousarray(picture[..., channel]))
@@ -213,15 +235,13 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
         raise ValueError(f"{name} cannot be decoded ({error}): the file may be damaged or cut off") from error
 
 
-def _pil_pixels(image: Image.Image, name: str, to_rgb: bool) -> np.ndarray:
-    """Pixels of a PIL image with their axes (height, width) or (height, width, channels)."""
+def _converted_to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """A PIL image as RGB, unless it has more than 8 bits."""
     # PIL clips these modes when it converts them, their values are scaled with those of arrays instead
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return np.asarray(image)
-    if not to_rgb:
-        return np.asarray(image)
+    if image.mode in ("RGB", "I", "F") or image.mode.startswith("I;16"):
+        return image
     try:
-        return np.asarray(image.convert("RGB"))
+        return image.convert("RGB")
     except ValueError as error:
         raise ValueError(
             f"{name} has mode {image.mode}, which PIL cannot convert to RGB: convert it before"

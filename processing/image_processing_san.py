@@ -15,8 +15,9 @@ from transformers.utils import TensorType
 from .image_arrays import (
     flatten_maps,
     flatten_pictures,
+    load_picture,
+    picture_size,
     read_map,
-    read_picture,
     resize_map,
     resize_picture,
     to_byte_scale,
@@ -224,15 +225,15 @@ class SANImageProcessor(PilBackend):
         pictures, label_maps = [], []
         for index, item in enumerate(items):
             name = f"image {index}"
-            picture = read_picture(item, name, to_rgb=do_convert_rgb, channels_first=channels_first)
-            if do_rescale:
+            picture = load_picture(item, name, to_rgb=do_convert_rgb, channels_first=channels_first)
+            if do_rescale and isinstance(picture, np.ndarray):
                 picture = to_byte_scale(picture, name)
-            height, width = picture.shape[:2]
-            new_size = self.resized_size(height, width, size) if do_resize else (height, width)
+            full_size = picture_size(picture)
+            new_size = self.resized_size(*full_size, size) if do_resize else full_size
             pictures.append(resize_picture(picture, new_size, resample))
             if maps is not None:
                 label_map = read_map(maps[index], f"segmentation map {index}")
-                _check_same_size(label_map, picture, index)
+                _check_same_size(label_map.shape, full_size, index)
                 label_maps.append(resize_map(label_map, new_size))
         pixel_values = _padded_batch(pictures, do_rescale=do_rescale, **kwargs)
         sizes = np.array([picture.shape[:2] for picture in pictures], dtype=np.int64)
@@ -342,10 +343,10 @@ def _padded_labels(
     return batch
 
 
-def _check_same_size(label_map: np.ndarray, picture: np.ndarray, index: int) -> None:
+def _check_same_size(map_size: tuple[int, ...], full_size: tuple[int, int], index: int) -> None:
     """A map has to fit the picture it belongs to, pixel for pixel."""
-    if label_map.shape != picture.shape[:2]:
-        (map_height, map_width), (height, width) = label_map.shape, picture.shape[:2]
+    if map_size != full_size:
+        (map_height, map_width), (height, width) = map_size, full_size
         raise ValueError(
             f"segmentation map {index} has {map_height} x {map_width} pixels (height x width) and image {index}, "
             f"upright, has {height} x {width}: pass a map of the picture's own size"

@@ -81,6 +81,18 @@ def test_resizing_is_pils_bilinear_filter(image_processor):
     torch.testing.assert_close(own_part(inputs), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("suffix", "mode"), [(".jpg", "RGB"), (".jpg", "L"), (".jpg", "CMYK"), (".png", "RGBA")])
+def test_files_and_their_open_images_are_resized_to_the_very_bytes_of_pil(image_processor, suffix, mode, tmp_path):
+    path = tmp_path / f"picture{suffix}"
+    Image.fromarray(random_picture(100, 130)).convert(mode).save(path)
+    with Image.open(path) as image:
+        expected = np.asarray(image.convert("RGB").resize((96, 64), Image.Resampling.BILINEAR))
+    options = {"size": {"height": 64, "width": 96}, "do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+    for picture in (path, Image.open(path), np.asarray(Image.open(path).convert("RGB"))):
+        inputs = image_processor(picture, **options)
+        assert torch.equal(own_part(inputs), torch.from_numpy(expected.copy()).permute(2, 0, 1).float())
+
+
 def test_padding_is_zero_after_normalisation_at_the_right_and_below(image_processor):
     inputs = image_processor(random_picture(40, 50), **AS_IS)
     assert inputs["pixel_values"].shape == (1, 3, 64, 64)

@@ -8,7 +8,6 @@ of the pictures, so that a program exported once takes every height, width and b
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from torch.fx.experimental import _config
 from torch.onnx import OnnxExporterError
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .attention_bias import recognize_regions
+from .attention_bias import pool_attention_bias, recognize_regions
 
 if TYPE_CHECKING:
     from modeling_san import SANConfig, SANForOpenVocabSegmentation
@@ -145,11 +144,8 @@ class SegmentationProgram(nn.Module):
     def recognize(self, hidden_states: Tensor, attention_bias: Tensor, clip_grid: tuple[int, int]) -> Tensor:
         """As the model's own, with pooling for which the exporter need not know the sizes."""
         model = self.model
-        method = model.config.attention_bias_pooling
-        pool = {"max": self.pool_max, "avg": self.pool_avg}.get(
-            method, functools.partial(_interpolate_to, mode=method)
-        )
-        biases = [pool(bias, clip_grid).flatten(-2) for bias in attention_bias.unbind(1)]
+        method, window = model.config.attention_bias_pooling, self.longest_window
+        biases = [pool_attention_bias(bias, clip_grid, method, window) for bias in attention_bias.unbind(1)]
         cls_token = hidden_states[:, :1]
         if model.sls_embedding is None:
             sls_tokens = cls_token.expand(-1, model.config.num_queries, -1)
@@ -161,33 +157,6 @@ class SegmentationProgram(nn.Module):
         sls_tokens = recognize_regions(layers, hidden_states, sls_tokens, biases, model.prompt_embedding)
         embeds = model.visual_projection(model.vision_model.post_layernorm(sls_tokens))
         return nn.functional.normalize(embeds.float(), dim=-1)
-
-    def pool_max(self, bias: Tensor, size: tuple[int, int]) -> Tensor:
-        """`adaptive_max_pool2d` of `(..., height, width)`."""
-        for dim, cells in ((-2, size[0]), (-1, size[1])):
-            # A window that is shorter than the longest one repeats its last cell
-            picked = [cell for cell, _ in self.pick_cells(bias, cells, dim)]
-            bias = functools.reduce(torch.maximum, picked)
-        return bias
-
-    def pool_avg(self, bias: Tensor, size: tuple[int, int]) -> Tensor:
-        """`adaptive_avg_pool2d` of `(..., height, width)`."""
-        for dim, cells in ((-2, size[0]), (-1, size[1])):
-            picked = [cell * share.to(cell.dtype) for cell, share in self.pick_cells(bias, cells, dim)]
-            bias = functools.reduce(torch.add, picked)
-        return bias
-
-    def pick_cells(self, bias: Tensor, cells: int, dim: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The first cell of all windows of adaptive pooling, with its share of the window, then the second, ..."""
-        length = bias.shape[dim]
-        index = torch.arange(cells, device=bias.device)
-        starts, ends = index * length // cells, ((index + 1) * length + cells - 1) // cells
-        for offset in range(self.longest_window):
-            share = (starts + offset < ends) / (ends - starts)
-            yield (
-                bias.index_select(dim, torch.minimum(starts + offset, ends - 1)),
-                share[:, None] if dim == -2 else share,
-            )
 
     def label_pixels(self, mask_logits: Tensor, class_logits: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
         """
@@ -442,13 +411,6 @@ def _interpolate(maps: Tensor, target: int, scale: float, dim: int) -> Tensor:
     share = (position - below).to(maps.dtype)
     share = share[:, None] if dim == -2 else share
     return torch.lerp(maps.index_select(dim, below), maps.index_select(dim, above), share)
-
-
-def _interpolate_to(bias: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """Resize `(batch, heads, queries, height, width)`; the batch stays a dimension of its own."""
-    align_corners = None if mode == "nearest" else False
-    resized = nn.functional.interpolate(bias.flatten(1, 2), size, mode=mode, align_corners=align_corners)
-    return resized.unflatten(1, bias.shape[1:3])
 
 
 def _enlarge_rows(maps: Tensor, factor: int) -> Iterator[Tensor]:

@@ -486,7 +486,9 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
             clip_hidden_states = self.get_clip_hidden_states(clip_pixels)
             proposals = self.side_adapter(pixels, clip_hidden_states, clip_grid)
             attention_biases = [proposal.attention_bias for proposal in proposals]
-            mask_embeds = self.recognize(clip_hidden_states[-1], attention_biases, clip_grid)
+            mask_embeds = self.recognize(
+                clip_hidden_states[-1], attention_biases, clip_grid, bool(output_hidden_states or output_attentions)
+            )
             predictions.append(
                 [
                     {
@@ -536,7 +538,11 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         return hidden_states
 
     def recognize(
-        self, hidden_states: Tensor, attention_biases: Sequence[Tensor], clip_grid: tuple[int, int]
+        self,
+        hidden_states: Tensor,
+        attention_biases: Sequence[Tensor],
+        clip_grid: tuple[int, int],
+        whole_layers: bool = False,
     ) -> list[Tensor]:
         """
         Let CLIP say what each masked region is (paper, section 3.2).
@@ -546,16 +552,18 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
             attention_biases: sets of biases, each `(batch, bias layers, bias heads, queries, h, w)`. All sets share
                 one pass, as [SLS] tokens do not see one another.
             clip_grid: rows and columns of CLIP's patches.
+            whole_layers: whether to call CLIP's layers as they are, so that hooks on them see all tokens. The answer
+                is the same up to rounding, and later.
 
         Returns:
             for each set unit vectors `(batch, queries, projection_dim)` in float32.
         """
-        biases = torch.cat(list(attention_biases), dim=3).unbind(1)
-        pooled = [pool_attention_bias(bias, clip_grid, self.config.attention_bias_pooling) for bias in biases]
+        pooled = torch.cat([self._pool(bias, clip_grid) for bias in attention_biases], dim=3).unbind(1)
         sls_tokens = self._start_sls_tokens(hidden_states[:, :1]).repeat(1, len(attention_biases), 1)
         layers = self.vision_model.encoder.layers[self.config.sls_start_layer :]
+        call = self._run_clip_layer if whole_layers else None
         sls_tokens = recognize_regions(
-            layers, hidden_states, sls_tokens, pooled, self.prompt_embedding, call=self._run_clip_layer
+            layers, hidden_states, sls_tokens, pooled, self.prompt_embedding, call, checkpointing=self.training
         )
         embeds = self.visual_projection(self.vision_model.post_layernorm(sls_tokens))
         return list(nn.functional.normalize(embeds.float(), dim=-1).chunk(len(attention_biases), dim=1))
@@ -597,6 +605,11 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         if self.training and layer.gradient_checkpointing and not layer.training:
             return layer._gradient_checkpointing_func(layer.__call__, hidden_states, attention_mask)
         return layer(hidden_states, attention_mask)
+
+    def _pool(self, attention_bias: Tensor, clip_grid: tuple[int, int]) -> Tensor:
+        """Biases of all layers on CLIP's grid, `(batch, bias layers, bias heads, queries, patches)`."""
+        pooled = pool_attention_bias(attention_bias.flatten(1, 2), clip_grid, self.config.attention_bias_pooling)
+        return pooled.unflatten(1, attention_bias.shape[1:3])
 
     def _start_sls_tokens(self, cls_token: Tensor) -> Tensor:
         if self.sls_embedding is None:

@@ -149,8 +149,37 @@ class MaskDecoderMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map `(..., input_dim)` to `(..., output_dim)`."""
-        hidden_states = nn.functional.relu(self.fc1(hidden_states))
-        return self.fc3(nn.functional.relu(self.fc2(hidden_states)))
+        return self.fc3(self.hidden(hidden_states))
+
+    def hidden(self, hidden_states: Tensor) -> Tensor:
+        """Map `(..., input_dim)` to `(..., hidden_dim)`, what the last layer starts from."""
+        return nn.functional.relu(self.fc2(nn.functional.relu(self.fc1(hidden_states))))
+
+    def products(self, queries: Tensor, patches: Tensor) -> Tensor:
+        """
+        Products of queries with what this network makes of patches, one after the other `dim` of its outputs.
+
+        Patches are many and queries are few: q (W h + b) costs a fraction as (q W) h + q b, and the outputs for all
+        patches, the largest tensor of the side adapter, never exist.
+
+        Args:
+            queries: `(batch, queries, dim)`.
+            patches: `(batch, patches, input_dim)`.
+
+        Returns:
+            `(batch, output_dim / dim, queries, patches)`.
+        """
+        if type(self.fc3) is not nn.Linear:
+            # An adapter or a quantised layer, whose weight alone is not all of it
+            keys = self(patches).unflatten(-1, (-1, queries.shape[-1]))
+            return queries[:, None] @ keys.permute(0, 2, 3, 1)
+        parts = (-1, queries.shape[-1])
+        projected = torch.einsum("bqd,pdh->bpqh", queries, self.fc3.weight.unflatten(0, parts))
+        shifts = torch.einsum("bqd,pd->bpq", queries, self.fc3.bias.unflatten(0, parts))
+        products = torch.baddbmm(
+            shifts.flatten(1)[..., None], projected.flatten(1, 2), self.hidden(patches).transpose(1, 2)
+        )
+        return products.unflatten(1, shifts.shape[1:])
 
 
 class MaskDecoder(nn.Module):
@@ -174,11 +203,11 @@ class MaskDecoder(nn.Module):
             grid: height and width of the patch grid.
         """
         queries = self.query_mlp(queries)
-        mask_logits = queries @ self.mask_mlp(patches).transpose(1, 2)
-        keys = self.bias_mlp(patches).unflatten(-1, (self.bias_layers, self.bias_heads, -1))
-        bias = queries[:, None, None] @ keys.permute(0, 2, 3, 4, 1)
+        mask_logits = self.mask_mlp.products(queries, patches)[:, 0]
+        bias = self.bias_mlp.products(queries, patches)
         if self.bias_scaling is not None:
             bias = bias * self.bias_scaling.weight[0, 0] + self.bias_scaling.bias[0]
+        bias = bias.unflatten(1, (self.bias_layers, self.bias_heads))
         return MaskProposals(mask_logits.unflatten(-1, grid), bias.unflatten(-1, grid))
 
 

@@ -16,6 +16,7 @@ from torch._dynamo.exc import UserError, UserErrorType
 
 import modeling_san.export as exporting
 from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor
+from modeling_san.attention_bias import pool_attention_bias
 from modeling_san.commands import export as command
 from modeling_san.commands.export import draw_batch
 from modeling_san.commands.main import main
@@ -329,12 +330,13 @@ def test_a_program_compiled_ahead_of_time_runs_without_the_model(interpolating, 
 @pytest.mark.parametrize("method", ["max", "avg"])
 def test_pooling_takes_the_windows_of_adaptive_pooling(make_model, class_embeds, scale, method):
     program = SegmentationProgram(make_model(**{**L14_SHAPE, "clip_input_scale": scale}), class_embeds)
-    pool = {"max": program.pool_max, "avg": program.pool_avg}[method]
     adaptive = {"max": torch.nn.functional.adaptive_max_pool2d, "avg": torch.nn.functional.adaptive_avg_pool2d}[method]
     for height, width in [(32, 64), (96, 160), (416, 640), (640, 864), (608, 1024)]:
         bias = torch.randn(1, 2, height // 16, width // 16, generator=torch.Generator().manual_seed(height))
         size = int(height * scale) // 14, int(width * scale) // 14
-        torch.testing.assert_close(pool(bias, size), adaptive(bias, size))
+        for longest_window in (program.longest_window, None):
+            pooled = pool_attention_bias(bias[None], size, method, longest_window)[0]
+            torch.testing.assert_close(pooled.unflatten(-1, size), adaptive(bias, size))
 
 
 def test_a_training_model_is_refused(model, class_embeds):

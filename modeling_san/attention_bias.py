@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.clip.modeling_clip import eager_attention_forward
+
+from .clip_layers import attend, run_layer
 
 
 def pool_attention_bias(
@@ -178,33 +178,16 @@ def _run_steered(layer: Any, seen: Tensor, tokens: int, mask: Tensor, sls_only: 
     Returns:
         the tokens after the layer, `(batch, tokens or queries, width)`.
     """
-    attention = layer.self_attn
-    attend = functools.partial(
-        ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward),
-        attention,
-        scaling=attention.scale,
-        dropout=attention.dropout if attention.training else 0.0,
-        is_causal=False,
-    )
     first_sls = tokens - mask.shape[-2]
-    asking = slice(first_sls if sls_only else 0, tokens)
-    normed = layer.layer_norm1(seen)
-    query, key, value = (
-        projection(of).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-        for projection, of in (
-            (attention.q_proj, normed[:, asking]),
-            (attention.k_proj, normed),
-            (attention.v_proj, normed),
-        )
-    )
-    if sls_only:
-        attended, _ = attend(query, key[:, :, 1:], value[:, :, 1:], mask)
-    else:
-        clip, _ = attend(query[:, :, :first_sls], key[:, :, :first_sls], value[:, :, :first_sls], None)
-        sls, _ = attend(query[:, :, first_sls:], key[:, :, 1:], value[:, :, 1:], mask)
-        attended = torch.cat([clip, sls], dim=1)
-    hidden_states = seen[:, asking] + attention.out_proj(attended.flatten(2))
-    return hidden_states + layer.mlp(layer.layer_norm2(hidden_states))
+
+    def mix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        sls = attend(layer, query[:, -mask.shape[-2] :], key[:, 1:], value[:, 1:], mask)
+        if sls_only:
+            return sls
+        clip = attend(layer, *(tensor[:, :first_sls] for tensor in (query, key, value)), None)
+        return torch.cat([clip, sls], dim=1)
+
+    return run_layer(layer, seen, mix, asking=slice(first_sls if sls_only else 0, tokens))
 
 
 __all__ = ["make_attention_mask", "pool_attention_bias", "recognize_regions"]

@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_bias import pool_attention_bias, recognize_regions
 from .configuration_san import SANConfig
 from .loss_san import Group, SANLoss, masks_from_label_map
+from .prompt_encoder import encode_prompts
 from .side_adapter import MaskDecoder, SideAdapter, SideAdapterAttention, SideAdapterEmbeddings, SideAdapterLayer
 
 TEXT_BATCH_SIZE = 512
@@ -398,7 +399,12 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
                 'one of each, as processor(text=["sky", "road"]) makes them.'
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_trains()):
-            pooled = [self.text_model(chunk).pooler_output for chunk in input_ids.flatten(0, 1).split(TEXT_BATCH_SIZE)]
+            chunks = input_ids.flatten(0, 1).split(TEXT_BATCH_SIZE)
+            if torch.is_grad_enabled() or torch.compiler.is_compiling():
+                # Hooks and checkpointing are there for whole layers, and a tree's shape depends on what the words are
+                pooled = [self.text_model(chunk).pooler_output for chunk in chunks]
+            else:
+                pooled = [encode_prompts(self.text_model, chunk) for chunk in chunks]
             prompts = nn.functional.normalize(self.text_projection(torch.cat(pooled)).float(), dim=-1)
             prompts = prompts.view(*input_ids.shape[:2], -1)
             if attention_mask is not None:

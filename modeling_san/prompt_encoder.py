@@ -1,0 +1,120 @@
+"""Many prompts through CLIP's text encoder at once, without computing anything twice.
+
+A vocabulary is put into templates, so its prompts begin alike: "There is a small " stands before every label. CLIP's
+text encoder is causal, and what it makes of a token depends on the tokens before it alone: prompts that begin alike
+have the same hidden states as far as they do. So they are merged into a tree, in which every beginning is one node,
+and all layers run on the nodes: 4.2 tokens a prompt for COCO-Stuff in 14 templates, where prompts padded to the
+longest have 13. Only attention needs whole prompts, and gathers them. The last layer runs on the ends of the prompts, which is
+all that is read of it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .clip_layers import attend, run_layer
+
+
+@dataclass(frozen=True)
+class PromptTree:
+    """
+    Prompts merged where they begin alike.
+
+    Attributes:
+        token_ids: `(nodes,)`, the last token of the beginning that a node stands for.
+        positions: `(nodes,)`, its position.
+        path: `(prompts, tokens)`, the nodes of each prompt in order; behind its end any node.
+        found_at: `(nodes,)`, a place in the flattened `path` where each node is.
+        ends: `(prompts,)`, the position of each prompt's end.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    path: Tensor
+    found_at: Tensor
+    ends: Tensor
+
+
+def make_prompt_tree(input_ids: Tensor, ends: Tensor) -> PromptTree:
+    """
+    Merge prompts.
+
+    Args:
+        input_ids: `(prompts, tokens)`.
+        ends: `(prompts,)`, position of the last token that counts.
+    """
+    prompts = torch.arange(len(input_ids), device=input_ids.device)
+    vocabulary = int(input_ids.max()) + 1
+    longest = int(ends.max()) + 1
+    path = input_ids.new_zeros(len(input_ids), longest)
+    found_at, first_node = [], 0
+    before = torch.zeros_like(prompts)
+    for position in range(longest):
+        going_on = prompts[ends >= position]
+        # Two beginnings are the same where all tokens but the last are the same node, and the last one is the same
+        beginnings = before[going_on] * vocabulary + input_ids[going_on, position]
+        distinct, node = beginnings.unique(return_inverse=True)
+        path[going_on, position] = first_node + node
+        before[going_on] = node
+        found_at.append(torch.empty_like(distinct).scatter_(0, node, going_on * longest + position))
+        first_node += len(distinct)
+    found = torch.cat(found_at)
+    return PromptTree(input_ids[:, :longest].flatten()[found], found % longest, path, found, ends)
+
+
+def encode_prompts(text_model: Any, input_ids: Tensor) -> Tensor:
+    """
+    What `text_model(input_ids).pooler_output` is, for prompts that have much in common.
+
+    Args:
+        text_model: a `CLIPTextModel`.
+        input_ids: `(prompts, tokens)`.
+
+    Returns:
+        the hidden state of each prompt's end-of-text token, `(prompts, width)`.
+    """
+    tree = make_prompt_tree(input_ids, find_ends(text_model, input_ids))
+    hidden_states = text_model.embeddings(tree.token_ids[:, None], tree.positions[:, None]).transpose(0, 1)
+    order = torch.arange(tree.path.shape[1], device=input_ids.device)
+    later, behind = order > order[:, None], order > tree.ends[:, None]
+    # As numbers to add, in the model's precision
+    later, behind = (
+        torch.zeros_like(hidden, dtype=hidden_states.dtype).masked_fill(hidden, float("-inf"))
+        for hidden in (later[None, None], behind[:, None, None])
+    )
+    ends = tree.path.gather(1, tree.ends[:, None])[:, 0]
+    *layers, last = text_model.encoder.layers
+
+    for layer in layers:
+
+        def mix(query: Tensor, key: Tensor, value: Tensor, layer: Any = layer) -> Tensor:
+            prompts = attend(layer, *(tensor[0][tree.path] for tensor in (query, key, value)), later)
+            return prompts.flatten(0, 1)[tree.found_at][None]
+
+        hidden_states = run_layer(layer, hidden_states, mix)
+
+    def mix_ends(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(last, query.transpose(0, 1), key[0][tree.path], value[0][tree.path], behind).transpose(0, 1)
+
+    return text_model.final_layer_norm(run_layer(last, hidden_states, mix_ends, ends)[0])
+
+
+def find_ends(text_model: Any, input_ids: Tensor) -> Tensor:
+    """
+    Where CLIP reads what a prompt says: at the first end-of-text token.
+
+    Args:
+        text_model: a `CLIPTextModel`.
+        input_ids: `(prompts, tokens)`.
+
+    Returns:
+        `(prompts,)`.
+    """
+    # Configs of old checkpoints name token 2 where they mean the one with the highest number
+    is_end = input_ids if text_model.eos_token_id == 2 else (input_ids == text_model.eos_token_id).int()
+    return is_end.argmax(dim=-1)
+
+
+__all__ = ["PromptTree", "encode_prompts", "find_ends", "make_prompt_tree"]

@@ -1,26 +1,42 @@
-"""From mask and class logits to a label per pixel, in blocks that need little memory.
+"""From mask and class logits to a label per pixel, in tiles that need little memory.
 
 SAN paper, section 3: the score of class c at a pixel is the sum over the queries of (probability that the query's
 region is c) * (probability that the pixel belongs to the region). The mask logits reach the wanted size in two
 bilinear steps, to the network's input size and, once the padding is cut off, to the output size. Both steps are
 linear and treat rows and columns apart, so together they are one small matrix for the rows and one for the columns,
-and any block of the output can be computed alone. Neither the scores (classes, height, width) nor the masks
+and any tile of the output can be computed alone. Neither the scores (classes, height, width) nor the masks
 (queries, height, width) ever exist as a whole.
+
+A tile lies between the centres of a few mask cells, its corners, and interpolation stays between their lowest and
+highest logit. So no class can score more in the tile than with the highest logit of every mask, and the winner scores
+at least what the best class would with the lowest. Classes that cannot reach that are left out, and neither labels
+nor scores change: of hundreds of classes a handful is left.
 """
 
+from __future__ import annotations
+
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
-_BLOCK_FLOATS = 8 * 2**20
-"""Numbers in one block's masks and scores together, 32 MB; larger blocks are hardly faster."""
+_BLOCK_FLOATS = 2 * 2**20
+"""Numbers computed at once on a processor, 8 MB: they stay in its caches."""
 
-_BLOCK_COLUMNS = 1024
+_DEVICE_FLOATS = 64 * 2**20
+"""Numbers computed at once elsewhere, 256 MB: few kernels do the work of many."""
 
-_MANY_CLASSES = 64
-"""From here on a pixel's scores lie side by side in memory: the product of few classes is three times slower that way,
-and finding the best of many five times faster."""
+_TILE_SIDES = (8, 32)
+"""Least and most pixels along a tile's side; in between it is as long as a mask cell."""
+
+_FEWEST_CLASSES = 4
+"""Products with fewer rows round otherwise: `segment` and `score_map` would differ in the last bit."""
+
+_ROUNDING = 1e-3
+"""More than the share of a score that float32 can miss it by: with 100 queries that is 1e-4 at worst."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +70,23 @@ def segment(
     Returns:
         The class indices (height, width) int64 and their scores (height, width) float32, at `geometry.target`.
     """
-    best = torch.empty(geometry.target, dtype=torch.int64, device=mask_logits.device)
-    best_score = torch.empty(geometry.target, dtype=torch.float32, device=mask_logits.device)
-    with torch.autocast(mask_logits.device.type, enabled=False):
-        for rows, columns, scores in _score_blocks(mask_logits, class_logits, geometry):
-            best_score[rows, columns], best[rows, columns] = scores.max(dim=-1)
+    device = mask_logits.device
+    best = torch.empty(geometry.target, dtype=torch.int64, device=device)
+    best_score = torch.empty(geometry.target, dtype=torch.float32, device=device)
+    with torch.autocast(device.type, enabled=False):
+        tiling, probabilities = _Tiling(mask_logits, geometry), _class_probabilities(class_logits)
+        if device.type == "cpu":
+            blocks, at_once = _contending_blocks, _BLOCK_FLOATS // (len(probabilities) + tiling.pixels)
+        else:
+            # To leave out classes the host would have to wait until the device knows which
+            blocks, at_once = _whole_block, _DEVICE_FLOATS // (sum(probabilities.shape) * tiling.pixels)
+        for band in tiling.bands(at_once):
+            score = torch.empty(len(band.corners), tiling.pixels, device=device)
+            label = torch.empty_like(score, dtype=torch.int64)
+            for tiles, classes, weights in blocks(band, probabilities):
+                score[tiles], winner = torch.bmm(weights, band.masks(tiles)).max(dim=1)
+                label[tiles] = classes.gather(1, winner)
+            best[band.rows], best_score[band.rows] = band.join(label), band.join(score)
     return best, best_score
 
 
@@ -71,8 +99,10 @@ def score_map(mask_logits: torch.Tensor, class_logits: torch.Tensor, geometry: M
     classes = class_logits.shape[-1] - 1
     full = torch.empty((classes, *geometry.target), dtype=torch.float32, device=mask_logits.device)
     with torch.autocast(mask_logits.device.type, enabled=False):
-        for rows, columns, scores in _score_blocks(mask_logits, class_logits, geometry):
-            full[:, rows, columns] = scores.movedim(-1, 0)
+        probabilities = _class_probabilities(class_logits)
+        for band in _Tiling(mask_logits, geometry).bands(1):
+            for tiles, _, weights in _whole_block(band, probabilities):
+                full[:, band.rows] = band.join(torch.bmm(weights, band.masks(tiles)))
     return full
 
 
@@ -85,40 +115,164 @@ def resize_matrix(own: int, padded: int, picture: int, target: int) -> torch.Ten
     return _interpolate_rows(kept, target)
 
 
-def _score_blocks(
-    mask_logits: torch.Tensor, class_logits: torch.Tensor, geometry: MaskGeometry
-) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Rows, columns and scores (rows, columns, classes) of block after block; each is overwritten by the next."""
-    device = mask_logits.device
-    masks = mask_logits[:, : geometry.own[0], : geometry.own[1]].float()
-    probabilities = class_logits.float().softmax(dim=-1)[:, :-1].contiguous()
-    queries, classes = probabilities.shape
-    row_matrix, column_matrix = (
-        resize_matrix(*lengths)
-        for lengths in zip(geometry.own, geometry.padded, geometry.picture, geometry.target, strict=True)
-    )
-    height, width = geometry.target
-    columns_at_once = min(width, _BLOCK_COLUMNS)
-    rows_at_once = min(height, max(1, _BLOCK_FLOATS // ((classes + queries) * columns_at_once)))
-    # One buffer for all blocks: fresh memory for each would cost more time than the product that fills it
-    buffer = torch.empty(classes * rows_at_once * columns_at_once, device=device)
-    for columns in _slices(width, columns_at_once):
-        weights, used = _support(column_matrix[columns])
-        wide = masks[:, :, used] @ weights.T.to(device)
-        for rows in _slices(height, rows_at_once):
-            weights, used = _support(row_matrix[rows])
-            block = (weights.to(device) @ wide[:, used]).sigmoid_()
-            out = buffer[: classes * block[0].numel()]
-            scores = _weighted_sum(block.view(queries, -1), probabilities, out)
-            yield rows, columns, scores.unflatten(0, block.shape[1:])
+class _Axis(NamedTuple):
+    """The rows of the output, or its columns, cut into tiles of one length.
+
+    Attributes:
+        cells: (tiles, corners), the mask cells that the pixels of a tile lie between.
+        weights: (tiles, corners, side), what each cell counts in each pixel.
+        before: how many pixels of the first tile lie before the output; some of the last may lie behind it.
+        length: of the output.
+    """
+
+    cells: torch.Tensor
+    weights: torch.Tensor
+    before: int
+    length: int
 
 
-def _weighted_sum(masks: torch.Tensor, probabilities: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Sum masks (queries, pixels) with weights (queries, classes), into `out`: (pixels, classes)."""
-    pixels, classes = masks.shape[1], probabilities.shape[1]
-    if classes < _MANY_CLASSES:
-        return torch.mm(probabilities.T, masks, out=out.view(classes, pixels)).T
-    return torch.mm(masks.T, probabilities, out=out.view(pixels, classes))
+class _Band(NamedTuple):
+    """Rows of tiles, as wide as the output.
+
+    Attributes:
+        rows: where it lies in the output.
+        corners: (tiles, corners down, corners across, queries), mask logits.
+        down: (tiles, corners down, height), what each corner counts in each row of pixels.
+        across: (tiles, corners across, width), the same for columns.
+        shape: rows of tiles, columns of tiles, height and width of a tile.
+        inside: the rows and columns of pixels that lie in the output.
+    """
+
+    rows: slice
+    corners: torch.Tensor
+    down: torch.Tensor
+    across: torch.Tensor
+    shape: tuple[int, int, int, int]
+    inside: tuple[slice, slice]
+
+    def masks(self, tiles: torch.Tensor | slice) -> torch.Tensor:
+        """Probabilities (tiles, queries, pixels) of some of the tiles."""
+        corners = self.corners[tiles]
+        columns = torch.bmm(corners.flatten(2).mT, self.down[tiles])
+        pixels = torch.bmm(columns.view(len(corners), corners.shape[2], -1).mT, self.across[tiles])
+        return pixels.view(len(corners), corners.shape[3], -1).sigmoid_()
+
+    def join(self, values: torch.Tensor) -> torch.Tensor:
+        """Put the values of all tiles (tiles, n, pixels) where they lie in the output, (n, height, width)."""
+        down, across, height, width = self.shape
+        tiles = values.view(down, across, -1, height, width).permute(2, 0, 3, 1, 4)
+        rows, columns = self.inside
+        return tiles.reshape(-1, down * height, across * width)[:, rows, columns]
+
+
+class _Tiling:
+    """Cuts the output into tiles.
+
+    Args:
+        mask_logits: (queries, h, w).
+        geometry: as for `segment`.
+    """
+
+    def __init__(self, mask_logits: torch.Tensor, geometry: MaskGeometry) -> None:
+        self._rows, self._columns = (
+            _split(*lengths, mask_logits.device)
+            for lengths in zip(geometry.own, geometry.padded, geometry.picture, geometry.target, strict=True)
+        )
+        own = mask_logits[:, : geometry.own[0], : geometry.own[1]].float()
+        # Interpolation makes a NaN of infinity, as 0 times infinity; the bounds of the logits would not
+        self._masks = own.where(own.isfinite(), torch.nan).permute(1, 2, 0).contiguous()
+        self.sides = (self._rows.weights.shape[-1], self._columns.weights.shape[-1])
+        self.pixels = math.prod(self.sides)
+
+    def bands(self, tiles_at_once: int) -> Iterator[_Band]:
+        """From top to bottom, each of so many tiles, and of one row at least."""
+        rows, columns, height = self._rows, self._columns, self.sides[0]
+        across = len(columns.cells)
+        for some in _slices(len(rows.cells), max(1, tiles_at_once // across)):
+            corners = self._masks[rows.cells[some, None, :, None], columns.cells[:, None]]
+            top = some.start * height - rows.before
+            first, end = max(top, 0), min(some.stop * height - rows.before, rows.length)
+            yield _Band(
+                rows=slice(first, end),
+                corners=corners.flatten(0, 1),
+                down=rows.weights[some].repeat_interleave(across, dim=0),
+                across=columns.weights.repeat(len(corners), 1, 1),
+                shape=(len(corners), across, *self.sides),
+                inside=(slice(first - top, end - top), slice(columns.before, columns.before + columns.length)),
+            )
+
+
+def _class_probabilities(class_logits: torch.Tensor) -> torch.Tensor:
+    """Probabilities (classes, queries) without that of "no object"."""
+    return class_logits.float().softmax(dim=-1)[:, :-1].T.contiguous()
+
+
+def _contending_blocks(
+    band: _Band, probabilities: torch.Tensor
+) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor]]:
+    """Tiles (n), for each of them the classes (n, k) that may win there, and their probabilities (n, k, queries)."""
+    contends = _contenders(band.corners, probabilities)
+    counts = contends.sum(dim=1)
+    fewest = min(_FEWEST_CLASSES, len(probabilities))
+    most = max(fewest, int(counts.max()))
+    # Shorter lists are filled up with class 0: it is in them already, or cannot win
+    classes = counts.new_zeros(len(counts), most)
+    classes[torch.arange(most) < counts[:, None]] = contends.nonzero()[:, 1]
+    # Tiles with about as many contenders share a block
+    left = counts.argsort(descending=True)
+    while len(left):
+        most = max(fewest, int(counts[left[0]]))
+        at_once = max(1, _BLOCK_FLOATS // ((most + probabilities.shape[1]) * math.prod(band.shape[2:])))
+        tiles, left = left[:at_once], left[at_once:]
+        numbers = classes[tiles, :most]
+        yield tiles, numbers, probabilities[numbers]
+
+
+def _whole_block(
+    band: _Band, probabilities: torch.Tensor
+) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor]]:
+    """All tiles with all classes, as `_contending_blocks` has them."""
+    tiles, classes = len(band.corners), len(probabilities)
+    numbers = torch.arange(classes, device=probabilities.device)
+    yield slice(None), numbers.expand(tiles, -1), probabilities.expand(tiles, -1, -1)
+
+
+def _contenders(corners: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """Which classes may win somewhere in a tile.
+
+    Args:
+        corners: (tiles, corners down, corners across, queries), mask logits.
+        probabilities: (classes, queries).
+
+    Returns:
+        (tiles, classes) bool.
+    """
+    lowest, highest = (bound.sigmoid() for bound in corners.flatten(1, 2).aminmax(dim=1))
+    certain = (lowest @ probabilities.T).amax(dim=1, keepdim=True)
+    possible = highest @ probabilities.T
+    # The other way round, a NaN would leave no class
+    return ~(possible < (1 - _ROUNDING) * certain)
+
+
+@lru_cache(maxsize=64)
+def _split(own: int, padded: int, picture: int, target: int, device: torch.device) -> _Axis:
+    """Tiles of a side; see `MaskGeometry`. Pictures of one size share them."""
+    matrix = resize_matrix(own, padded, picture, target)
+    cell = padded / own * target / picture
+    least, most = _TILE_SIDES
+    side = min(max(round(cell), least), most)
+    # Tiles that begin at the centre of a cell lie between the fewest cells
+    before = round(cell / 2) % side
+    tiles = -(-(before + target) // side)
+    pixels = (torch.arange(tiles * side) - before).clamp(0, target - 1)
+    weights = matrix[pixels].view(tiles, side, own)
+    used = weights.any(dim=1).byte()
+    first, last = used.argmax(dim=1, keepdim=True), own - 1 - used.flip(1).argmax(dim=1, keepdim=True)
+    cells = first + torch.arange(int((last - first).max()) + 1)
+    # Where a tile needs fewer cells than others, its last one comes again and counts nothing
+    repeated, cells = cells > last, cells.minimum(last)
+    weights = weights.mT.gather(1, cells[:, :, None].expand(-1, -1, side)).masked_fill_(repeated[:, :, None], 0)
+    return _Axis(cells.to(device), weights.to(device), before, target)
 
 
 def _interpolate_rows(matrix: torch.Tensor, length: int) -> torch.Tensor:
@@ -130,13 +284,6 @@ def _interpolate_rows(matrix: torch.Tensor, length: int) -> torch.Tensor:
     above = (below + 1).clamp(max=matrix.shape[0] - 1)
     share = (position - below)[:, None]
     return (1 - share) * matrix[below] + share * matrix[above]
-
-
-def _support(weights: torch.Tensor) -> tuple[torch.Tensor, slice]:
-    """The columns of `weights` between the first and the last that are not all zero, and where they are."""
-    used = weights.any(dim=0).nonzero()
-    first, last = int(used[0]), int(used[-1])
-    return weights[:, first : last + 1], slice(first, last + 1)
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

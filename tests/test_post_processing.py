@@ -38,7 +38,7 @@ def plain_scores(masks, classes, size, target):
 def processor(request, monkeypatch):
     if request.param == "many blocks":
         monkeypatch.setattr(post_processing, "_BLOCK_FLOATS", 3000)
-        monkeypatch.setattr(post_processing, "_BLOCK_COLUMNS", 23)
+        monkeypatch.setattr(post_processing, "_TILE_SIDES", (5, 7))
     return SANImageProcessor()
 
 

@@ -187,7 +187,8 @@ def _run_steered(layer: Any, seen: Tensor, tokens: int, mask: Tensor, sls_only: 
         clip = attend(layer, *(tensor[:, :first_sls] for tensor in (query, key, value)), None)
         return torch.cat([clip, sls], dim=1)
 
-    return run_layer(layer, seen, mix, asking=slice(first_sls if sls_only else 0, tokens))
+    asking = torch.arange(first_sls if sls_only else 0, tokens, device=seen.device)
+    return run_layer(layer, seen, mix, asking if sls_only or tokens < seen.shape[1] else None)
 
 
 __all__ = ["make_attention_mask", "pool_attention_bias", "recognize_regions"]

@@ -10,7 +10,7 @@ from transformers.models.clip.modeling_clip import eager_attention_forward
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def run_layer(layer: Any, hidden_states: Tensor, mix: Mix, asking: slice | Tensor = slice(None)) -> Tensor:
+def run_layer(layer: Any, hidden_states: Tensor, mix: Mix, asking: Tensor | None = None) -> Tensor:
     """
     Run one encoder layer of CLIP with another way of attending.
 
@@ -19,15 +19,17 @@ def run_layer(layer: Any, hidden_states: Tensor, mix: Mix, asking: slice | Tenso
         hidden_states: `(batch, tokens, width)`.
         mix: takes queries `(batch, asking, width)`, keys and values `(batch, tokens, width)` and returns what each of
             those that ask gets, `(batch, asking, width)`; usually by way of `attend`.
-        asking: the tokens that go through the layer. The others are there to be seen.
+        asking: indices of the tokens that go through the layer, where others are only there to be seen.
 
     Returns:
         `(batch, asking, width)`.
     """
     attention = layer.self_attn
     normed = layer.layer_norm1(hidden_states)
-    attended = mix(attention.q_proj(normed[:, asking]), attention.k_proj(normed), attention.v_proj(normed))
-    hidden_states = hidden_states[:, asking] + attention.out_proj(attended)
+    asked = normed if asking is None else normed.index_select(1, asking)
+    attended = mix(attention.q_proj(asked), attention.k_proj(normed), attention.v_proj(normed))
+    residual = hidden_states if asking is None else hidden_states.index_select(1, asking)
+    hidden_states = residual + attention.out_proj(attended)
     return hidden_states + layer.mlp(layer.layer_norm2(hidden_states))
 
 

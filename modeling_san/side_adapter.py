@@ -174,8 +174,9 @@ class MaskDecoderMLP(nn.Module):
             keys = self(patches).unflatten(-1, (-1, queries.shape[-1]))
             return queries[:, None] @ keys.permute(0, 2, 3, 1)
         parts = (-1, queries.shape[-1])
-        projected = torch.einsum("bqd,pdh->bpqh", queries, self.fc3.weight.unflatten(0, parts))
-        shifts = torch.einsum("bqd,pd->bpq", queries, self.fc3.bias.unflatten(0, parts))
+        weight, bias = self.fc3.weight.unflatten(0, parts), self.fc3.bias.unflatten(0, parts)
+        projected = (queries @ weight.transpose(0, 1).flatten(1)).unflatten(-1, (len(weight), -1)).transpose(1, 2)
+        shifts = (queries @ bias.T).transpose(1, 2)
         products = torch.baddbmm(
             shifts.flatten(1)[..., None], projected.flatten(1, 2), self.hidden(patches).transpose(1, 2)
         )

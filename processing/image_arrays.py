@@ -6,13 +6,17 @@ which one it is, what it is, and what to pass.
 """
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 
 _EXIF_ORIENTATION = 0x0112
+_ON_ITS_SIDE = (5, 6, 7, 8)
 _CHANNELS = (1, 3, 4)
 _ACCEPTED = "a PIL image, a path, a numpy array or a torch tensor"
 
@@ -98,6 +102,47 @@ def load_picture(
     if array.size == 0:
         raise ValueError(f"{name} has no pixels (shape {_shape(array)}): pass a picture of at least 1 x 1")
     return _to_values(_to_three_channels(array, name, to_rgb, channels_first), name)
+
+
+def draft_picture(
+    image: Any, name: str, wanted_size: Callable[[int, int], tuple[int, int]], resample: int
+) -> tuple[Any, tuple[int, int] | None]:
+    """Decode a large JPEG picture at 1/2, 1/4 or 1/8 of its size, and resize that: faster, and not quite the same.
+
+    It is decoded to at least twice the size wanted, so that resizing still averages over its pixels.
+
+    Args:
+        image: what `load_picture` takes. Drafted are JPEG files, and PIL images of them that are not decoded yet;
+            these stay as they are, another image is made of their file.
+        name: what an error calls it.
+        wanted_size: gives the height and width to resize to, for a picture of such a height and width.
+        resample: one of `PIL.Image.Resampling`.
+
+    Returns:
+        What to pass to `load_picture`, and the height and width that it has in full and upright, None if it is not
+        drafted.
+
+    Raises:
+        ValueError: the picture cannot be opened or decoded.
+    """
+    opened = _open(image, name) if isinstance(image, (str, os.PathLike)) else image
+    # PIL lets go of the file when it has decoded it; the frame or draft that someone chose stays chosen
+    if not isinstance(opened, JpegImageFile) or opened.fp is None or opened.tell() or opened.decoderconfig:
+        return opened, None
+    with _decoding(name):
+        # Draft mode changes the image that it is set on
+        drafted = Image.open(opened.fp) if opened is image else opened
+        on_its_side = drafted.getexif().get(_EXIF_ORIENTATION, 1) in _ON_ITS_SIDE
+    width, height = drafted.size
+    full_size = (width, height) if on_its_side else (height, width)
+    wanted = wanted_size(*full_size)
+    new_width, new_height = wanted if on_its_side else wanted[::-1]
+    draft = drafted.draft(None, (2 * new_width, 2 * new_height))
+    if draft is None or drafted.size == (width, height):
+        return opened, None
+    with _decoding(name):
+        # The box ends where the picture does: where its sides are no multiples of 8, the last pixels lie beyond
+        return drafted.resize((new_width, new_height), Image.Resampling(resample), box=draft[1]), full_size
 
 
 def read_map(segmentation_map: Any, name: str) -> np.ndarray:
@@ -226,11 +271,20 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
     """The pixels of a PIL image, turned upright by its EXIF orientation."""
     if 0 in image.size:
         raise ValueError(f"{name} has no pixels (size {image.size}): pass a picture of at least 1 x 1")
-    try:
+    if isinstance(image, ImageFile.ImageFile) and image.tile and image.fp is None:
+        raise ValueError(f"{name} was closed before it was decoded: pass it inside its `with` block, or pass its path")
+    with _decoding(name):
         image.load()
         # exif_transpose copies what is upright already, which most pictures are
         turned = image.getexif().get(_EXIF_ORIENTATION, 1) != 1
         return ImageOps.exif_transpose(image) if turned else image
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Say in one sentence what goes wrong inside."""
+    try:
+        yield
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{name} cannot be decoded ({error}): the file may be damaged or cut off") from error
 

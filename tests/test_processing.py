@@ -242,6 +242,151 @@ def test_damaged_files_are_refused_in_one_sentence(image_processor, tmp_path):
         image_processor(tmp_path / "text.png", **AS_IS)
 
 
+@pytest.mark.parametrize("do_draft", [False, True])
+def test_closed_images_are_refused_in_one_sentence(image_processor, do_draft, tmp_path):
+    Image.fromarray(random_picture()).save(tmp_path / "picture.jpg")
+    with Image.open(tmp_path / "picture.jpg") as image:
+        pass
+    with pytest.raises(ValueError, match="image 0 was closed before it was decoded: pass it inside"):
+        image_processor(image, do_draft=do_draft)
+
+
+# Several pictures at once
+
+
+@pytest.fixture(params=[1, 4])
+def threads(request, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+
+
+def test_a_batch_keeps_its_order(image_processor, threads, tmp_path):
+    pictures = [random_picture(20 + 40 * (index % 3), 30, seed=index) for index in range(8)]
+    for index, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / f"{index}.png")
+    inputs = image_processor([tmp_path / f"{index}.png" for index in range(8)], **AS_IS)
+    for index, picture in enumerate(pictures):
+        torch.testing.assert_close(own_part(inputs, index), normalized(picture), atol=1e-5, rtol=0)
+
+
+def test_the_first_bad_picture_of_a_batch_is_the_one_named(image_processor, threads, tmp_path):
+    Image.fromarray(random_picture(300, 300)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:200_000])
+    for _ in range(5):
+        with pytest.raises(ValueError, match="image 2 cannot be decoded"):
+            image_processor(
+                [*[tmp_path / "whole.png"] * 2, tmp_path / "cut.png", None, tmp_path / "none.png"], **AS_IS
+            )
+
+
+def test_one_undecoded_image_may_be_many_times_in_a_batch(image_processor, threads, tmp_path):
+    picture = random_picture(300, 300)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    with (tmp_path / "picture.png").open("rb") as file:
+        image, same_file = Image.open(file), Image.open(file)
+        inputs = image_processor([image, same_file] * 4, **AS_IS)
+    for index in range(8):
+        torch.testing.assert_close(own_part(inputs, index), normalized(picture), atol=1e-5, rtol=0)
+
+
+# Draft mode
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A JPEG file of 481 x 601 pixels, that is stored upright."""
+    smooth = Image.fromarray(random_picture(8, 10)).resize((601, 481), Image.Resampling.BICUBIC)
+    smooth.save(tmp_path / "photo.jpg", quality=95)
+    return tmp_path / "photo.jpg"
+
+
+SMALL = {"size": {"shortest_edge": 60}, "do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+
+
+def test_draft_mode_resizes_what_pil_decodes_smaller(image_processor, photo):
+    plain, drafted = image_processor(photo, **SMALL), image_processor(photo, do_draft=True, **SMALL)
+    with Image.open(photo) as image:
+        image.draft("RGB", (150, 120))
+        assert image.size == (151, 121)
+        # 601 x 481 pixels at a quarter
+        small = image.resize((75, 60), Image.Resampling.BILINEAR, box=(0, 0, 150.25, 120.25))
+    assert torch.equal(own_part(drafted), torch.from_numpy(np.array(small)).permute(2, 0, 1).float())
+    assert drafted["image_sizes"].tolist() == plain["image_sizes"].tolist() == [[60, 75]]
+    difference = (own_part(drafted) - own_part(plain)).abs()
+    assert 0 < difference.max() < 4
+    assert difference.mean() < 0.5
+
+
+@pytest.mark.parametrize(("shortest_edge", "decoded"), [(30, 61), (60, 121), (61, 241), (120, 241), (121, 481)])
+def test_draft_mode_decodes_at_least_twice_the_size(image_processor, photo, shortest_edge, decoded, monkeypatch):
+    resize, heights = Image.Image.resize, []
+
+    def watched_resize(image, *args, **kwargs):
+        heights.append(image.height)
+        return resize(image, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", watched_resize)
+    image_processor(photo, do_draft=True, size={"shortest_edge": shortest_edge})
+    assert heights == [decoded]
+
+
+def test_draft_mode_leaves_the_image_that_was_passed_as_it_is(image_processor, photo):
+    expected = image_processor(photo, do_draft=True, **SMALL)["pixel_values"]
+    with photo.open("rb") as file:
+        for image in (Image.open(photo), Image.open(file)):
+            assert torch.equal(image_processor(image, do_draft=True, **SMALL)["pixel_values"], expected)
+            assert image.size == (601, 481)
+            assert np.array_equal(np.asarray(image), np.asarray(Image.open(photo)))
+
+
+def test_draft_mode_leaves_alone_what_is_decoded_or_small_or_no_jpeg(image_processor, photo, tmp_path):
+    decoded = Image.open(photo)
+    decoded.load()
+    decoded.save(tmp_path / "photo.png")
+    expected = image_processor(photo, **SMALL)["pixel_values"]
+    for picture in (decoded, np.asarray(decoded), tmp_path / "photo.png", Image.open(tmp_path / "photo.png")):
+        assert torch.equal(image_processor(picture, do_draft=True, **SMALL)["pixel_values"], expected)
+    for picture in (photo, Image.open(photo)):
+        plain, drafted = (image_processor(picture, do_draft=draft, size=400) for draft in (False, True))
+        assert np.array_equal(drafted["pixel_values"], plain["pixel_values"])
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_drafted_pictures_and_their_maps_keep_the_full_upright_size(image_processor, photo, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with Image.open(photo) as image:
+        image.save(photo.with_name("turned.jpg"), exif=exif, quality=95)
+    height, width = (481, 601) if orientation in (1, 3) else (601, 481)
+    label_map = np.arange(height * width).reshape(height, width) * 4 // (height * width)
+    for size in ({"shortest_edge": 60}, {"height": 64, "width": 96}):
+        options = {**SMALL, "size": size}
+        plain = image_processor(photo.with_name("turned.jpg"), label_map, **options)
+        drafted = image_processor(photo.with_name("turned.jpg"), label_map, do_draft=True, **options)
+        assert torch.equal(drafted["image_sizes"], plain["image_sizes"])
+        assert torch.equal(drafted["labels"], plain["labels"])
+        assert (drafted["pixel_values"] - plain["pixel_values"]).abs().mean() < 1
+        assert not torch.equal(drafted["pixel_values"], plain["pixel_values"])
+
+
+def test_damaged_files_are_refused_in_draft_mode_too(image_processor, photo):
+    photo.write_bytes(photo.read_bytes()[:2000])
+    for picture in (photo, Image.open(photo)):
+        with pytest.raises(ValueError, match=r"image 0 cannot be decoded .* damaged or cut off"):
+            image_processor(picture, do_draft=True, **SMALL)
+    with pytest.raises(ValueError, match="there is no file"):
+        image_processor(photo.with_name("none.jpg"), do_draft=True)
+
+
+def test_draft_mode_is_saved_with_the_processor(image_processor, photo, tmp_path):
+    assert not image_processor.do_draft
+    SANImageProcessor(do_draft=True).save_pretrained(tmp_path / "saved")
+    loaded = SANImageProcessor.from_pretrained(tmp_path / "saved")
+    drafted = image_processor(photo, do_draft=True, **SMALL)["pixel_values"]
+    assert torch.equal(loaded(photo, **SMALL)["pixel_values"], drafted)
+    plain = image_processor(photo, **SMALL)["pixel_values"]
+    assert torch.equal(loaded(photo, do_draft=False, **SMALL)["pixel_values"], plain)
+
+
 # Segmentation maps
 
 

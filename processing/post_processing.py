@@ -23,13 +23,13 @@ from typing import NamedTuple
 
 import torch
 
-_BLOCK_FLOATS = 2 * 2**20
-"""Numbers computed at once on a processor, 8 MB: they stay in its caches."""
+_BLOCK_FLOATS = 2**20
+"""Numbers computed at once on a processor, 4 MB: they stay in its caches."""
 
 _DEVICE_FLOATS = 64 * 2**20
 """Numbers computed at once elsewhere, 256 MB: few kernels do the work of many."""
 
-_TILE_SIDES = (8, 32)
+_TILE_SIDES = (16, 32)
 """Least and most pixels along a tile's side; in between it is as long as a mask cell."""
 
 _FEWEST_CLASSES = 4
@@ -195,8 +195,8 @@ class _Tiling:
             yield _Band(
                 rows=slice(first, end),
                 corners=corners.flatten(0, 1),
-                down=rows.weights[some].repeat_interleave(across, dim=0),
-                across=columns.weights.repeat(len(corners), 1, 1),
+                down=rows.weights[some, None].expand(-1, across, -1, -1).flatten(0, 1),
+                across=columns.weights.expand(len(corners), -1, -1, -1).flatten(0, 1),
                 shape=(len(corners), across, *self.sides),
                 inside=(slice(first - top, end - top), slice(columns.before, columns.before + columns.length)),
             )

@@ -33,6 +33,7 @@ example:
   python -m benchmarks --stages network --profile --flops
   python -m benchmarks --stages none --scaling size=320,640 classes
   python -m benchmarks --stages none --others 1 20
+  python -m benchmarks --stages none --model outputs/fine-tuned --dtype bfloat16 --agreement photos/*.jpg
 
 Exit code 0, 1 if --compare finds a stage slower or larger, 2 for bad input.
 """
@@ -92,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--stages",
         nargs="+",
         metavar="STAGE",
-        help="some of text, preprocessing, pil, clip, side_adapter, recognition, network, post_processing, "
+        help="some of text, cached_text, preprocessing, pil, clip, side_adapter, recognition, network, post_processing, "
         "post_processing_large, end_to_end, full_scores, import_torch, import_san, "
         "import_model, help; or none (default: all)",
     )
@@ -122,6 +123,13 @@ def make_parser() -> argparse.ArgumentParser:
         type=positive_integer,
         metavar="LABELS",
         help="CLIPSeg, EoMT-B and Mask2Former with these numbers of labels (default: 1 20 171)",
+    )
+    more.add_argument(
+        "--agreement",
+        nargs="+",
+        type=Path,
+        metavar="PICTURE",
+        help="how many pixels get the label that they get in float32, eager; needs --model FOLDER",
     )
     more.add_argument(
         "--compare",
@@ -171,6 +179,8 @@ def run(args: argparse.Namespace) -> int:
     """
     # Nothing here may wait for a network
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # What an earlier run left on disk would be measured in place of the encoder
+    os.environ["SAN_TEXT_CACHE"] = "off"
     from .report import Report
 
     if args.compare is not None and len(args.compare) > 2:
@@ -222,6 +232,7 @@ def _measure(
 
     from modeling_san.commands.models import pick_device, quiet_libraries
 
+    from .agreement import format_agreement, measure_agreement
     from .machine import describe_machine, load_average
     from .measure import Meter
     from .others import LABELS, format_others, measure_others
@@ -267,6 +278,12 @@ def _measure(
                 save()
                 _progress(f"{title}, {count} labels")
             print(f"\n{format_others(report.others, settings)}", flush=True)
+        if args.agreement is not None:
+            for path, share in measure_agreement(settings, args.agreement, Path(folder)):
+                report.agreement[str(path)] = share
+                save()
+                _progress(f"{path}: {share:.2%}")
+            print(f"\n{format_agreement(report.agreement, settings)}", flush=True)
     save()
     print(f"\n{format_rates(report)}")
     return report

@@ -30,6 +30,7 @@ class Report:
         stages: by the names of `stages.STAGES`.
         scaling: for each axis and value, measurements by stage.
         others: for each model and number of labels, its measurement.
+        agreement: for each picture, the share of pixels that have the same label in float32.
         load_average: of the system when the run ended.
     """
 
@@ -39,6 +40,7 @@ class Report:
     stages: dict[str, Measurement] = field(default_factory=dict)
     scaling: dict[str, dict[str, dict[str, Measurement]]] = field(default_factory=dict)
     others: dict[str, dict[str, Measurement]] = field(default_factory=dict)
+    agreement: dict[str, float] = field(default_factory=dict)
     load_average: float | None = None
 
     def save(self, path: Path) -> None:
@@ -53,6 +55,7 @@ class Report:
             "stages": _to_json(self.stages),
             "scaling": _to_json(self.scaling),
             "others": _to_json(self.others),
+            "agreement": self.agreement,
         }
         partial = path.with_name(path.name + ".partial")
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -81,6 +84,7 @@ class Report:
                     for axis, points in content["scaling"].items()
                 },
                 others={model: _measurements(labels) for model, labels in content["others"].items()},
+                agreement={path: float(share) for path, share in content.get("agreement", {}).items()},
                 load_average=content["load_average"],
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

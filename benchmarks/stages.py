@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from modeling_san import SANOutput
+from modeling_san import SANOutput, text_cache_san
 
 from .machine import REPOSITORY
 from .workload import PHOTO_SIZE, Workload
@@ -45,6 +46,21 @@ class Stage:
 def _text(work: Workload) -> Run:
     prompts, encode = work.prompts(), work.compiled(work.model.get_class_embeds)
     return lambda: encode(**prompts)
+
+
+def _cached_text(work: Workload) -> Run:
+    """Labels that an earlier process encoded: all that a new one does for them, reading the weights included."""
+    prompts, encode = work.prompts(), work.model.get_class_embeds
+
+    def run() -> None:
+        os.environ[text_cache_san.SWITCH] = str(work.folder)
+        text_cache_san.forget_digests()
+        try:
+            encode(**prompts)
+        finally:
+            os.environ[text_cache_san.SWITCH] = "off"
+
+    return run
 
 
 def _preprocessing(work: Workload) -> Run:
@@ -144,6 +160,7 @@ def _python(*arguments: str) -> Callable[[Workload], Run]:
 
 STAGES = {
     "text": Stage("text encoding", _text, is_network=True),
+    "cached_text": Stage("  labels known from disk", _cached_text),
     "preprocessing": Stage("preprocessing of a 1920 x 1080 JPEG", _preprocessing),
     "pil": Stage("  PIL alone: decode and resize", _pil),
     "clip": Stage("CLIP to layer K", _clip, is_network=True),

@@ -75,7 +75,7 @@ class Workload:
         self.settings = settings
         self.device = torch.device(settings.device)
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
-        self._folder = folder
+        self.folder = folder
 
     @functools.cached_property
     def model(self) -> SANForOpenVocabSegmentation:
@@ -129,7 +129,7 @@ class Workload:
 
     def pictures(self, height: int, width: int) -> list[Path]:
         """A JPEG file of that size, as often as the batch has pictures."""
-        path = self._folder / f"{height}x{width}.jpg"
+        path = self.folder / f"{height}x{width}.jpg"
         if not path.is_file():
             make_picture(height, width).save(path, quality=90)
         return [path] * self.settings.batch

@@ -30,6 +30,7 @@ from .configuration_san import SANConfig
 from .loss_san import Group, SANLoss, masks_from_label_map
 from .prompt_encoder import encode_prompts
 from .side_adapter import MaskDecoder, SideAdapter, SideAdapterAttention, SideAdapterEmbeddings, SideAdapterLayer
+from .text_cache_san import cached_class_embeds
 
 TEXT_BATCH_SIZE = 512
 """Prompts encoded at once; bounds the memory that long vocabularies take."""
@@ -377,7 +378,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
     def get_class_embeds(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """
         Encode a vocabulary: prompts are encoded, normalised, averaged for each class and normalised again (paper,
-        section 3.3).
+        section 3.3). What the processor encoded before is read from disk, see `SAN_TEXT_CACHE` in `text_cache_san`.
 
         Args:
             input_ids: `(classes, prompts, tokens)`, or `(classes, tokens)` for one prompt each.
@@ -398,18 +399,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
                 f"input_ids have shape {tuple(input_ids.shape)}: expected (classes, prompts, tokens) with at least "
                 'one of each, as processor(text=["sky", "road"]) makes them.'
             )
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_trains()):
-            chunks = input_ids.flatten(0, 1).split(TEXT_BATCH_SIZE)
-            if torch.is_grad_enabled() or torch.compiler.is_compiling():
-                # Hooks and checkpointing are there for whole layers, and a tree's shape depends on what the words are
-                pooled = [self.text_model(chunk).pooler_output for chunk in chunks]
-            else:
-                pooled = [encode_prompts(self.text_model, chunk) for chunk in chunks]
-            prompts = nn.functional.normalize(self.text_projection(torch.cat(pooled)).float(), dim=-1)
-            prompts = prompts.view(*input_ids.shape[:2], -1)
-            if attention_mask is not None:
-                prompts = prompts * attention_mask.any(-1, keepdim=True)
-            return nn.functional.normalize(prompts.sum(1), dim=-1)
+        return cached_class_embeds(self, input_ids, attention_mask, self._encode_classes)
 
     @torch.no_grad()
     def set_labels(self, labels: Sequence[str], processor: LabelProcessor) -> None:
@@ -611,6 +601,20 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         if self.training and layer.gradient_checkpointing and not layer.training:
             return layer._gradient_checkpointing_func(layer.__call__, hidden_states, attention_mask)
         return layer(hidden_states, attention_mask)
+
+    def _encode_classes(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_trains()):
+            chunks = input_ids.flatten(0, 1).split(TEXT_BATCH_SIZE)
+            if torch.is_grad_enabled() or torch.compiler.is_compiling():
+                # Hooks and checkpointing are there for whole layers, and a tree's shape depends on what the words are
+                pooled = [self.text_model(chunk).pooler_output for chunk in chunks]
+            else:
+                pooled = [encode_prompts(self.text_model, chunk) for chunk in chunks]
+            prompts = nn.functional.normalize(self.text_projection(torch.cat(pooled)).float(), dim=-1)
+            prompts = prompts.view(*input_ids.shape[:2], -1)
+            if attention_mask is not None:
+                prompts = prompts * attention_mask.any(-1, keepdim=True)
+            return nn.functional.normalize(prompts.sum(1), dim=-1)
 
     def _pool(self, attention_bias: Tensor, clip_grid: tuple[int, int]) -> Tensor:
         """Biases of all layers on CLIP's grid, `(batch, bias layers, bias heads, queries, patches)`."""

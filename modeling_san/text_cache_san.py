@@ -169,6 +169,11 @@ def _label_keys(model: TextEncoder, input_ids: Tensor, attention_mask: Tensor | 
     return _hash_labels(digest + _settings(model), words, ids, kept)
 
 
+def forget_digests() -> None:
+    """Hash the weights again when they are next needed, as a new process does."""
+    _digests.clear()
+
+
 # Whether to use it
 
 

@@ -4,6 +4,8 @@ import os
 
 # Before transformers is imported: nothing in these tests may wait for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tests encode; nothing of them stays on disk
+os.environ["SAN_TEXT_CACHE"] = "off"
 # Before torch is: where pytest-xdist runs several processes, each of them and all its threads compute with one thread.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"

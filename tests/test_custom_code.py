@@ -28,6 +28,7 @@ MAY_BE_IMPORTED = {"transformers", "torch", "numpy", "PIL", "huggingface_hub"} |
 
 CODE = {
     "attention_bias.py",
+    "clip_layers.py",
     "configuration_san.py",
     "image_arrays.py",
     "image_processing_san.py",
@@ -37,7 +38,9 @@ CODE = {
     "pipeline_san.py",
     "post_processing.py",
     "processing_san.py",
+    "prompt_encoder.py",
     "side_adapter.py",
+    "text_cache_san.py",
     "vocabulary.py",
 }
 

@@ -1,0 +1,64 @@
+"""How many pixels keep their label when the network computes in another number format, or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+
+from modeling_san import SANProcessor
+
+from .settings import Settings
+from .workload import Workload, make_labels
+
+
+def measure_agreement(settings: Settings, pictures: Sequence[Path], folder: Path) -> Iterator[tuple[Path, float]]:
+    """
+    Label pictures as the settings say, and in float32, eager.
+
+    Args:
+        settings: a model's folder, with its processor, the number format and whether to compile. The vocabulary is the
+            one stored with the model, or as many labels as the settings say.
+        pictures: files.
+        folder: for what a workload writes.
+
+    Yields:
+        each file, and the share of its pixels that have the same label both ways.
+
+    Raises:
+        ValueError: the model or a picture cannot be used.
+        OSError: the folder holds no processor.
+    """
+    if not Path(settings.model).is_dir():
+        raise ValueError(f"--agreement with --model {settings.model}: pass a trained model's folder")
+    processor = SANProcessor.from_pretrained(settings.model)
+    exact = Workload(replace(settings, dtype="float32", compile=None), folder)
+    other = Workload(settings, folder)
+    class_embeds = exact.model.stored_class_embeds
+    if class_embeds is None:
+        prompts = processor.tokenize_labels(make_labels(settings.classes)).to(exact.device)
+        class_embeds = exact.model.get_class_embeds(**prompts)
+    for path in pictures:
+        inputs = processor(images=path, return_tensors="pt").to(exact.device)
+        with Image.open(path) as picture:
+            target = [ImageOps.exif_transpose(picture).size[::-1]]
+
+        def label(network: Any, inputs: Any = inputs, target: Any = target) -> torch.Tensor:
+            outputs = network(**inputs, class_embeds=class_embeds)
+            return processor.post_process_semantic_segmentation(outputs, target_sizes=target)[0]
+
+        yield path, (label(exact.model) == label(other.compiled(other.model))).double().mean().item()
+
+
+def format_agreement(agreement: dict[str, float], settings: Settings) -> str:
+    """The mean and the least of all pictures, a line."""
+    lowest = min(agreement, key=lambda path: agreement[path])
+    how = settings.dtype if settings.compile is None else f"{settings.dtype}, compiled ({settings.compile})"
+    return (
+        f"Pixels with the same label in {how} as in float32: {sum(agreement.values()) / len(agreement):.2%} of "
+        f"{len(agreement)} pictures, at least {agreement[lowest]:.2%} ({lowest})."
+    )

@@ -50,7 +50,7 @@ _PLAIN_MODULES = ("torch.nn.modules.", "transformers.models.clip.", "transformer
 _PLAIN_HOOKS = "transformers.utils.output_capturing"
 
 _CHUNK_BYTES = 2**22
-_MAX_THREADS = 8
+_THREADS = 4
 _SAMPLES = 32
 
 _FILE_NAME = f"class_embeds_{FORMAT}.sqlite3"
@@ -275,7 +275,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> bytes:
         values = _bytes_of(tensor).data
         # All of one size, whatever the threads: their hashes make the digest
         chunks.extend(values[start : start + _CHUNK_BYTES] for start in range(0, len(values), _CHUNK_BYTES))
-    with ThreadPoolExecutor(min(max(2, torch.get_num_threads()), _MAX_THREADS)) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         parts = pool.map(lambda chunk: hashlib.sha256(chunk).digest(), chunks)
         return hashlib.sha256(json.dumps(shapes).encode() + b"".join(parts)).digest()
 

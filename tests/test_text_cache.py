@@ -239,7 +239,7 @@ def test_a_class_without_any_prompt_is_not_kept(folder, model, inputs):
 def test_the_number_of_threads_does_not_count(folder, make_model, inputs, monkeypatch):
     monkeypatch.setattr(text_cache_san, "_CHUNK_BYTES", 1000)
     embed(make_model(), **inputs)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    monkeypatch.setattr(text_cache_san, "_THREADS", 1)
     assert embed(make_model(), **inputs)[1] == 0
 
 

@@ -26,8 +26,8 @@ import torch
 _BLOCK_FLOATS = 2**20
 """Numbers computed at once on a processor, 4 MB: they stay in its caches."""
 
-_DEVICE_FLOATS = 64 * 2**20
-"""Numbers computed at once elsewhere, 256 MB: few kernels do the work of many."""
+_DEVICE_FLOATS = 128 * 2**20
+"""Numbers computed at once elsewhere, 512 MB: a few large kernels take less time than many small ones."""
 
 _TILE_SIDES = (16, 32)
 """Least and most pixels along a tile's side; in between it is as long as a mask cell."""
@@ -215,7 +215,8 @@ def _contending_blocks(
     counts = contends.sum(dim=1)
     fewest = min(_FEWEST_CLASSES, len(probabilities))
     most = max(fewest, int(counts.max()))
-    # Shorter lists are filled up with class 0: it is in them already, or cannot win
+    # Lists are filled up with class 0, which is in them already or cannot win. Where a logit is no number no class
+    # contends, and the first of all that have no score is reported
     classes = counts.new_zeros(len(counts), most)
     classes[torch.arange(most) < counts[:, None]] = contends.nonzero()[:, 1]
     # Tiles with about as many contenders share a block
@@ -250,8 +251,7 @@ def _contenders(corners: torch.Tensor, probabilities: torch.Tensor) -> torch.Ten
     lowest, highest = (bound.sigmoid() for bound in corners.flatten(1, 2).aminmax(dim=1))
     certain = (lowest @ probabilities.T).amax(dim=1, keepdim=True)
     possible = highest @ probabilities.T
-    # The other way round, a NaN would leave no class
-    return ~(possible < (1 - _ROUNDING) * certain)
+    return possible >= (1 - _ROUNDING) * certain
 
 
 @lru_cache(maxsize=64)

@@ -83,7 +83,7 @@ def pipe(model, processor):
 def text_calls(model):
     """One entry for each time that the text encoder runs."""
     calls = []
-    model.text_model.register_forward_hook(lambda *_: calls.append(1))
+    model.text_projection.register_forward_hook(lambda *_: calls.append(1))
     return calls
 
 

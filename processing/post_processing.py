@@ -137,24 +137,25 @@ class _Band(NamedTuple):
     Attributes:
         rows: where it lies in the output.
         corners: (tiles, corners down, corners across, queries), mask logits.
-        down: (tiles, corners down, height), what each corner counts in each row of pixels.
-        across: (tiles, corners across, width), the same for columns.
+        row_weights: (tiles, corners down, height), what each corner counts in each row of pixels.
+        column_weights: (tiles, corners across, width), the same for columns.
         shape: rows of tiles, columns of tiles, height and width of a tile.
         inside: the rows and columns of pixels that lie in the output.
     """
 
     rows: slice
     corners: torch.Tensor
-    down: torch.Tensor
-    across: torch.Tensor
+    row_weights: torch.Tensor
+    column_weights: torch.Tensor
     shape: tuple[int, int, int, int]
     inside: tuple[slice, slice]
 
     def masks(self, tiles: torch.Tensor | slice) -> torch.Tensor:
         """Probabilities (tiles, queries, pixels) of some of the tiles."""
         corners = self.corners[tiles]
-        columns = torch.bmm(corners.flatten(2).mT, self.down[tiles])
-        pixels = torch.bmm(columns.view(len(corners), corners.shape[2], -1).mT, self.across[tiles])
+        # Products of whole tiles: rows for (corners across * queries), then columns for (queries * height)
+        rows = torch.bmm(corners.flatten(2).mT, self.row_weights[tiles])
+        pixels = torch.bmm(rows.view(len(corners), corners.shape[2], -1).mT, self.column_weights[tiles])
         return pixels.view(len(corners), corners.shape[3], -1).sigmoid_()
 
     def join(self, values: torch.Tensor) -> torch.Tensor:
@@ -195,8 +196,8 @@ class _Tiling:
             yield _Band(
                 rows=slice(first, end),
                 corners=corners.flatten(0, 1),
-                down=rows.weights[some, None].expand(-1, across, -1, -1).flatten(0, 1),
-                across=columns.weights.expand(len(corners), -1, -1, -1).flatten(0, 1),
+                row_weights=rows.weights[some, None].expand(-1, across, -1, -1).flatten(0, 1),
+                column_weights=columns.weights.expand(len(corners), -1, -1, -1).flatten(0, 1),
                 shape=(len(corners), across, *self.sides),
                 inside=(slice(first - top, end - top), slice(columns.before, columns.before + columns.length)),
             )
@@ -256,7 +257,7 @@ def _contenders(corners: torch.Tensor, probabilities: torch.Tensor) -> torch.Ten
 
 @lru_cache(maxsize=64)
 def _split(own: int, padded: int, picture: int, target: int, device: torch.device) -> _Axis:
-    """Tiles of a side; see `MaskGeometry`. Pictures of one size share them."""
+    """Cut one side of the output; the lengths are those of `MaskGeometry`. Pictures of one size share the result."""
     matrix = resize_matrix(own, padded, picture, target)
     cell = padded / own * target / picture
     least, most = _TILE_SIDES

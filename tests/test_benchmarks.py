@@ -30,7 +30,7 @@ Measurement, Report, Settings = (
 MEGABYTE = 1_000_000
 TINY = ("--model", str(BUILTIN_MODEL), "--size", "64", "--classes", "3", "--target", "48", "64", "--rounds", "1")
 NETWORK_STAGES = ("text", "clip", "side_adapter", "recognition", "network")
-OTHER_STAGES = ("preprocessing", "pil", "post_processing", "end_to_end", "full_scores")
+OTHER_STAGES = ("cached_text", "preprocessing", "pil", "post_processing", "end_to_end", "full_scores")
 MACHINE = {"processor": "A", "commit": "abc", "date": "today", "gpu": None, "load_average": 0.0}
 
 
@@ -410,3 +410,46 @@ def test_prompts_fit_a_text_encoder_of_few_positions():
     text = SANConfig.from_pretrained(BUILTIN_MODEL).text_config
     prompts = workload.made_up_prompts(["word " * 100], ["a {}"], text)
     assert prompts["input_ids"].shape[-1] == text.max_position_embeddings
+
+
+def test_labels_known_from_disk_are_not_encoded(tmp_path, monkeypatch):
+    settings = Settings(model=str(BUILTIN_MODEL), size=64, classes=300)
+    work = workload.Workload(settings, tmp_path)
+    encoded = []
+    work.model.text_projection.register_forward_hook(lambda *_: encoded.append(1))
+    # A hook on the text encoder itself would make it one whose embeddings are not kept
+    monkeypatch.setattr(importlib.import_module("modeling_san.text_cache_san"), "_is_plain", lambda model: True)
+    run = stages.STAGES["cached_text"].prepare(work)
+    with torch.inference_mode():
+        run()
+        first = len(encoded)
+        run()
+    assert first >= 1
+    assert len(encoded) == first
+    assert list(tmp_path.glob("*.sqlite3"))
+
+
+def test_agreement_is_the_share_of_pixels_with_the_same_label(run, tmp_path, capsys):
+    picture = tmp_path / "drawn.png"
+    workload.make_picture(64, 96).save(picture)
+    code, written = run("--stages", "none", "--dtype", "bfloat16", "--agreement", str(picture), str(picture))
+    assert code == 0
+    [share] = written.agreement.values()
+    assert 0.9 < share <= 1
+    assert f"same label in bfloat16 as in float32: {share:.2%} of 1 pictures" in capsys.readouterr().out
+    _, exact = run("--stages", "none", "--dtype", "float32", "--agreement", str(picture))
+    assert list(exact.agreement.values()) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("model", "picture", "message"),
+    [
+        ("vit_b_16", "there.png", "pass a trained model's folder"),
+        (str(BUILTIN_MODEL), "missing.png", "there is no file"),
+    ],
+)
+def test_agreement_without_a_model_or_a_picture_says_so(tmp_path, capsys, model, picture, message):
+    workload.make_picture(32, 32).save(tmp_path / "there.png")
+    arguments = ["--model", model, "--stages", "none", "--agreement", str(tmp_path / picture)]
+    assert cli.main([*arguments, "--output", str(tmp_path / "new.json")]) == 2
+    assert message in capsys.readouterr().err

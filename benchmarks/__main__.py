@@ -93,8 +93,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--stages",
         nargs="+",
         metavar="STAGE",
-        help="some of text, cached_text, preprocessing, pil, clip, side_adapter, recognition, network, post_processing, "
-        "post_processing_large, end_to_end, full_scores, import_torch, import_san, "
+        help="some of text, cached_text, preprocessing, pil, clip, side_adapter, recognition, network, "
+        "post_processing, post_processing_large, end_to_end, full_scores, import_torch, import_san, "
         "import_model, help; or none (default: all)",
     )
     how = parser.add_argument_group("how")

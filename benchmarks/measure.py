@@ -17,7 +17,7 @@ import torch
 PRODUCT_SIDE = 2048
 """Rows and columns of the matrices whose product says how fast the machine is."""
 
-PRODUCTS_AT_ONCE = 3
+_PRODUCTS_AROUND = 3
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
@@ -30,11 +30,11 @@ class Measurement:
 
     Attributes:
         seconds: of each round.
-        gflops: rate of the float32 matrix product on the processor right before and after, in 10^9 operations per
-            second; None on a GPU.
-        peak_memory: largest memory of the process, or of tensors on the GPU, during the rounds, in bytes; None where
-            the system does not tell.
-        added_memory: the same less what was held before the rounds.
+        gflops: rate of the float32 matrix product on the processor before, between and after the rounds, in 10^9
+            operations per second; None on a GPU.
+        peak_memory: largest memory of the process, or of tensors on the GPU, during the first round, in bytes; None
+            where the system does not tell.
+        added_memory: the same less what was held before that round.
         warmed_up: whether a run that is not counted came before.
         flops: floating-point operations of one round, where they were counted.
     """
@@ -167,20 +167,21 @@ class Meter:
             run: the stage.
             in_process: False where it computes in another process, whose memory is not measured.
         """
-        before = self._measure_rates()
+        rates = self._measure_rates(_PRODUCTS_AROUND)
         self._memory.start()
-        first = self._time(run)
-        if first > self._budget and self._warmups == 1:
-            seconds, warmed_up = [first], False
-        else:
+        seconds, warmed_up = [self._time(run)], False
+        if seconds[0] <= self._budget or self._warmups > 1:
             for _ in range(self._warmups - 1):
                 self._time(run)
             self._memory.start()
-            seconds, warmed_up = [], True
-            while len(seconds) < self._rounds and sum(seconds) < self._budget:
-                seconds.append(self._time(run))
+            seconds, warmed_up = [self._time(run)], True
+        # Before the next product, whose matrices would count
         peak, added = self._memory.read() if in_process else (None, None)
-        rates = before + self._measure_rates()
+        while warmed_up and len(seconds) < self._rounds and sum(seconds) < self._budget:
+            # Other work on the machine comes and goes: what slows the rounds has to slow the products as well
+            rates += self._measure_rates(1)
+            seconds.append(self._time(run))
+        rates += self._measure_rates(_PRODUCTS_AROUND)
         gflops = statistics.median(rates) if rates else None
         return Measurement(tuple(seconds), gflops, peak, added, warmed_up)
 
@@ -195,15 +196,15 @@ class Meter:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _measure_rates(self) -> list[float]:
+    def _measure_rates(self, count: int) -> list[float]:
         if self._device.type != "cpu":
             return []
-        rates = product_rates(self._product_side)
+        rates = product_rates(self._product_side, count)
         self.rates += rates
         return rates
 
 
-def product_rates(side: int = PRODUCT_SIDE, count: int = PRODUCTS_AT_ONCE) -> list[float]:
+def product_rates(side: int = PRODUCT_SIDE, count: int = _PRODUCTS_AROUND) -> list[float]:
     """
     How fast the processor multiplies float32 matrices.
 

@@ -155,7 +155,7 @@ class MaskDecoderMLP(nn.Module):
         """Map `(..., input_dim)` to `(..., hidden_dim)`, what the last layer starts from."""
         return nn.functional.relu(self.fc2(nn.functional.relu(self.fc1(hidden_states))))
 
-    def products(self, queries: Tensor, patches: Tensor) -> Tensor:
+    def products(self, queries: Tensor, patches: Tensor, shift: Tensor | float = 0.0) -> Tensor:
         """
         Products of queries with what this network makes of patches, one after the other `dim` of its outputs.
 
@@ -165,6 +165,7 @@ class MaskDecoderMLP(nn.Module):
         Args:
             queries: `(batch, queries, dim)`.
             patches: `(batch, patches, input_dim)`.
+            shift: a number to add to all products.
 
         Returns:
             `(batch, output_dim / dim, queries, patches)`.
@@ -172,11 +173,11 @@ class MaskDecoderMLP(nn.Module):
         if type(self.fc3) is not nn.Linear:
             # An adapter or a quantised layer, whose weight alone is not all of it
             keys = self(patches).unflatten(-1, (-1, queries.shape[-1]))
-            return queries[:, None] @ keys.permute(0, 2, 3, 1)
+            return queries[:, None] @ keys.permute(0, 2, 3, 1) + shift
         parts = (-1, queries.shape[-1])
         weight, bias = self.fc3.weight.unflatten(0, parts), self.fc3.bias.unflatten(0, parts)
         projected = (queries @ weight.transpose(0, 1).flatten(1)).unflatten(-1, (len(weight), -1)).transpose(1, 2)
-        shifts = (queries @ bias.T).transpose(1, 2)
+        shifts = (queries @ bias.T).transpose(1, 2) + shift
         products = torch.baddbmm(
             shifts.flatten(1)[..., None], projected.flatten(1, 2), self.hidden(patches).transpose(1, 2)
         )
@@ -205,9 +206,12 @@ class MaskDecoder(nn.Module):
         """
         queries = self.query_mlp(queries)
         mask_logits = self.mask_mlp.products(queries, patches)[:, 0]
-        bias = self.bias_mlp.products(queries, patches)
-        if self.bias_scaling is not None:
-            bias = bias * self.bias_scaling.weight[0, 0] + self.bias_scaling.bias[0]
+        if self.bias_scaling is None:
+            bias = self.bias_mlp.products(queries, patches)
+        else:
+            # Scaled queries have scaled products
+            scale, shift = self.bias_scaling.weight[0, 0], self.bias_scaling.bias[0]
+            bias = self.bias_mlp.products(queries * scale, patches, shift)
         bias = bias.unflatten(1, (self.bias_layers, self.bias_heads))
         return MaskProposals(mask_logits.unflatten(-1, grid), bias.unflatten(-1, grid))
 

@@ -44,7 +44,7 @@ def same_threads():
 @pytest.fixture
 def fixed_rate(monkeypatch):
     """A machine whose matrix product always runs at 10 GFLOP/s, and takes no time here."""
-    monkeypatch.setattr(measure, "product_rates", lambda side: [10.0] * 3)
+    monkeypatch.setattr(measure, "product_rates", lambda side, count: [10.0] * count)
     # Before each stage garbage is collected, which is not to look at everything that other tests have left
     gc.freeze()
     yield

@@ -698,3 +698,29 @@ def test_accumulated_batches_do_not_add_up_to_a_larger_loss(make_model, processo
     # Different pictures, but of one kind: four times the loss or the gradient could not be missed.
     assert four["loss"] == pytest.approx(one["loss"], rel=0.5)
     assert four["grad_norm"] < 2 * one["grad_norm"]
+
+
+@torch.no_grad()
+def test_adapters_in_the_mask_decoder_are_heard(model):
+    """The last layers' weights are multiplied with queries first; what stands in for such a layer is called."""
+
+    class Adapted(nn.Linear):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states) + 1.0
+
+    decoder, grid = model.side_adapter.mask_decoder, (4, 6)
+    queries, patches = torch.randn(2, 3, 24), torch.randn(2, 24, 24)
+    for name in ("mask_mlp", "bias_mlp"):
+        mlp = getattr(decoder, name)
+        replacement = Adapted(mlp.fc3.in_features, mlp.fc3.out_features)
+        replacement.load_state_dict(mlp.fc3.state_dict())
+        mlp.fc3 = replacement
+    adapted = decoder(queries, patches, grid)
+    for name in ("mask_mlp", "bias_mlp"):
+        mlp = getattr(decoder, name)
+        plain = nn.Linear(mlp.fc3.in_features, mlp.fc3.out_features)
+        plain.load_state_dict({"weight": mlp.fc3.weight, "bias": mlp.fc3.bias + 1.0})
+        mlp.fc3 = plain
+    plain = decoder(queries, patches, grid)
+    assert_close(adapted.mask_logits, plain.mask_logits, atol=1e-5, rtol=1e-5)
+    assert_close(adapted.attention_bias, plain.attention_bias, atol=1e-5, rtol=1e-5)

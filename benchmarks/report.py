@@ -113,7 +113,7 @@ def format_rates(report: Report) -> str:
     """How fast the machine was, and whether it was busy with something else."""
     rates = report.rates
     if not rates:
-        return "No cost on a GPU."
+        return "No cost on a GPU." if report.machine["gpu"] else "Nothing was timed."
     median, low, high = statistics.median(rates), min(rates), max(rates)
     loads = [report.machine["load_average"], report.load_average]
     load = "" if None in loads else f"; load average {loads[0]:.2f} at the start, {loads[1]:.2f} at the end"

@@ -40,16 +40,20 @@ AXES = {
     ),
     "classes": Axis(
         (10, 100, 1000, 10_000),
-        "The network meets the classes in its last product only. Post-processing grows linearly in time, as each "
-        "pixel has a score for each class; in memory it does not, as it works in blocks. Text grows linearly with "
-        "the prompts, once for a vocabulary.",
+        "The network meets the classes in its last product only. Post-processing multiplies those that may win in a "
+        "tile, which are about as many whatever the vocabulary; finding them grows linearly, and is small. Memory "
+        "does not grow, as it works in blocks. Text grows linearly with the prompts, once for a vocabulary.",
     ),
     "queries": Axis(
         (50, 100, 200, 400),
         "Queries are further tokens: linear in the layers of the side adapter and of recognition, and linear in "
         "post-processing. Attention grows with the square of all tokens, of which patches are most.",
     ),
-    "batch": Axis((1, 2, 4, 8), "Everything is linear; what is shared by the pictures of a batch can only save."),
+    "batch": Axis(
+        (1, 2, 4, 8),
+        "Everything is linear: a processor takes large batches a few pictures at a time. Memory is that of two "
+        "pictures, and the masks and biases of all.",
+    ),
 }
 """By the setting that is varied."""
 

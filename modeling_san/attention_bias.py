@@ -184,7 +184,7 @@ def _run_steered(layer: Any, seen: Tensor, tokens: int, mask: Tensor, sls_only: 
         sls = attend(layer, query[:, -mask.shape[-2] :], key[:, 1:], value[:, 1:], mask)
         if sls_only:
             return sls
-        clip = attend(layer, *(tensor[:, :first_sls] for tensor in (query, key, value)), None)
+        clip = attend(layer, query[:, :first_sls], key[:, :first_sls], value[:, :first_sls], None)
         return torch.cat([clip, sls], dim=1)
 
     asking = torch.arange(first_sls if sls_only else 0, tokens, device=seen.device)

@@ -90,7 +90,7 @@ def encode_prompts(text_model: Any, input_ids: Tensor) -> Tensor:
     for layer in layers:
 
         def mix(query: Tensor, key: Tensor, value: Tensor, layer: Any = layer) -> Tensor:
-            prompts = attend(layer, *(tensor[0][tree.path] for tensor in (query, key, value)), later)
+            prompts = attend(layer, query[0][tree.path], key[0][tree.path], value[0][tree.path], later)
             return prompts.flatten(0, 1)[tree.found_at][None]
 
         hidden_states = run_layer(layer, hidden_states, mix)

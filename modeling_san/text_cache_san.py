@@ -21,6 +21,8 @@ from huggingface_hub import constants
 from torch import Tensor, nn
 from transformers import __version__ as transformers_version
 
+from .prompt_encoder import find_ends
+
 try:
     import sqlite3
 except ImportError:
@@ -213,8 +215,7 @@ def _tokens_that_count(model: TextEncoder, ids: np.ndarray, mask: np.ndarray | N
         or (mask is not None and mask.shape != ids.shape)
     ):
         return None
-    # Where CLIP reads the prompt, and looks no further: configs that say 2 are older than the right number there
-    end = ids.argmax(-1) if config.eos_token_id == 2 else (ids == config.eos_token_id).argmax(-1)
+    end = find_ends(model.text_model, torch.from_numpy(ids)).numpy()
     kept = np.arange(ids.shape[-1]) <= end[..., None]
     return kept if mask is None else kept & mask.any(-1, keepdims=True)
 

@@ -38,6 +38,7 @@ def measure_agreement(settings: Settings, pictures: Sequence[Path], folder: Path
     processor = SANProcessor.from_pretrained(settings.model)
     exact = Workload(replace(settings, dtype="float32", compile=None), folder)
     other = Workload(settings, folder)
+    network = other.compiled(other.model)
     class_embeds = exact.model.stored_class_embeds
     if class_embeds is None:
         prompts = processor.tokenize_labels(make_labels(settings.classes)).to(exact.device)
@@ -47,11 +48,11 @@ def measure_agreement(settings: Settings, pictures: Sequence[Path], folder: Path
         with Image.open(path) as picture:
             target = [ImageOps.exif_transpose(picture).size[::-1]]
 
-        def label(network: Any, inputs: Any = inputs, target: Any = target) -> torch.Tensor:
-            outputs = network(**inputs, class_embeds=class_embeds)
+        def label(model: Any, inputs: Any = inputs, target: Any = target) -> torch.Tensor:
+            outputs = model(**inputs, class_embeds=class_embeds)
             return processor.post_process_semantic_segmentation(outputs, target_sizes=target)[0]
 
-        yield path, (label(exact.model) == label(other.compiled(other.model))).double().mean().item()
+        yield path, (label(exact.model) == label(network)).double().mean().item()
 
 
 def format_agreement(agreement: dict[str, float], settings: Settings) -> str:

@@ -65,8 +65,8 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--model", metavar="NAME_OR_FOLDER", help=f"vit_b_16, vit_l_14 or a model's folder (default: {default.model})"
     )
-    what.add_argument("--size", type=_side, help=f"side of the square picture in pixels (default: {default.size})")
-    what.add_argument("--batch", type=positive_integer, help="pictures at once (default: 1)")
+    what.add_argument("--size", type=_side, help=f"side of the square image in pixels (default: {default.size})")
+    what.add_argument("--batch", type=positive_integer, help="images at once (default: 1)")
     what.add_argument("--classes", type=positive_integer, help=f"labels (default: {default.classes})")
     what.add_argument(
         "--target",
@@ -75,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar=("HEIGHT", "WIDTH"),
         help="size of the label maps (default: {} {})".format(*default.target),
     )
-    what.add_argument("--queries", type=positive_integer, help="masks per picture (default: as the model has)")
+    what.add_argument("--queries", type=positive_integer, help="masks per image (default: as the model has)")
     what.add_argument("--dtype", choices=DTYPES, help=f"(default: {default.dtype})")
     what.add_argument(
         "--compile",
@@ -128,7 +128,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--agreement",
         nargs="+",
         type=Path,
-        metavar="PICTURE",
+        metavar="IMAGE",
         help="how many pixels get the label that they get in float32, eager; needs --model FOLDER",
     )
     more.add_argument(
@@ -384,10 +384,10 @@ def _check_output(args: argparse.Namespace) -> None:
 
 
 def _side(text: str) -> int:
-    """A picture's side, as an argument's type."""
+    """An image's side, as an argument's type."""
     side = positive_integer(text)
     if side % SIZE_DIVISOR:
-        raise argparse.ArgumentTypeError(f"{side} is not a multiple of {SIZE_DIVISOR}, which pictures are padded to")
+        raise argparse.ArgumentTypeError(f"{side} is not a multiple of {SIZE_DIVISOR}, which images are padded to")
     return side
 
 

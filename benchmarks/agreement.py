@@ -16,21 +16,21 @@ from .settings import Settings
 from .workload import Workload, make_labels
 
 
-def measure_agreement(settings: Settings, pictures: Sequence[Path], folder: Path) -> Iterator[tuple[Path, float]]:
+def measure_agreement(settings: Settings, images: Sequence[Path], folder: Path) -> Iterator[tuple[Path, float]]:
     """
-    Label pictures as the settings say, and in float32, eager.
+    Label images as the settings say, and in float32, eager.
 
     Args:
         settings: a model's folder, with its processor, the number format and whether to compile. The vocabulary is the
             one stored with the model, or as many labels as the settings say.
-        pictures: files.
+        images: files.
         folder: for what a workload writes.
 
     Yields:
         each file, and the share of its pixels that have the same label both ways.
 
     Raises:
-        ValueError: the model or a picture cannot be used.
+        ValueError: the model or an image cannot be used.
         OSError: the folder holds no processor.
     """
     if not Path(settings.model).is_dir():
@@ -43,10 +43,10 @@ def measure_agreement(settings: Settings, pictures: Sequence[Path], folder: Path
     if class_embeds is None:
         prompts = processor.tokenize_labels(make_labels(settings.classes)).to(exact.device)
         class_embeds = exact.model.get_class_embeds(**prompts)
-    for path in pictures:
+    for path in images:
         inputs = processor(images=path, return_tensors="pt").to(exact.device)
-        with Image.open(path) as picture:
-            target = [ImageOps.exif_transpose(picture).size[::-1]]
+        with Image.open(path) as image:
+            target = [ImageOps.exif_transpose(image).size[::-1]]
 
         def label(model: Any, inputs: Any = inputs, target: Any = target) -> torch.Tensor:
             outputs = model(**inputs, class_embeds=class_embeds)
@@ -56,10 +56,10 @@ def measure_agreement(settings: Settings, pictures: Sequence[Path], folder: Path
 
 
 def format_agreement(agreement: dict[str, float], settings: Settings) -> str:
-    """The mean and the least of all pictures, a line."""
+    """The mean and the least of all images, a line."""
     lowest = min(agreement, key=lambda path: agreement[path])
     how = settings.dtype if settings.compile is None else f"{settings.dtype}, compiled ({settings.compile})"
     return (
         f"Pixels with the same label in {how} as in float32: {sum(agreement.values()) / len(agreement):.2%} of "
-        f"{len(agreement)} pictures, at least {agreement[lowest]:.2%} ({lowest})."
+        f"{len(agreement)} images, at least {agreement[lowest]:.2%} ({lowest})."
     )

@@ -48,12 +48,12 @@ def measure_others(
     settings: Settings, labels: Sequence[int], folder: Path, make_meter: Callable[[], Meter]
 ) -> Iterator[tuple[str, int, Measurement]]:
     """
-    Measure networks for one picture, SAN first.
+    Measure networks for one image, SAN first.
 
     Args:
         settings: SAN's, and the number format and device of all.
         labels: numbers of labels.
-        folder: for pictures.
+        folder: for images.
         make_meter: gives what measures.
 
     Yields:
@@ -73,7 +73,7 @@ def measure_others(
 
 
 def make_clipseg(settings: Settings, labels: int) -> Run:
-    """CLIPSeg, which takes picture and text once for each label."""
+    """CLIPSeg, which takes image and text once for each label."""
     config = CLIPSegConfig(**CLIPSEG)
     model = _ready(CLIPSegForImageSegmentation(config), settings)
     prompts = made_up_prompts(make_labels(labels), ["{}"], config.text_config)
@@ -101,7 +101,7 @@ def make_mask2former(settings: Settings, labels: int) -> Run:
 def format_others(others: Mapping[str, Mapping[str, Measurement]], settings: Settings) -> str:
     """A table with one row for each model and number of labels."""
     headers = [
-        "one picture through the network",
+        "one image through the network",
         "labels",
         "seconds",
         "spread",

@@ -30,7 +30,7 @@ class Report:
         stages: by the names of `stages.STAGES`.
         scaling: for each axis and value, measurements by stage.
         others: for each model and number of labels, its measurement.
-        agreement: for each picture, the share of pixels that have the same label in float32.
+        agreement: for each image, the share of pixels that have the same label in float32.
         load_average: of the system when the run ended.
     """
 

@@ -1,4 +1,4 @@
-"""How time and memory grow with the picture, the vocabulary, the queries and the batch."""
+"""How time and memory grow with the image, the vocabulary, the queries and the batch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ AXES = {
     "size": Axis(
         (320, 480, 640, 960, 1280, 2048),
         "Patches grow with the square of the side, and with them the products in the layers; attention among patches "
-        "grows with the fourth power of the side and rules on large pictures. Label maps are as large as the picture "
+        "grows with the fourth power of the side and rules on large images. Label maps are as large as the image "
         "here, so post-processing grows with the square.",
     ),
     "classes": Axis(
@@ -51,8 +51,8 @@ AXES = {
     ),
     "batch": Axis(
         (1, 2, 4, 8),
-        "Everything is linear: a processor takes large batches a few pictures at a time. Memory is that of two "
-        "pictures, and the masks and biases of all.",
+        "Everything is linear: a processor takes large batches a few images at a time. Memory is that of two "
+        "images, and the masks and biases of all.",
     ),
 }
 """By the setting that is varied."""
@@ -69,7 +69,7 @@ def measure_scaling(
     Args:
         settings: what stays.
         axes: values by axis.
-        folder: for pictures.
+        folder: for images.
         make_meter: gives what measures.
 
     Yields:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 SIZE_DIVISOR = 32
-"""Sides of pictures are multiples of this, so that none is padded."""
+"""Sides of images are multiples of this, so that none is padded."""
 
 DTYPES = ("float32", "bfloat16")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
@@ -20,11 +20,11 @@ class Settings:
 
     Attributes:
         model: `"vit_b_16"`, `"vit_l_14"` or a folder that save_pretrained wrote.
-        size: side of the square picture that the network sees, in pixels.
-        batch: pictures at once.
+        size: side of the square image that the network sees, in pixels.
+        batch: images at once.
         classes: labels of the vocabulary.
         target: height and width of the label maps, in pixels.
-        queries: mask proposals per picture; None leaves them to the model.
+        queries: mask proposals per image; None leaves them to the model.
         dtype: of the network's weights and activations.
         compile: mode of `torch.compile`, or None for eager.
         threads: of the processor.

@@ -64,19 +64,19 @@ def _cached_text(work: Workload) -> Run:
 
 
 def _preprocessing(work: Workload) -> Run:
-    paths, processor = work.pictures(*PHOTO_SIZE), work.image_processor
+    paths, processor = work.images(*PHOTO_SIZE), work.image_processor
     return lambda: processor(images=paths, return_tensors="pt")
 
 
 def _pil(work: Workload) -> Run:
-    """What PIL takes for the same pictures by itself: preprocessing can hardly be faster."""
-    paths = work.pictures(*PHOTO_SIZE)
+    """What PIL takes for the same images by itself: preprocessing can hardly be faster."""
+    paths = work.images(*PHOTO_SIZE)
     height, width = work.image_processor.resized_size(*PHOTO_SIZE)
 
     def run() -> None:
         for path in paths:
-            with Image.open(path) as picture:
-                picture.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+            with Image.open(path) as image:
+                image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
 
     return run
 
@@ -138,7 +138,7 @@ def _full_scores(work: Workload) -> Run:
 
 
 def _from_file(work: Workload) -> Callable[[], SANOutput]:
-    paths = work.pictures(work.settings.size, work.settings.size)
+    paths = work.images(work.settings.size, work.settings.size)
     model, processor, class_embeds = work.compiled(work.model), work.image_processor, work.class_embeds
 
     def run() -> SANOutput:
@@ -185,7 +185,7 @@ def label_maps_from_full_scores(outputs: SANOutput, target: tuple[int, int]) -> 
     Post-processing written down as plainly as the paper has it, holding the scores of all classes at once.
 
     Args:
-        outputs: of the network, for pictures without padding.
+        outputs: of the network, for images without padding.
         target: height and width of the label maps.
 
     Returns:

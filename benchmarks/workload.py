@@ -1,4 +1,4 @@
-"""A model of the right shapes, and pictures, words and outputs to feed it; nothing is downloaded."""
+"""A model of the right shapes, and images, words and outputs to feed it; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Workload:
 
     Args:
         settings: what to measure.
-        folder: where to put the pictures; it has to stay as long as the workload.
+        folder: where to put the images; it has to stay as long as the workload.
         model: the network, where another workload has it already.
 
     Raises:
@@ -127,11 +127,11 @@ class Workload:
             prompts = made_up_prompts(labels, patterns, self.model.config.text_config)
         return {name: tensor.to(self.device) for name, tensor in prompts.items()}
 
-    def pictures(self, height: int, width: int) -> list[Path]:
-        """A JPEG file of that size, as often as the batch has pictures."""
+    def images(self, height: int, width: int) -> list[Path]:
+        """A JPEG file of that size, as often as the batch has images."""
         path = self.folder / f"{height}x{width}.jpg"
         if not path.is_file():
-            make_picture(height, width).save(path, quality=90)
+            make_image(height, width).save(path, quality=90)
         return [path] * self.settings.batch
 
     def outputs(self, classes: int, size: int) -> SANOutput:
@@ -141,7 +141,7 @@ class Workload:
 
         Args:
             classes: of the vocabulary.
-            size: side of the square picture.
+            size: side of the square image.
         """
         config, batch = self.model.config, self.settings.batch
         grid = size // config.side_patch_size
@@ -167,7 +167,7 @@ class Workload:
 
 
 def make_workload_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder for pictures, removed when its context ends."""
+    """A folder for images, removed when its context ends."""
     return tempfile.TemporaryDirectory(prefix="san-benchmarks-")
 
 
@@ -265,7 +265,7 @@ def made_up_prompts(labels: Sequence[str], templates: Sequence[str], text_config
     }
 
 
-def make_picture(height: int, width: int) -> Image.Image:
+def make_image(height: int, width: int) -> Image.Image:
     """Blobs of colour and a little noise, so that JPEG has about as much to decode as in a photograph."""
     random = np.random.default_rng(0)
     blobs = Image.fromarray(random.integers(0, 256, (9, 16, 3), dtype=np.uint8)).resize((width, height))

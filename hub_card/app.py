@@ -1,4 +1,4 @@
-"""The demo page: a picture, any words, and every pixel with its word. Needs Gradio, `pip install ".[app]"`."""
+"""The demo page: an image, any words, and every pixel with its word. Needs Gradio, `pip install ".[app]"`."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ _MIME_TYPES = {"overlay": "image/png", "labels": "image/png", "json": "applicati
 _SUGGESTED_WORDS = 60
 _FIRST_WORDS = ("sky", "tree", "road", "person", "building", "grass")
 
-_WORLD, _PICTURES, _SIZE, _ENLARGEMENT = 5, (15, 1, 25, 28), (128, 192), 4
-"""Example pictures: numbers of the drawn world and of the pictures in it, their size, and how often it is enlarged."""
+_WORLD, _IMAGES, _SIZE, _ENLARGEMENT = 5, (15, 1, 25, 28), (128, 192), 4
+"""Example images: numbers of the drawn world and of the images in it, their size, and how often it is enlarged."""
 _DISTRACTORS = ("red plain", "green dotted", "water", "brick")
 
 _Example = tuple[Image.Image, tuple[str, ...]]
-"""A picture to start with and the names of what is in it."""
+"""An image to start with and the names of what is in it."""
 
 # What the page may load and talk to: the server it came from. Gradio's own scripts need "unsafe-eval".
 _CONTENT_POLICY = (
@@ -76,7 +76,7 @@ def make_page(
         processor: that was saved with it.
         name: what the results call the model.
         labels: words to begin with; None takes some that fit the model.
-        concurrency: pictures that are segmented at the same time; other visitors wait in a queue.
+        concurrency: images that are segmented at the same time; other visitors wait in a queue.
 
     Raises:
         ImportError: Gradio is not installed.
@@ -98,14 +98,14 @@ def make_page(
         gr.HTML(_heading(segmenter, bool(examples)), elem_id="san-head", apply_default_css=False, js_on_load=None)
         with gr.Row(elem_id="san-columns"):
             with gr.Column(scale=5, min_width=320, elem_id="san-left"):
-                picture = _picture_field(gr)
+                image = _image_field(gr)
                 if examples:
                     thumbnails = gr.HTML(
                         html_template='<div class="san-title">Examples <small>drawn for this model</small></div>',
                         js_on_load=_script("app_examples.js"),
                         apply_default_css=False,
                         elem_id="san-examples",
-                        pictures=[{"address": _address(image), "name": ", ".join(names)} for image, names in examples],
+                        images=[{"address": _address(image), "name": ", ".join(names)} for image, names in examples],
                     )
                 field = gr.HTML(
                     words,
@@ -141,12 +141,12 @@ def make_page(
             "concurrency_limit": 2,
             "show_progress": "hidden",
         }
-        inputs, outputs = [picture, field, added], [viewer, result]
+        inputs, outputs = [image, field, added], [viewer, result]
         run.click(handlers.segment, inputs, outputs, **on_model)
         field.submit(handlers.segment, inputs, outputs, **on_model)
         if examples:
             chosen = thumbnails.select(
-                _with_event(gr, handlers.choose), None, [picture, field], show_progress="hidden", **private
+                _with_event(gr, handlers.choose), None, [image, field], show_progress="hidden", **private
             )
             chosen.success(handlers.segment, inputs, outputs, **on_model)
         viewer.select(_with_event(gr, handlers.show_heat), [result], [viewer], **on_result)
@@ -374,39 +374,39 @@ def _told_to_visitor(gr: Any) -> Iterator[None]:
         ) from error
     except MemoryError as error:
         raise gr.Error(
-            "The picture does not fit into memory: shrink it", title="This does not work", print_exception=False
+            "The image does not fit into memory: shrink it", title="This does not work", print_exception=False
         ) from error
 
 
 def _still_here(segmentation: Segmentation | None) -> Segmentation:
     if segmentation is None:
-        raise ValueError("The result is no longer here: it is kept for half an hour, segment the picture again")
+        raise ValueError("The result is no longer here: it is kept for half an hour, segment the image again")
     return segmentation
 
 
-def _picture_field(gr: Any) -> Any:
-    """Gradio's field for pictures, made to hand over the uploaded file as it is, undecoded."""
+def _image_field(gr: Any) -> Any:
+    """Gradio's field for images, made to hand over the uploaded file as it is, undecoded."""
     field = gr.Image(
-        label=f"Picture, up to {MAX_BYTES // 2**20} MB",
+        label=f"Image, up to {MAX_BYTES // 2**20} MB",
         type="filepath",
         format="png",
         sources=["upload", "clipboard"],
         buttons=[],
         height=250,
-        elem_id="san-picture",
+        elem_id="san-image",
     )
     keep_in_cache = field.async_move_resource_to_block_cache
 
     async def keep_files_only(source: Any) -> Any:
         if str(source).lower().startswith(("http:", "https:")):
             # Gradio would have the server fetch whatever address a visitor's program names
-            raise gr.Error("Upload the picture: addresses are not read", print_exception=False)
+            raise gr.Error("Upload the image: addresses are not read", print_exception=False)
         return await keep_in_cache(source)
 
     def hand_over(payload: Any) -> str | None:
         if payload is None or is_upload(payload.path):
             return payload and payload.path
-        raise gr.Error("That is no upload of yours: upload the picture", print_exception=False)
+        raise gr.Error("That is no upload of yours: upload the image", print_exception=False)
 
     # On the object: Gradio takes a subclass for a component with a front end of its own, and writes files beside it
     field.preprocess = hand_over
@@ -431,10 +431,10 @@ def _script(name: str) -> str:
 
 def _heading(segmenter: Segmenter, is_drawn_world: bool) -> str:
     """The head of the page: what it does and, if the model is the small one, what it does not."""
-    text = "Upload a picture, name what to look for in any words, and every pixel gets the word that fits best."
+    text = "Upload an image, name what to look for in any words, and every pixel gets the word that fits best."
     if is_drawn_world:
         text += (
-            " <strong>The model behind this page is tiny and knows only a world of drawn pictures</strong>: eight "
+            " <strong>The model behind this page is tiny and knows only a world of drawn images</strong>: eight "
             "colours, four patterns and six backgrounds. Its words are below the field; others will not work."
         )
     else:
@@ -443,7 +443,7 @@ def _heading(segmenter: Segmenter, is_drawn_world: bool) -> str:
 
 
 def _knows_drawn_world(segmenter: Segmenter) -> bool:
-    """Whether a model was trained on the pictures that the project draws, and on no others."""
+    """Whether a model was trained on the images that the project draws, and on no others."""
     from modeling_san.training.world import CLASS_NAMES
 
     trained = segmenter.trained_words
@@ -451,11 +451,11 @@ def _knows_drawn_world(segmenter: Segmenter) -> bool:
 
 
 def _draw_examples() -> list[_Example]:
-    """Pictures to start with and the names of what is in each."""
+    """Images to start with and the names of what is in each."""
     from modeling_san.training.world import draw_scene
 
     size = (_SIZE[1] * _ENLARGEMENT, _SIZE[0] * _ENLARGEMENT)
-    scenes = [draw_scene(_WORLD, number, size=_SIZE, min_regions=2, max_regions=4) for number in _PICTURES]
+    scenes = [draw_scene(_WORLD, number, size=_SIZE, min_regions=2, max_regions=4) for number in _IMAGES]
     return [(Image.fromarray(scene.image).resize(size, Image.Resampling.LANCZOS), scene.names) for scene in scenes]
 
 
@@ -479,7 +479,7 @@ def _first_words(segmenter: Segmenter, examples: Sequence[_Example]) -> list[str
 
 
 def _address(image: Image.Image) -> str:
-    """A small copy of a picture as an address that holds it."""
+    """A small copy of an image as an address that holds it."""
     buffer = io.BytesIO()
     image.resize((image.width // 2, image.height // 2)).save(buffer, format="JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -22,7 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from modeling_san.configuration_san import SANConfig
 from modeling_san.conversion import RELEASED_CONFIGS
 from modeling_san.modeling_san import SANForOpenVocabSegmentation
-from modeling_san.training.evaluation import MEASURES, model_index
+from modeling_san.training.evaluate import MEASURES, model_index
 from modeling_san.training.metrics import RESULTS_FILE
 from modeling_san.training.recipe import read_recipe
 from modeling_san.training.tracking import METRICS_FILE, read_metrics
@@ -31,14 +31,14 @@ from modeling_san.training.world import BACKGROUNDS, CLASS_NAMES, NEVER_SEEN_COM
 
 CARD_FILE = "README.md"
 EXAMPLE_FILES = ("example.jpg", "example.jpeg", "example.png")
-"""Names by which a folder may bring a picture for the Hub's widget."""
+"""Names by which a folder may bring an image for the Hub's widget."""
 
 _HERE = Path(__file__).parent
 _TEMPLATE = _HERE / "model_card_template.md"
 _DRAWN_EXAMPLE = _HERE / "assets" / "demo.png"
 _DRAWN_WORDS = ("wood", "yellow plain", "purple checkered", "pink striped")
 
-# A picture that the Hub keeps for examples like this one
+# An image that the Hub keeps for examples like this one
 _HUB_EXAMPLE = ("https://huggingface.co/datasets/mishig/sample_images/resolve/main/tiger.jpg", "Tiger")
 _HUB_EXAMPLE_WORDS = ("tiger", "grass")
 
@@ -53,7 +53,7 @@ _RECIPE_ROWS = {
     "trainable": "what trains",
     "templates": "prompt templates",
     "steps": "steps",
-    "batch_size": "pictures a step",
+    "batch_size": "images a step",
     "learning_rate": "learning rate",
     "weight_decay": "weight decay",
     "warmup_steps": "warm-up steps",
@@ -167,16 +167,16 @@ def make_model_card(
 
 
 def find_example(folder: Path, config: SANConfig) -> Path | None:
-    """The picture that goes to the Hub for the widget: the folder's own, or a drawn one for a model of that world."""
+    """The image that goes to the Hub for the widget: the folder's own, or a drawn one for a model of that world."""
     own = next((folder / name for name in EXAMPLE_FILES if (folder / name).is_file()), None)
     if own is None and set(config.training_labels or ()) == set(CLASS_NAMES):
         return _DRAWN_EXAMPLE
     return own
 
 
-def example_name(picture: Path) -> str:
-    """What the example picture is called where it is published."""
-    return f"{Path(EXAMPLE_FILES[0]).stem}{picture.suffix}"
+def example_name(image: Path) -> str:
+    """What the example image is called where it is published."""
+    return f"{Path(EXAMPLE_FILES[0]).stem}{image.suffix}"
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -307,7 +307,7 @@ def _processor_facts(processor: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(size, dict):
         named = {"shortest_edge": "short side", "longest_edge": "long side at most"}
         sides = [f"{title} {size[key]}" for key, title in named.items() if isinstance(size.get(key), int)]
-        facts["pictures are resized to"] = ", ".join(sides) or "not recorded"
+        facts["images are resized to"] = ", ".join(sides) or "not recorded"
     prompts = templates.get("prompts") if isinstance(templates, dict) else None
     if isinstance(prompts, list) and prompts:
         shown = ", ".join(_cell(prompt) for prompt in prompts[:3])
@@ -330,11 +330,11 @@ def _limits(config: SANConfig) -> list[str]:
     """What follows from how the model is built; each is a property of the configuration or of the method."""
     limits = [
         "Every pixel gets one of the names that are given, also where none fits. Give names for what else is in the "
-        "picture, or a name such as `other`.",
+        "image, or a name such as `other`.",
         "What CLIP does not know it cannot name, and what CLIP got wrong in its training (biases about people "
         "included) comes out in the segmentation.",
-        f"There are {config.num_queries} mask proposals a picture, with one value for each {config.side_patch_size} x "
-        f"{config.side_patch_size} pixels of the resized picture: small and thin things get lost, and borders are "
+        f"There are {config.num_queries} mask proposals an image, with one value for each {config.side_patch_size} x "
+        f"{config.side_patch_size} pixels of the resized image: small and thin things get lost, and borders are "
         "soft.",
         "It tells kinds of things apart and not one thing from the next of its kind.",
         f"A label's prompt may have {config.text_config.max_position_embeddings} tokens at most.",
@@ -445,7 +445,7 @@ def _read_measurement(path: Path, names: Sequence[str], recipe: Mapping[str, Any
     try:
         if "bias on" in results:
             return _of_the_drawn_world(results)
-        return _of_pictures(results, names, recipe)
+        return _of_images(results, names, recipe)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} holds no results of `san evaluate` or training ({_one_line(repr(error), 120)}): give those, or "
@@ -453,7 +453,7 @@ def _read_measurement(path: Path, names: Sequence[str], recipe: Mapping[str, Any
         ) from error
 
 
-def _of_pictures(results: Mapping[str, Any], names: Sequence[str], recipe: Mapping[str, Any]) -> _Measurement:
+def _of_images(results: Mapping[str, Any], names: Sequence[str], recipe: Mapping[str, Any]) -> _Measurement:
     """Results of an evaluation; without a data set's name they are those at the end of training."""
     about = {key: results.get(key) for key in ("dataset", "split", "limit", "tta")}
     by = "`san evaluate`"
@@ -480,14 +480,14 @@ def _of_pictures(results: Mapping[str, Any], names: Sequence[str], recipe: Mappi
         for subset, one in subsets.items()
         if one["mean_iou"] is not None
     ]
-    pictures = int(results["pictures"])
+    images = int(results["images"])
     measured = public_name(results.get("model") or names[0])
     details = [
         # Nobody can see from a file whose figures it holds; a reader is to know what it calls them
         *([f"of a model called {_code(measured)}"] if measured.split("/")[-1] not in names else []),
         f"data set {_code(dataset)}",
         *([f"part {_code(split)}"] if split else []),
-        f"{pictures} picture{'' if pictures == 1 else 's'}{' (the first ones only)' if limit else ''}",
+        f"{images} image{'' if images == 1 else 's'}{' (the first ones only)' if limit else ''}",
         f"{len(per_class)} classes",
         *(["scores averaged over six sizes and their mirror images"] if about["tta"] else []),
     ]
@@ -512,7 +512,7 @@ def _of_the_drawn_world(results: Mapping[str, Any]) -> _Measurement:
             task_type="image-segmentation",
             task_name="Semantic segmentation",
             dataset_type="drawn-world",
-            dataset_name="Drawn world, fresh pictures",
+            dataset_name="Drawn world, fresh images",
             metric_type="mean_iou",
             metric_name=f"{MEASURES['mean_iou']} of {_DRAWN_GROUPS[group]}",
             metric_value=round(with_bias, 6),
@@ -521,7 +521,7 @@ def _of_the_drawn_world(results: Mapping[str, Any]) -> _Measurement:
     ]
     return _Measurement(
         dataset="the drawn world",
-        about="By `san train-demo`, which made the weights: mean IoU on freshly drawn pictures of the world that it "
+        about="By `san train-demo`, which made the weights: mean IoU on freshly drawn images of the world that it "
         "was trained on, among all its words.",
         rows=[(_DRAWN_GROUPS[group], [f"{value:.3f}" for value in values]) for group, values in table.items()],
         columns=("mean IoU", "with the attention bias switched off"),
@@ -546,7 +546,7 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Example:
-    """A picture and words for it."""
+    """An image and words for it."""
 
     source: str
     title: str
@@ -554,17 +554,17 @@ class _Example:
 
     @classmethod
     def of(cls, folder: Path, config: SANConfig, repo_id: str | None) -> _Example:
-        """A picture that is published with the model, or one of the Hub's."""
-        picture = find_example(folder, config)
+        """An image that is published with the model, or one of the Hub's."""
+        image = find_example(folder, config)
         stored = dict(config.id2label or {}).values() if config.has_stored_labels else ()
         # Words that can stand in Python, YAML and Markdown alike
         words = [word for word in stored if re.fullmatch(r"[A-Za-z][A-Za-z0-9 -]{0,30}", word)][:4]
-        if picture is None:
+        if image is None:
             source, title = _HUB_EXAMPLE
             return cls(source, title, words if len(words) > 1 else list(_HUB_EXAMPLE_WORDS))
-        words = list(_DRAWN_WORDS) if picture == _DRAWN_EXAMPLE else words
+        words = list(_DRAWN_WORDS) if image == _DRAWN_EXAMPLE else words
         place = f"https://huggingface.co/{repo_id}/resolve/main/" if repo_id else ""
-        return cls(place + example_name(picture), "An example", words or list(_HUB_EXAMPLE_WORDS))
+        return cls(place + example_name(image), "An example", words or list(_HUB_EXAMPLE_WORDS))
 
     def widget(self) -> dict[str, str]:
         """The entry under `widget` in the metadata."""

@@ -32,7 +32,7 @@ from modeling_san.hub_card.model_card import (
 )
 from modeling_san.modeling_san import SANForOpenVocabSegmentation
 from modeling_san.processing import SANProcessor
-from modeling_san.training.errors import first_line
+from modeling_san.processing.wording_san import first_line
 from modeling_san.training.metrics import RESULTS_FILE
 
 _CONFIG_FILE = "config.json"

@@ -1,4 +1,4 @@
-"""What the demo page does with a picture and words, apart from how it is shown: checks, results, heat maps, files."""
+"""What the demo page does with an image and words, apart from how it is shown: checks, results, heat maps, files."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from modeling_san.processing import (
     overlay,
     parse_labels,
 )
-from modeling_san.processing.image_arrays import read_byte_picture, resize_picture
+from modeling_san.processing.images_san import read_byte_image, resize_image
 from modeling_san.processing.results import color_code, list_segments, make_summary, unknown_words
 from modeling_san.training.data import open_encoded
 
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 32_000_000
-"""Largest picture that is decoded; twice that would take half a gigabyte on its way through."""
+"""Largest image that is decoded; twice that would take half a gigabyte on its way through."""
 MAX_LABELS = 300
 MAX_CHARACTERS = 20_000
 """Of all labels together: more than anybody types, less than what would keep the tokenizer busy."""
@@ -76,7 +76,7 @@ def read_words(given: Any) -> list[str]:
 
 def read_upload(path: str | None) -> bytes:
     """
-    Content of an uploaded picture file, whose size on disk is checked before it is read.
+    Content of an uploaded image file, whose size on disk is checked before it is read.
 
     Args:
         path: of the file; None where nothing was uploaded.
@@ -85,21 +85,19 @@ def read_upload(path: str | None) -> bytes:
         ValueError: there is none, it is gone, empty or too large.
     """
     if path is None:
-        raise ValueError("There is no picture yet: upload one, paste one, or choose an example")
+        raise ValueError("There is no image yet: upload one, paste one, or choose an example")
     try:
         status = Path(path).stat()
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError("That is no file: upload a picture")
+            raise ValueError("That is no file: upload an image")
         if status.st_size > MAX_BYTES:
             raise ValueError(
-                f"The file has {status.st_size / 2**20:.0f} MB: keep to {MAX_BYTES // 2**20} MB, or shrink the picture"
+                f"The file has {status.st_size / 2**20:.0f} MB: keep to {MAX_BYTES // 2**20} MB, or shrink the image"
             )
         with Path(path).open("rb") as file:
             content = file.read(MAX_BYTES)
     except OSError as error:
-        raise ValueError(
-            "The picture is no longer here: uploads are kept for a short time, upload it again"
-        ) from error
+        raise ValueError("The image is no longer here: uploads are kept for a short time, upload it again") from error
     if not content:
         raise ValueError("The file is empty: it may not have been saved completely")
     return content
@@ -107,34 +105,34 @@ def read_upload(path: str | None) -> bytes:
 
 def open_upload(content: bytes) -> np.ndarray:
     """
-    Pixels of a picture file, whose number of pixels is checked before they are decoded.
+    Pixels of an image file, whose number of pixels is checked before they are decoded.
 
     Returns:
         `(height, width, 3)` bytes, upright.
 
     Raises:
-        ValueError: it is no picture of a usual format, damaged, or too large.
+        ValueError: it is no image of a usual format, damaged, or too large.
     """
-    unreadable = "The file is no picture that can be read: use PNG, JPEG, WebP, TIFF, BMP or GIF"
+    unreadable = "The file is no image that can be read: use PNG, JPEG, WebP, TIFF, BMP or GIF"
     try:
         with open_encoded(content) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise _TooLarge(
-                    f"The picture has {width} x {height} pixels: keep to {MAX_PIXELS // 10**6} million, or shrink it"
+                    f"The image has {width} x {height} pixels: keep to {MAX_PIXELS // 10**6} million, or shrink it"
                 )
-            return read_byte_picture(image, "The picture")
+            return read_byte_image(image, "The image")
     except _TooLarge:
         raise
     except Image.DecompressionBombError as error:
-        raise ValueError(f"The picture has too many pixels: keep to {MAX_PIXELS // 10**6} million") from error
+        raise ValueError(f"The image has too many pixels: keep to {MAX_PIXELS // 10**6} million") from error
     except Exception as error:
         # Decoders of damaged files raise what they please
         raise ValueError(unreadable) from error
 
 
 class _TooLarge(ValueError):
-    """A picture with more pixels than are decoded."""
+    """An image with more pixels than are decoded."""
 
 
 class Segmenter:
@@ -160,7 +158,7 @@ class Segmenter:
 
     def segment(self, content: bytes, labels: Iterable[str], added: str = "none", source: str = "") -> Segmentation:
         """
-        Segment a picture file.
+        Segment an image file.
 
         Args:
             content: of the file.
@@ -169,14 +167,14 @@ class Segmenter:
             source: name of the file.
 
         Raises:
-            ValueError: the picture or the labels cannot be used.
+            ValueError: the image or the labels cannot be used.
         """
         if added not in EXTENSIONS:
             raise ValueError(f"Choose one of {', '.join(EXTENSIONS)} to extend the words by")
-        picture, own = open_upload(content), tuple(labels)
+        image, own = open_upload(content), tuple(labels)
         class_embeds = self._class_embeds(own, added)
         with torch.inference_mode():
-            inputs = self.processor(images=picture, return_tensors="pt").to(self.model.device)
+            inputs = self.processor(images=image, return_tensors="pt").to(self.model.device)
             outputs = self.model(**inputs, class_embeds=class_embeds)
         shown = own
         if len(class_embeds) > len(own) and OTHER_LABEL not in own:
@@ -185,7 +183,7 @@ class Segmenter:
             segmenter=self,
             content=content,
             source=source,
-            size=picture.shape[:2],
+            size=image.shape[:2],
             labels=shown,
             own_labels=len(own),
             added=added,
@@ -204,13 +202,13 @@ class Segmenter:
 @dataclass(frozen=True)
 class Segmentation:
     """
-    One visitor's picture, segmented. What is derived from it is computed when it is asked for, without the network.
+    One visitor's image, segmented. What is derived from it is computed when it is asked for, without the network.
 
     Attributes:
         segmenter: that made it.
-        content: of the picture's file.
-        source: name of the picture's file.
-        size: height and width of the picture, upright.
+        content: of the image's file.
+        source: name of the image's file.
+        size: height and width of the image, upright.
         labels: names by index. Where names were added, "other" is among them and stands for all of those.
         own_labels: how many classes are the visitor's own.
         added: how the labels were extended.
@@ -232,7 +230,7 @@ class Segmentation:
 
     @property
     def display_size(self) -> tuple[int, int]:
-        """Height and width at which a browser gets the picture."""
+        """Height and width at which a browser gets the image."""
         height, width = self.size
         scale = min(1.0, _DISPLAY_SIDE / max(height, width))
         return max(1, round(height * scale)), max(1, round(width * scale))
@@ -242,7 +240,7 @@ class Segmentation:
         Indices into `labels` and the scores they won with.
 
         Args:
-            size: height and width to compute them at; None takes the picture's.
+            size: height and width to compute them at; None takes the image's.
         """
         [label_map], [scores] = self.segmenter.processor.post_process_semantic_segmentation(
             self._outputs(self.class_queries_logits), target_sizes=[size or self.size], return_scores=True
@@ -257,7 +255,7 @@ class Segmentation:
 
         Args:
             index: of the label.
-            size: height and width to compute it at; None takes the picture's.
+            size: height and width to compute it at; None takes the image's.
 
         Returns:
             `(height, width)` float32.
@@ -266,7 +264,7 @@ class Segmentation:
             ValueError: there is no such label.
         """
         if not 0 <= index < len(self.labels):
-            raise ValueError(f"There is no label {index} among the {len(self.labels)} of this picture")
+            raise ValueError(f"There is no label {index} among the {len(self.labels)} of this image")
         classes = self.class_queries_logits.shape[-1] - 1
         chosen = torch.zeros(classes + 1, dtype=torch.bool)
         if index < self.own_labels:
@@ -282,18 +280,18 @@ class Segmentation:
         return scores[0].numpy()
 
     def view(self) -> dict[str, Any]:
-        """What the page shows, ready for JSON: pictures as data, so that no file of them has to lie anywhere."""
+        """What the page shows, ready for JSON: images as data, so that no file of them has to lie anywhere."""
         height, width = self.display_size
         label_map, scores = self.label_map((height, width))
         segments = list_segments(label_map, scores, self.labels)
         return {
-            # A browser ignores what equals the last value; the same picture again is to be shown all the same
+            # A browser ignores what equals the last value; the same image again is to be shown all the same
             "run": secrets.token_hex(8),
             "source": self.source,
             "size": list(self.size),
             "width": width,
             "height": height,
-            "picture": _jpeg_address(resize_picture(open_upload(self.content), (height, width), Image.Resampling.BOX)),
+            "image": _jpeg_address(resize_image(open_upload(self.content), (height, width), Image.Resampling.BOX)),
             "map": _packed(label_map.astype("<u2")),
             "labels": list(self.labels),
             "colors": [color_code(color) for color in label_colors(self.labels)],
@@ -315,7 +313,7 @@ class Segmentation:
 
     def file(self, kind: str, opacity: float = 0.5) -> tuple[str, bytes]:
         """
-        A file to download, at the picture's own size.
+        A file to download, at the image's own size.
 
         Args:
             kind: "overlay", "labels" or "json".
@@ -362,7 +360,7 @@ class Segmentation:
 
     @property
     def _stem(self) -> str:
-        return re.sub(r"[^\w.-]+", "_", Path(self.source).stem)[:60].strip("._") or "picture"
+        return re.sub(r"[^\w.-]+", "_", Path(self.source).stem)[:60].strip("._") or "image"
 
     def _notice(self) -> str:
         """What a visitor should know about the words, or nothing."""
@@ -379,13 +377,13 @@ def _packed(values: np.ndarray) -> str:
     return base64.b64encode(zlib.compress(np.ascontiguousarray(values).tobytes(), 6)).decode()
 
 
-def _jpeg_address(picture: np.ndarray) -> str:
+def _jpeg_address(image: np.ndarray) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="JPEG", quality=_JPEG_QUALITY)
+    Image.fromarray(image).save(buffer, format="JPEG", quality=_JPEG_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return buffer.getvalue()

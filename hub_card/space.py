@@ -13,7 +13,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 import modeling_san
 from modeling_san.hub_card.publish import check_repo_id
-from modeling_san.training.files import new_folder
+from modeling_san.processing.files import new_folder
 
 PACKAGES = (
     "modeling_san",
@@ -47,7 +47,7 @@ _README = """\
 
 # {title}
 
-Upload a picture, name what to look for in any words, and every pixel gets the word that fits best: the Side Adapter
+Upload an image, name what to look for in any words, and every pixel gets the word that fits best: the Side Adapter
 Network with the weights of [{model_id}](https://huggingface.co/{model_id}).
 
 `app.py` is the page; another model is chosen with the variable `SAN_MODEL` in the Space's settings. No code of the

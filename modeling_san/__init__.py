@@ -1,4 +1,4 @@
-"""Side Adapter Network: label every pixel of a picture with any words.
+"""Side Adapter Network: label every pixel of an image with any words.
 
 The public names load on first use, so that `import modeling_san` stays cheap.
 """
@@ -7,7 +7,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .registration import register_when_imported
+from .auto import register_when_imported
 
 __version__ = "0.1.0"
 

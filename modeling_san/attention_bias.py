@@ -1,6 +1,6 @@
 """How a mask becomes a question to CLIP: attention biases that steer [SLS] tokens (paper, section 3.2).
 
-CLIP recognises a whole picture through its [CLS] token. A [SLS] token is a shadow copy of [CLS] that looks at one
+CLIP recognises a whole image through its [CLS] token. A [SLS] token is a shadow copy of [CLS] that looks at one
 region only: in CLIP's deep layers it attends to itself and to the patches, and a bias added to the patch logits before
 the softmax tells it where to look. [CLS] and the patches never see a [SLS] token, so their path stays CLIP's own:
 
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .clip_layers import attend, run_layer
+from .clip_trunk import attend, run_layer
 
 
 def pool_attention_bias(

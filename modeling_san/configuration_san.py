@@ -41,13 +41,13 @@ class SANConfig(PreTrainedConfig):
         text_config (`dict` or `CLIPTextConfig`, *optional*):
             CLIP's text encoder; the one of ViT-B/16 when omitted.
         projection_dim (`int`, defaults to 512):
-            Width D of the joint embedding of pictures and words.
+            Width D of the joint embedding of images and words.
         logit_scale_init_value (`float`, defaults to 4.6052):
             Logarithm of the factor between cosine similarities and class logits; 4.6052 is ln 100, CLIP's own.
         asymmetric_input (`bool`, defaults to `True`):
-            Whether CLIP sees a smaller picture than the side adapter (paper, section 3.1).
+            Whether CLIP sees a smaller image than the side adapter (paper, section 3.1).
         clip_input_scale (`float`, defaults to 0.5):
-            Side length of CLIP's picture relative to the side adapter's, in (0, 1]; 0.7 for ViT-L/14. Without
+            Side length of CLIP's image relative to the side adapter's, in (0, 1]; 0.7 for ViT-L/14. Without
             `asymmetric_input` it is not used.
         sls_start_layer (`int`, defaults to 9):
             K: the [SLS] tokens start on the output of this CLIP layer and pass through all later ones.
@@ -55,17 +55,17 @@ class SANConfig(PreTrainedConfig):
             What [SLS] tokens start as: `"cls_token"`, copies of [CLS]; `"learnable_token"`, learned tokens;
             `"pos_embedding"`, learned tokens added to [CLS].
         num_queries (`int`, defaults to 100):
-            Q: mask proposals per picture.
+            Q: mask proposals per image.
         num_clip_prompts (`int`, defaults to 0):
             Learned prompt tokens that [SLS] tokens see in each CLIP layer after `sls_start_layer`; the paper has none.
         side_hidden_size (`int`, defaults to 240), side_num_layers (`int`, defaults to 8),
         side_num_heads (`int`, defaults to 6), side_mlp_ratio (`float`, defaults to 4.0):
             Shape of the side adapter's vision transformer.
         side_image_size (`int`, defaults to 640), side_patch_size (`int`, defaults to 16):
-            The learned position grid has `side_image_size / side_patch_size` cells a side; other picture sizes
+            The learned position grid has `side_image_size / side_patch_size` cells a side; other image sizes
             resize it.
         size_divisor (`int`, defaults to 32):
-            Pictures are padded to a multiple of this; a multiple of `side_patch_size`.
+            Images are padded to a multiple of this; a multiple of `side_patch_size`.
         side_layer_norm_eps (`float`, defaults to 1e-6):
             Epsilon of the side adapter's layer norms.
         fusion_map (`list[list[int]]`, defaults to `[[0, 0], [3, 1], [6, 2], [9, 3]]`):
@@ -237,7 +237,7 @@ class SANConfig(PreTrainedConfig):
         _require(
             0 < self.clip_input_scale <= 1,
             f"clip_input_scale is {self.clip_input_scale}: it must lie in (0, 1], as CLIP sees the same or a smaller "
-            "picture.",
+            "image.",
         )
         _require(
             self.num_clip_prompts >= 0,

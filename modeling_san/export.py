@@ -1,8 +1,8 @@
-"""SAN as one program for other runtimes: pictures in, label maps and scores out.
+"""SAN as one program for other runtimes: images in, label maps and scores out.
 
-[`SegmentationProgram`] puts everything between the bytes of a picture and the labels of its pixels into one module:
+[`SegmentationProgram`] puts everything between the bytes of an image and the labels of its pixels into one module:
 normalisation, padding, the network and the post-processing. It is written in operations whose shapes follow from those
-of the pictures, so that a program exported once takes every height, width and batch.
+of the images, so that a program exported once takes every height, width and batch.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class SegmentationProgram(nn.Module):
         return nn.functional.pad(pixels, (0, columns - width, 0, rows - height)).to(self.model.dtype)
 
     def shrink_for_clip(self, pixels: Tensor) -> Tensor:
-        """CLIP's smaller picture; `interpolate` by a factor, of which the exporter cannot follow the sizes."""
+        """CLIP's smaller image; `interpolate` by a factor, of which the exporter cannot follow the sizes."""
         if self.clip_scale == 1:
             return pixels
         for dim in (-2, -1):
@@ -127,7 +127,7 @@ class SegmentationProgram(nn.Module):
         """
         As the model's own.
 
-        CLIP's embeddings ask whether a picture has the size of its pre-training; here positions are always resized.
+        CLIP's embeddings ask whether an image has the size of its pre-training; here positions are always resized.
         """
         vision, embeddings = self.model.vision_model, self.model.vision_model.embeddings
         table = embeddings.position_embedding.weight
@@ -163,13 +163,13 @@ class SegmentationProgram(nn.Module):
         From masks to labels: masks are enlarged, cropped, and weighed with their classes' probabilities.
 
         Each cell of the masks becomes `stride` rows of pixels. All first rows are labelled together, then all second
-        rows, and so on: the scores of all classes exist for one part in `stride` of the picture at a time.
+        rows, and so on: the scores of all classes exist for one part in `stride` of the image at a time.
 
         Args:
-            mask_logits: `(batch, queries, h, w)` of the padded picture.
+            mask_logits: `(batch, queries, h, w)` of the padded image.
             class_logits: `(batch, queries, classes + 1)`.
-            height: of the picture.
-            width: of the picture.
+            height: of the image.
+            width: of the image.
 
         Returns:
             see `forward`.
@@ -207,7 +207,7 @@ def export_program(
         all_scores: whether the program returns the scores of all classes as well.
 
     Returns:
-        a program that takes `(batch, 3, height, width)` uint8 pictures, resized as the processor would, and returns
+        a program that takes `(batch, 3, height, width)` uint8 images, resized as the processor would, and returns
         labels int64 and scores float32, both `(batch, height, width)`; see `SegmentationProgram.forward`.
 
     Raises:
@@ -249,7 +249,7 @@ def export_program(
             return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
         except UserError as error:
             raise ValueError(
-                f"PyTorch cannot trace this model for pictures of any size: {_first_line(error)}"
+                f"PyTorch cannot trace this model for images of any size: {_first_line(error)}"
             ) from error
 
 
@@ -352,7 +352,7 @@ def quiet() -> Iterator[None]:
 
 
 def _name_free_sizes(graph: Any) -> None:
-    """Call the sizes of the pictures by their names, which the exporter numbers."""
+    """Call the sizes of the images by their names, which the exporter numbers."""
     wanted = {"images": ("batch", "", "height", "width"), "class_embeds": ("classes", "")}
     shapes = [value.type.tensor_type.shape.dim for value in [*graph.input, *graph.output, *graph.value_info]]
     names = {
@@ -371,7 +371,7 @@ def _whole_scale(config: SANConfig) -> Fraction:
     A fraction that gives the sizes which `interpolate` gives with the factor `clip_input_scale`.
 
     With one exception: where `0.7 * side` is a whole number, floating point may fall short of it (1440 gives 1007, the
-    next are 2720 and 2880), and `interpolate` then makes CLIP's picture a pixel smaller than the fraction does.
+    next are 2720 and 2880), and `interpolate` then makes CLIP's image a pixel smaller than the fraction does.
     """
     if not config.asymmetric_input:
         return Fraction(1)
@@ -386,12 +386,12 @@ def _whole_scale(config: SANConfig) -> Fraction:
 
 
 def _longest_window(config: SANConfig, clip_scale: Fraction) -> int:
-    """Cells that the longest window of adaptive pooling has, at most, in a picture of any size."""
+    """Cells that the longest window of adaptive pooling has, at most, in an image of any size."""
     longest, patch_size = 1, cast(int, config.vision_config.patch_size)
     for side in range(config.size_divisor, _LARGEST_SIDE, config.size_divisor):
         length = side // config.side_patch_size
         cells = side * clip_scale.numerator // clip_scale.denominator // patch_size
-        # A picture that is too small for a patch of CLIP cannot be run anyway
+        # An image that is too small for a patch of CLIP cannot be run anyway
         if cells:
             longest = max(longest, length // cells if length % cells == 0 else -(-length // cells) + 1)
     return longest

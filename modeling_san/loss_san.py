@@ -1,4 +1,4 @@
-"""Mask2Former's loss, fitted to vocabularies of any length and pictures of several sizes (paper, section 3.4)."""
+"""Mask2Former's loss, fitted to vocabularies of any length and images of several sizes (paper, section 3.4)."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 from .configuration_san import SANConfig
 
 Group = tuple[list[int], tuple[int, int]]
-"""Pictures of one padded size: their indices in the batch, and that size (height, width) on some grid."""
+"""Images of one padded size: their indices in the batch, and that size (height, width) on some grid."""
 
 
 def masks_from_label_map(label_map: Tensor, num_labels: int, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -89,12 +89,12 @@ class SANLoss(Mask2FormerLoss):
         Args:
             masks_queries_logits: `(batch, queries, height, width)` on the side adapter's grid.
             class_queries_logits: `(batch, queries, classes + 1)`, "no object" last.
-            mask_labels: for each picture `(masks, H, W)` of 0 and 1.
-            class_labels: for each picture `(masks,)`.
-            groups: the pictures by padded size, as the share of the frame they fill: sizes in cells of the side grid.
+            mask_labels: for each image `(masks, H, W)` of 0 and 1.
+            class_labels: for each image `(masks,)`.
+            groups: the images by padded size, as the share of the frame they fill: sizes in cells of the side grid.
 
         Returns:
-            the weighted terms `loss_cross_entropy`, `loss_mask`, `loss_dice`. A picture without labels adds to none.
+            the weighted terms `loss_cross_entropy`, `loss_mask`, `loss_dice`. An image without labels adds to none.
         """
         num_masks, class_weight = self._count_over_processes(class_labels, class_queries_logits)
         matches: dict[int, Any] = {}
@@ -134,7 +134,7 @@ class SANLoss(Mask2FormerLoss):
         """
         What the mask terms and the classification term are divided by, the same in every process.
 
-        Then the average of the processes' gradients is the gradient of all their pictures in one batch, however
+        Then the average of the processes' gradients is the gradient of all their images in one batch, however
         unevenly the masks are spread. Returns the number of masks and the sum of the queries' class weights.
         """
         queries = class_logits.shape[1]
@@ -149,7 +149,7 @@ class SANLoss(Mask2FormerLoss):
     def _cross_entropy(
         self, class_queries_logits: Tensor, class_labels: Sequence[Tensor], matches: dict[int, Any]
     ) -> Tensor:
-        """Sum over the queries of labelled pictures, "no object" being the class of those that matched no mask."""
+        """Sum over the queries of labelled images, "no object" being the class of those that matched no mask."""
         no_object: Any = self.num_labels
         targets = torch.full(class_queries_logits.shape[:2], no_object, device=class_queries_logits.device)
         for index, (queries, chosen) in matches.items():

@@ -36,7 +36,7 @@ TEXT_BATCH_SIZE = 512
 """Prompts encoded at once; bounds the memory that long vocabularies take."""
 
 _PIXELS_AT_ONCE = 2 * 640 * 640
-"""That a processor runs through the network together: a tenth faster than eight pictures of 640 x 640 at once."""
+"""That a processor runs through the network together: a tenth faster than eight images of 640 x 640 at once."""
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -59,17 +59,17 @@ class SANOutput(ModelOutput):
         logits (`Tensor` of shape `(batch, classes, height / 4, width / 4)`, *optional*):
             Logarithms of the classes' scores, from [`SANForSemanticSegmentation`] only.
         masks_queries_logits (`Tensor` of shape `(batch, queries, height / 16, width / 16)`):
-            One mask per query; 0 outside a picture's own padded size where sizes are mixed.
+            One mask per query; 0 outside an image's own padded size where sizes are mixed.
         class_queries_logits (`Tensor` of shape `(batch, queries, classes + 1)`):
             What CLIP says of each mask, "no object" last.
         mask_embeds (`Tensor` of shape `(batch, queries, projection_dim)`):
-            Unit vectors: the [SLS] tokens in the joint space of pictures and words.
+            Unit vectors: the [SLS] tokens in the joint space of images and words.
         class_embeds (`Tensor` of shape `(classes, projection_dim)`):
             Unit vectors of the classes, to pass again as `class_embeds`.
         attention_bias (`Tensor` of shape `(batch, bias layers, bias heads, queries, height / 16, width / 16)`):
             Biases as predicted, before pooling.
         image_sizes (`Tensor` of shape `(batch, 2)`, *optional*):
-            Height and width of each picture before padding, as given; post-processing crops the padding with it.
+            Height and width of each image before padding, as given; post-processing crops the padding with it.
         auxiliary_logits (`list[dict[str, Tensor]]`, *optional*):
             `masks_queries_logits` and `class_queries_logits` of the earlier deep-supervision layers; in training.
         loss_dict (`dict[str, Tensor]`, *optional*):
@@ -340,7 +340,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         self.train(self.training)
 
     def get_input_embeddings(self) -> nn.Module:
-        """CLIP's patch embedding, where pictures enter the part that is frozen."""
+        """CLIP's patch embedding, where images enter the part that is frozen."""
         return self.vision_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -440,7 +440,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         **kwargs: Any,
     ) -> SANOutput:
         """
-        Segment a batch of pictures with one vocabulary.
+        Segment a batch of images with one vocabulary.
 
         Args:
             pixel_values: `(batch, 3, height, width)`, normalised, height and width multiples of the side patch size.
@@ -448,10 +448,10 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
             attention_mask: same shape as `input_ids`.
             class_embeds: `(classes, projection_dim)` from `get_class_embeds`, instead of `input_ids`. With neither,
                 the stored labels are used.
-            image_sizes: `(batch, 2)`, height and width of each picture before padding. Each picture is run on its own
+            image_sizes: `(batch, 2)`, height and width of each image before padding. Each image is run on its own
                 padded size, so that what shares a batch never changes its answer.
             labels: `(batch, height, width)` class indices, `config.semantic_loss_ignore_index` = no label.
-            mask_labels: instead of `labels`, for each picture `(masks, height, width)` of 0 and 1 ...
+            mask_labels: instead of `labels`, for each image `(masks, height, width)` of 0 and 1 ...
             class_labels: ... and `(masks,)`, the class of each mask.
             output_hidden_states: whether to return what each layer of CLIP and of the side adapter says; by default
                 as the config has it.
@@ -463,7 +463,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
 
         Raises:
             ValueError: for inputs of the wrong shape, or without a vocabulary; where hidden states or attentions are
-                asked of pictures of several padded sizes, or attentions of other than eager attention.
+                asked of images of several padded sizes, or attentions of other than eager attention.
         """
         self._check_pixel_values(pixel_values)
         class_embeds = self._choose_class_embeds(input_ids, attention_mask, class_embeds)
@@ -471,7 +471,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         groups = self._group_by_padded_size(pixel_values, image_sizes)
         if len(groups) > 1 and (output_hidden_states or output_attentions):
             raise ValueError(
-                "output_hidden_states and output_attentions take pictures of one padded size at a time, and these are "
+                "output_hidden_states and output_attentions take images of one padded size at a time, and these are "
                 f"{', '.join(f'{height} x {width}' for _, (height, width) in groups)}: pass each size by itself."
             )
 
@@ -516,7 +516,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         )
 
     def shrink_for_clip(self, pixel_values: Tensor) -> Tensor:
-        """CLIP's smaller picture, `(batch, 3, scale * height, scale * width)`, of `(batch, 3, height, width)`."""
+        """CLIP's smaller image, `(batch, 3, scale * height, scale * width)`, of `(batch, 3, height, width)`."""
         if not self.config.asymmetric_input or self.config.clip_input_scale == 1:
             return pixel_values
         return nn.functional.interpolate(
@@ -579,9 +579,9 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
 
         Args:
             outputs: `masks_queries_logits` and `class_queries_logits` of each decoded side layer, the final one last.
-            mask_labels: for each picture `(masks, height, width)`.
-            class_labels: for each picture `(masks,)`.
-            groups: indices and padded sizes of the pictures, in pixels.
+            mask_labels: for each image `(masks, height, width)`.
+            class_labels: for each image `(masks,)`.
+            groups: indices and padded sizes of the images, in pixels.
 
         Returns:
             terms by name, those of the earlier outputs with `_0`, `_1`, ... behind.
@@ -665,7 +665,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
             )
 
     def _group_by_padded_size(self, pixel_values: Tensor, image_sizes: Tensor | None) -> list[Group]:
-        """Indices and padded size of the pictures that can run together."""
+        """Indices and padded size of the images that can run together."""
         batch, _, height, width = pixel_values.shape
         together: list[Group] = [(list(range(batch)), (height, width))]
         if image_sizes is None:
@@ -673,16 +673,14 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         if image_sizes.shape != (batch, 2):
             raise ValueError(
                 f"image_sizes have shape {tuple(image_sizes.shape)}: expected ({batch}, 2), the height and width of "
-                "each picture before padding."
+                "each image before padding."
             )
         divisor = self.config.size_divisor
         padded = (image_sizes + divisor - 1) // divisor * divisor
         if torch.compiler.is_compiling():
             # Sizes are data, which a graph without breaks cannot branch on; it can insist that they are all the same.
             frame = torch.tensor([height, width], device=padded.device)
-            torch._assert_async(
-                (padded == frame).all(), "a compiled model takes pictures of one padded size at a time"
-            )
+            torch._assert_async((padded == frame).all(), "a compiled model takes images of one padded size at a time")
             return together
         groups: dict[tuple[int, int], list[int]] = {}
         for index, (rows, columns) in enumerate(padded.tolist()):
@@ -718,8 +716,8 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
             raise ValueError("mask_labels and class_labels belong together: one of them is missing.")
         if len(mask_labels) != batch or len(class_labels) != batch:
             raise ValueError(
-                f"{len(mask_labels)} mask_labels and {len(class_labels)} class_labels for {batch} pictures: give one "
-                "entry for each picture."
+                f"{len(mask_labels)} mask_labels and {len(class_labels)} class_labels for {batch} images: give one "
+                "entry for each image."
             )
         for index, (masks, classes) in enumerate(zip(mask_labels, class_labels, strict=True)):
             if tuple(masks.shape) != (len(classes), height, width):
@@ -786,18 +784,18 @@ class SANForSemanticSegmentation(SANForOpenVocabSegmentation):
         **kwargs: Any,
     ) -> SANOutput:
         """
-        Segment a batch of pictures.
+        Segment a batch of images.
 
         Args:
             pixel_values: `(batch, 3, height, width)`, as for [`SANForOpenVocabSegmentation`].
             labels: `(batch, height, width)` class indices, `config.semantic_loss_ignore_index` = no label.
-            image_sizes: `(batch, 2)`, height and width of each picture before padding.
+            image_sizes: `(batch, 2)`, height and width of each image before padding.
             kwargs: further arguments of [`SANForOpenVocabSegmentation.forward`]; others are ignored.
 
         Returns:
             [`SANOutput`] without `class_embeds`, and with `logits` `(batch, classes, height / 4, width / 4)`, the
             logarithms of the scores: their argmax after bilinear upsampling to `(height, width)`, cut to `image_sizes`
-            where pictures are padded, is the segmentation, up to pixels at the borders of regions, where
+            where images are padded, is the segmentation, up to pixels at the borders of regions, where
             post-processing interpolates masks instead.
         """
         output = super().forward(pixel_values, labels=labels, image_sizes=image_sizes, return_dict=True, **kwargs)
@@ -805,11 +803,11 @@ class SANForSemanticSegmentation(SANForOpenVocabSegmentation):
         probabilities = output.class_queries_logits.float().softmax(-1)[..., :-1]
         scores = probabilities.transpose(1, 2) @ masks.sigmoid().flatten(2)
         output.logits = scores.clamp(min=torch.finfo(scores.dtype).tiny).log().unflatten(-1, masks.shape[-2:])
-        # Pipelines cut each tensor of a batch into the pictures' parts, and this one has none
+        # Pipelines cut each tensor of a batch into the images' parts, and this one has none
         return SANOutput(**{name: value for name, value in output.items() if name != "class_embeds"})
 
     def _enlarge_masks(self, masks: Tensor, pixel_values: Tensor, image_sizes: Tensor | None) -> Tensor:
-        """Masks at a quarter of the size, each picture's by itself: none looks beyond the border it has alone."""
+        """Masks at a quarter of the size, each image's by itself: none looks beyond the border it has alone."""
         frame = tuple(side // 4 for side in pixel_values.shape[-2:])
         groups = self._group_by_padded_size(pixel_values, image_sizes)
         parts = []
@@ -868,7 +866,7 @@ def _named_labels(id2label: dict[Any, str] | None) -> list[str]:
 
 
 def _split_for_caches(groups: Sequence[Group], device: torch.device) -> Sequence[Group]:
-    """On a processor few pictures at a time: what many need between two layers would not stay in its caches."""
+    """On a processor few images at a time: what many need between two layers would not stay in its caches."""
     if device.type != "cpu" or torch.compiler.is_compiling():
         return groups
     split = []
@@ -881,7 +879,7 @@ def _split_for_caches(groups: Sequence[Group], device: torch.device) -> Sequence
 def _merge_groups(
     parts: Sequence[dict[str, Tensor]], groups: Sequence[Group], grid: tuple[int, ...]
 ) -> dict[str, Any]:
-    """Batch tensors again, in the pictures' order; maps smaller than `grid` are filled with 0 at right and bottom."""
+    """Batch tensors again, in the images' order; maps smaller than `grid` are filled with 0 at right and bottom."""
     order = torch.tensor([index for indices, _ in groups for index in indices]).argsort()
     merged = {}
     for name in parts[0]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .clip_layers import attend, run_layer
+from .clip_trunk import attend, run_layer
 
 
 @dataclass(frozen=True)

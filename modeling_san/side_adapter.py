@@ -217,12 +217,12 @@ class MaskDecoder(nn.Module):
 
 
 class SideAdapter(nn.Module):
-    """Side network on the full picture that reuses CLIP's features (paper, figure 3)."""
+    """Side network on the full image that reuses CLIP's features (paper, figure 3)."""
 
     def __init__(self, config: SANConfig) -> None:
         super().__init__()
         self.num_queries = config.num_queries
-        self.clip_layers = {side: clip for clip, side in config.fusion_map}
+        self.clip_trunk = {side: clip for clip, side in config.fusion_map}
         self.deep_supervision_layers = config.deep_supervision_layers
         self.embeddings = SideAdapterEmbeddings(config)
         self.layers = nn.ModuleList(SideAdapterLayer(config) for _ in range(config.side_num_layers))
@@ -246,9 +246,9 @@ class SideAdapter(nn.Module):
         """
 
         def fuse(tokens: Tensor, index: int) -> Tensor:
-            if index not in self.clip_layers:
+            if index not in self.clip_trunk:
                 return tokens
-            clip_patches = clip_hidden_states[self.clip_layers[index]][:, 1:]
+            clip_patches = clip_hidden_states[self.clip_trunk[index]][:, 1:]
             features = self.fusions[str(index)](clip_patches, clip_grid, grid)
             queries, patches = tokens[:, : self.num_queries], tokens[:, self.num_queries :]
             return torch.cat([queries, patches + features], dim=1)

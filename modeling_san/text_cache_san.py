@@ -373,7 +373,7 @@ def _read(path: Path, keys: Sequence[bytes], length: int) -> tuple[_Vectors, _Ve
 
 def _write(path: Path, vectors: _Vectors) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # For the user alone: words that pictures were searched for are nobody else's business. SQLite keeps the mode
+    # For the user alone: words that images were searched for are nobody else's business. SQLite keeps the mode
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     good = _are_unit(np.stack(list(vectors.values())))
     rows = [(key, vector.tobytes()) for (key, vector), is_good in zip(vectors.items(), good, strict=True) if is_good]

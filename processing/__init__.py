@@ -1,15 +1,15 @@
-"""Pictures and words in, tensors out, and back again."""
+"""Images and words in, tensors out, and back again."""
 
 from typing import TYPE_CHECKING, Any
 
 from .drawing import label_colors, label_png, overlay, palette, summarize
 from .image_processing_san import SANImageProcessor, SANImageProcessorKwargs
-from .labels import normalize_labels, parse_labels, split_synonyms
+from .labels_san import normalize_labels, parse_labels, split_synonyms
 from .processing_san import DEFAULT_TEMPLATES, SANProcessor
-from .vocabulary import (
+from .vocabulary_san import (
     EXTENSIONS,
     OTHER_LABEL,
-    Vocabulary,
+    ClassList,
     extend_labels,
     load_vocabulary,
     prompt_templates,
@@ -24,11 +24,11 @@ __all__ = [
     "DEFAULT_TEMPLATES",
     "EXTENSIONS",
     "OTHER_LABEL",
+    "ClassList",
     "OpenVocabularySegmentationPipeline",
     "SANImageProcessor",
     "SANImageProcessorKwargs",
     "SANProcessor",
-    "Vocabulary",
     "extend_labels",
     "label_colors",
     "label_png",

@@ -1,4 +1,4 @@
-"""Segmentations for people to look at: overlays with a legend, indexed label pictures, and tables of areas."""
+"""Segmentations for people to look at: overlays with a legend, indexed label images, and tables of areas."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
-from .image_arrays import read_map, read_picture, resize_map, to_byte_scale
-from .vocabulary import OTHER_LABEL
+from .images_san import read_image, read_map, resize_map, to_byte_scale
+from .vocabulary_san import OTHER_LABEL
 
 _FIRST_COLORS = (
     (230, 159, 0),
@@ -51,7 +51,7 @@ _OKLAB_AXES = np.array(
 )
 
 _SMALLEST_SIDE = 512
-"""Pictures whose long side has fewer pixels are drawn enlarged: outlines and letters need some pixels."""
+"""Images whose long side has fewer pixels are drawn enlarged: outlines and letters need some pixels."""
 
 _PAPER, _INK, _FAINT = (255, 255, 255), (32, 33, 36), (110, 114, 120)
 _FALLBACK_FONTS = ("NotoSans-Regular.ttf", "DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf")
@@ -101,54 +101,54 @@ def overlay(
     colors: np.ndarray | None = None,
     max_entries: int = 24,
 ) -> Image.Image:
-    """Paint a segmentation over its picture, with a legend of colours, names and shares of the area.
+    """Paint a segmentation over its image, with a legend of colours, names and shares of the area.
 
     Args:
         image: PIL image, path, array or tensor; turned upright by EXIF data if it has any.
-        segmentation: (height, width) of the upright picture, indices into `labels`. Indices beyond (255 for "ignored",
+        segmentation: (height, width) of the upright image, indices into `labels`. Indices beyond (255 for "ignored",
             for example) are left unpainted and do not appear in the legend.
         labels: names by index.
-        opacity: of the colours, 0 (the picture alone) ... 1 (colours alone).
-        legend: add the legend, at the right of upright and square pictures and below wide ones.
+        opacity: of the colours, 0 (the image alone) ... 1 (colours alone).
+        legend: add the legend, at the right of upright and square images and below wide ones.
         outlines: draw thin lines where labels meet.
         colors: (at least len(labels), 3) uint8; None takes `label_colors(labels)`.
         max_entries: lines of the legend, largest area first; what is left out is summed up in one more line.
 
     Returns:
-        An RGB picture. Its painted part has the size of `image`, or a whole multiple of it if that is very small.
+        An RGB image. Its painted part has the size of `image`, or a whole multiple of it if that is very small.
 
     Raises:
-        ValueError: picture and segmentation differ in size, or an argument is out of range.
+        ValueError: image and segmentation differ in size, or an argument is out of range.
     """
     if not 0 <= opacity <= 1:
-        raise ValueError(f"opacity is {opacity}: pass a number from 0 (picture alone) to 1 (colours alone)")
+        raise ValueError(f"opacity is {opacity}: pass a number from 0 (image alone) to 1 (colours alone)")
     if max_entries < 1:
         raise ValueError(f"max_entries is {max_entries}: pass at least 1, or legend=False")
-    picture = to_byte_scale(read_picture(image, "image"), "image")
-    picture = picture if picture.dtype == np.uint8 else np.rint(picture).astype(np.uint8)
+    image = to_byte_scale(read_image(image, "image"), "image")
+    image = image if image.dtype == np.uint8 else np.rint(image).astype(np.uint8)
     indices = _indices(segmentation)
-    if indices.shape != picture.shape[:2]:
+    if indices.shape != image.shape[:2]:
         raise ValueError(
-            f"the segmentation has {indices.shape[0]} x {indices.shape[1]} pixels (height x width) and the picture, "
-            f"upright, {picture.shape[0]} x {picture.shape[1]}: ask for it with target_sizes=[(height, width)]"
+            f"the segmentation has {indices.shape[0]} x {indices.shape[1]} pixels (height x width) and the image, "
+            f"upright, {image.shape[0]} x {image.shape[1]}: ask for it with target_sizes=[(height, width)]"
         )
     colors = label_colors(labels) if colors is None else np.asarray(colors, dtype=np.uint8)
     if len(colors) < len(labels):
         raise ValueError(f"there are {len(colors)} colours for {len(labels)} labels: pass one for each")
     entries = _legend_entries(indices, labels, colors, max_entries) if legend else []
-    painted = _paint(*_enlarge(picture, indices), colors[: len(labels)], opacity, outlines)
+    painted = _paint(*_enlarge(image, indices), colors[: len(labels)], opacity, outlines)
     return _with_legend(painted, entries) if entries else painted
 
 
 def label_png(segmentation: Any, colors: np.ndarray | None = None) -> Image.Image:
-    """A segmentation as an indexed picture: every value is a label's index, and its colour is for looking at.
+    """A segmentation as an indexed image: every value is a label's index, and its colour is for looking at.
 
     Args:
         segmentation: (height, width) indices, 0 ... 65535.
         colors: (n, 3) uint8 for the first n indices, n <= 256; None takes `palette`.
 
     Returns:
-        A picture of mode "P" if all indices are below 256; 255, by custom "ignored", is black unless `colors` reach
+        An image of mode "P" if all indices are below 256; 255, by custom "ignored", is black unless `colors` reach
         it. Otherwise one of mode "I;16", which has no palette.
 
     Raises:
@@ -161,21 +161,21 @@ def label_png(segmentation: Any, colors: np.ndarray | None = None) -> Image.Imag
     table[:255] = palette(255)
     if colors is not None:
         table[: len(colors)] = colors
-    picture = Image.fromarray(indices.astype(np.uint8))
-    picture.putpalette(table.tobytes())
-    return picture
+    image = Image.fromarray(indices.astype(np.uint8))
+    image.putpalette(table.tobytes())
+    return image
 
 
 def summarize(segmentation: Any, scores: Any, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """What a picture consists of.
+    """What an image consists of.
 
     Args:
-        segmentation: (height, width) indices into `labels`; others count towards the area of the picture alone.
+        segmentation: (height, width) indices into `labels`; others count towards the area of the image alone.
         scores: (height, width) scores of the labels that won, or None.
         labels: names by index.
 
     Returns:
-        One entry for each label present, largest first: `label`, `area` (share of the picture, 0 ... 1), `pixels` and
+        One entry for each label present, largest first: `label`, `area` (share of the image, 0 ... 1), `pixels` and
         `mean_score` (over the label's pixels; None without scores).
 
     Raises:
@@ -212,7 +212,7 @@ def _searched_colors() -> np.ndarray:
     levels = np.arange(20, 256, 10)
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
     lightness, chroma = _lightness_and_chroma(candidates)
-    # Neither so dark or bright that the picture beneath disappears, nor grey, nor glaring
+    # Neither so dark or bright that the image beneath disappears, nor grey, nor glaring
     pleasant = (lightness > 0.45) & (lightness < 0.9) & (chroma > 0.05) & (chroma < 0.21)
     candidates = candidates[pleasant]
     views = _views(candidates)
@@ -274,26 +274,24 @@ def _indices(segmentation: Any) -> np.ndarray:
     return read_map(segmentation, "segmentation")
 
 
-def _enlarge(picture: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Enlarge a small picture and its segmentation by a whole number."""
+def _enlarge(image: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Enlarge a small image and its segmentation by a whole number."""
     height, width = indices.shape
     factor = -(-_SMALLEST_SIDE // max(height, width))
     if factor == 1:
-        return picture, indices
+        return image, indices
     size = (height * factor, width * factor)
-    smooth = Image.fromarray(picture).resize(size[::-1], Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)
     return np.asarray(smooth), resize_map(indices, size)
 
 
-def _paint(
-    picture: np.ndarray, indices: np.ndarray, colors: np.ndarray, opacity: float, outlines: bool
-) -> Image.Image:
-    """Blend the labels' colours over the picture and trace where they meet."""
-    base = Image.fromarray(np.ascontiguousarray(picture))
+def _paint(image: np.ndarray, indices: np.ndarray, colors: np.ndarray, opacity: float, outlines: bool) -> Image.Image:
+    """Blend the labels' colours over the image and trace where they meet."""
+    base = Image.fromarray(np.ascontiguousarray(image))
     table = np.zeros((len(colors) + 1, 3), dtype=np.uint8)
     table[:-1] = colors
     rows = np.minimum(indices, len(colors))
-    # The picture loses its own colour as the labels' comes in: a red car under blue stays blue
+    # The image loses its own colour as the labels' comes in: a red car under blue stays blue
     muted = ImageEnhance.Color(base).enhance(1 - opacity)
     painted = Image.blend(muted, Image.fromarray(table[rows]), opacity)
     unpainted = rows == len(colors)
@@ -363,10 +361,10 @@ def _percent(share: float) -> str:
 
 
 def _with_legend(painted: Image.Image, entries: list[_Entry]) -> Image.Image:
-    """Put the legend at the right of the picture, or below it if it is wide."""
+    """Put the legend at the right of the image, or below it if it is wide."""
     below = painted.width > 1.2 * painted.height
     size = max(14, round(0.026 * max(painted.size)))
-    # Below, many entries share the width; at the right, no name may dwarf the picture
+    # Below, many entries share the width; at the right, no name may dwarf the image
     widest = painted.width if below and len(entries) <= 4 else max(painted.width // 2, 16 * size)
     sheet = _LegendSheet(entries, size, widest)
     columns = sheet.columns_within(painted.width) if below else sheet.columns_of_height(painted.height)

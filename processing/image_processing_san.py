@@ -1,4 +1,4 @@
-"""Image processor of SAN on transformers' PIL backend: pictures in, padded batches out, and segmentations back."""
+"""Image processor of SAN on transformers' PIL backend: images in, padded batches out, and segmentations back."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -17,18 +17,18 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelD
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
-from .image_arrays import (
-    draft_picture,
+from .images_san import (
+    draft_image,
+    flatten_images,
     flatten_maps,
-    flatten_pictures,
-    load_picture,
-    picture_size,
+    image_size,
+    load_image,
     read_map,
+    resize_image,
     resize_map,
-    resize_picture,
     to_byte_scale,
 )
-from .post_processing import MaskGeometry, score_map, segment
+from .post_processing_san import MaskGeometry, score_map, segment
 
 _SIZE_FORMS = '{"shortest_edge": 640, "longest_edge": 2560}, {"shortest_edge": 640} or {"height": 640, "width": 640}'
 
@@ -44,7 +44,7 @@ class SANImageProcessorKwargs(ImagesKwargs, total=False):
         ignore_index: value of segmentation maps that stands for "no class".
         do_reduce_labels: take 1 off every value of segmentation maps and make 0 the ignored one, as data sets need
             that count classes from 1 and have background at 0.
-        do_draft: decode large JPEG pictures at 1/2, 1/4 or 1/8 of their size where that is still twice the size they
+        do_draft: decode large JPEG images at 1/2, 1/4 or 1/8 of their size where that is still twice the size they
             are resized to (PIL's draft mode). A photograph of 12 megapixels takes a third to a half of the time,
             and its resized bytes change by less than 1 on average.
     """
@@ -57,12 +57,12 @@ class SANImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 class SANImageProcessor(PilBackend):
-    """Prepares pictures for SAN, and turns SAN's output into segmentations.
+    """Prepares images for SAN, and turns SAN's output into segmentations.
 
-    A picture is resized with PIL's bilinear filter so that its short side is 640 pixels, unless its long side would
+    An image is resized with PIL's bilinear filter so that its short side is 640 pixels, unless its long side would
     then pass 2560; normalised with CLIP's mean and standard deviation; and padded at the right and at the bottom with
     0, after normalisation, to a multiple of 32 (the inference recipe of the reference implementation). In a batch, all
-    are padded to the largest padded size, and `image_sizes` says what is picture, so that a model can run each one on
+    are padded to the largest padded size, and `image_sizes` says what is image, so that a model can run each one on
     the size it would have alone.
 
     Every option can be set when the processor is made, is saved with it, and can be overridden in a call:
@@ -99,29 +99,29 @@ class SANImageProcessor(PilBackend):
     def __call__(
         self, images: Any, segmentation_maps: Any = None, **kwargs: Unpack[SANImageProcessorKwargs]
     ) -> BatchFeature:
-        """Prepare pictures, see `preprocess`."""
+        """Prepare images, see `preprocess`."""
         return self.preprocess(images, segmentation_maps, **kwargs)
 
     def preprocess(  # type: ignore[override]
         self, images: Any, segmentation_maps: Any = None, **kwargs: Unpack[SANImageProcessorKwargs]
     ) -> BatchFeature:
-        """Prepare one picture or many, of any sizes, for the model.
+        """Prepare one image or many, of any sizes, for the model.
 
         Args:
             images: PIL images, paths, numpy arrays or torch tensors, one or a list. RGB, grey, RGBA
                 (transparency is dropped), palettes, 16 bits and EXIF-rotated files all work; floats count as 0 ... 1
                 if they lie in there, else as 0 ... 255. With `do_rescale=False` values are taken as they are.
-            segmentation_maps: class indices, one map (height, width) for each picture and of the size it has
+            segmentation_maps: class indices, one map (height, width) for each image and of the size it has
                 upright. A map is turned only by EXIF data of its own.
             **kwargs: overrides of the processor's options, and `return_tensors` ("pt", "np" or None for numpy).
 
         Returns:
             `pixel_values` (batch, 3, height, width) float32 and `image_sizes` (batch, 2) int64, height and width of
-            each picture inside `pixel_values` before padding. With segmentation maps also `labels` (batch, height,
+            each image inside `pixel_values` before padding. With segmentation maps also `labels` (batch, height,
             width) int64 class indices at the padded size, `ignore_index` where padded or ignored.
 
         Raises:
-            ValueError: a picture, map or option cannot be used; the message says which, and what to do.
+            ValueError: an image, map or option cannot be used; the message says which, and what to do.
         """
         return super().preprocess(images, segmentation_maps, **kwargs)
 
@@ -146,8 +146,8 @@ class SANImageProcessor(PilBackend):
         Args:
             outputs: the model's output with `masks_queries_logits` (batch, queries, h, w), `class_queries_logits`
                 (batch, queries, classes + 1), the last being "no object", and `image_sizes` (batch, 2) or None if
-                the whole map is picture. Any float type; computed in float32.
-            target_sizes: (height, width) wanted for each picture, for example `[image.size[::-1]]` (of a picture that
+                the whole map is image. Any float type; computed in float32.
+            target_sizes: (height, width) wanted for each image, for example `[image.size[::-1]]` (of an image that
                 is upright; otherwise of `ImageOps.exif_transpose(image)`). None gives the size the network saw.
             return_scores: also return the score that the best class has at every pixel.
 
@@ -158,14 +158,14 @@ class SANImageProcessor(PilBackend):
         Raises:
             ValueError: the sizes do not fit the outputs.
         """
-        results = [segment(*arguments) for arguments in self._pictures_of(outputs, target_sizes)]
+        results = [segment(*arguments) for arguments in self._images_of(outputs, target_sizes)]
         maps = [best for best, _ in results]
         return (maps, [score for _, score in results]) if return_scores else maps
 
     def post_process_semantic_scores(self, outputs: Any, target_sizes: Any = None) -> list[torch.Tensor]:
         """Scores of all classes at every pixel, for heat maps, ensembles and tests.
 
-        This holds (classes, height, width) floats for each picture, 3.5 GB for 847 classes on 1024 x 1024 pixels;
+        This holds (classes, height, width) floats for each image, 3.5 GB for 847 classes on 1024 x 1024 pixels;
         `post_process_semantic_segmentation` does not.
 
         Args:
@@ -178,14 +178,14 @@ class SANImageProcessor(PilBackend):
         Raises:
             ValueError: the sizes do not fit the outputs.
         """
-        return [score_map(*arguments) for arguments in self._pictures_of(outputs, target_sizes)]
+        return [score_map(*arguments) for arguments in self._images_of(outputs, target_sizes)]
 
     def resized_size(self, height: int, width: int, size: SizeDict | dict[str, int] | None = None) -> tuple[int, int]:
-        """Height and width that a picture of `height` x `width` pixels is resized to.
+        """Height and width that an image of `height` x `width` pixels is resized to.
 
         Args:
-            height: of the picture.
-            width: of the picture.
+            height: of the image.
+            width: of the image.
             size: a size option; None takes the processor's own.
 
         Raises:
@@ -200,14 +200,14 @@ class SANImageProcessor(PilBackend):
         longest = size.get("longest_edge")
         if longest and scale * max(height, width) > longest:
             scale = longest / max(height, width)
-        # A very long and thin picture would lose its short side altogether
+        # A very long and thin image would lose its short side altogether
         return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]
         """Refuse options that contradict each other or that this processor does not have."""
         super()._validate_preprocess_kwargs(**kwargs)
         if kwargs.get("do_center_crop"):
-            raise ValueError("do_center_crop=True is not supported, SAN takes whole pictures: crop them before")
+            raise ValueError("do_center_crop=True is not supported, SAN takes whole images: crop them before")
         divisor, stride = kwargs["size_divisor"], kwargs["mask_stride"]
         if divisor < 1 or stride < 1 or divisor % stride:
             raise ValueError(
@@ -234,38 +234,38 @@ class SANImageProcessor(PilBackend):
     ) -> BatchFeature:
         """Read, resize, and hand over to `_batch`; options come complete and checked from `preprocess`."""
         channels_first = None if input_data_format is None else str(_value(input_data_format)) == "channels_first"
-        items = flatten_pictures(images)
+        items = flatten_images(images)
         maps = None if segmentation_maps is None else flatten_maps(segmentation_maps, len(items))
         wanted_size = partial(self.resized_size, size=size) if do_resize else _same_size
-        # Pictures in memory may share a file, or be one and the same object
+        # Images in memory may share a file, or be one and the same object
         one_at_a_time = Lock()
 
         def prepare(index: int) -> tuple[np.ndarray, tuple[int, int]]:
             item, name, full_size = items[index], f"image {index}", None
             with nullcontext() if isinstance(item, (str, os.PathLike)) else one_at_a_time:
                 if do_draft:
-                    item, full_size = draft_picture(item, name, wanted_size, resample)
-                picture = load_picture(item, name, to_rgb=do_convert_rgb, channels_first=channels_first)
-            if do_rescale and isinstance(picture, np.ndarray):
-                picture = to_byte_scale(picture, name)
-            full_size = full_size or picture_size(picture)
-            return resize_picture(picture, wanted_size(*full_size), resample), full_size
+                    item, full_size = draft_image(item, name, wanted_size, resample)
+                image = load_image(item, name, to_rgb=do_convert_rgb, channels_first=channels_first)
+            if do_rescale and isinstance(image, np.ndarray):
+                image = to_byte_scale(image, name)
+            full_size = full_size or image_size(image)
+            return resize_image(image, wanted_size(*full_size), resample), full_size
 
-        pictures, full_sizes = zip(*_side_by_side(prepare, len(items)), strict=True)
-        pixel_values = _padded_batch(pictures, do_rescale=do_rescale, **kwargs)
-        sizes = np.array([picture.shape[:2] for picture in pictures], dtype=np.int64)
+        images, full_sizes = zip(*_side_by_side(prepare, len(items)), strict=True)
+        pixel_values = _padded_batch(images, do_rescale=do_rescale, **kwargs)
+        sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)
         data = {"pixel_values": pixel_values, "image_sizes": sizes}
         if maps is not None:
             label_maps = []
             for index, item in enumerate(maps):
                 label_map = read_map(item, f"segmentation map {index}")
                 _check_same_size(label_map.shape, full_sizes[index], index)
-                label_maps.append(resize_map(label_map, picture_size(pictures[index])))
+                label_maps.append(resize_map(label_map, image_size(images[index])))
             data["labels"] = _padded_labels(label_maps, pixel_values.shape[-2:], ignore_index, do_reduce_labels)
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _pictures_of(self, outputs: Any, target_sizes: Any) -> list[tuple[torch.Tensor, torch.Tensor, MaskGeometry]]:
-        """Mask logits, class logits and geometry of each picture in a batch of outputs."""
+    def _images_of(self, outputs: Any, target_sizes: Any) -> list[tuple[torch.Tensor, torch.Tensor, MaskGeometry]]:
+        """Mask logits, class logits and geometry of each image in a batch of outputs."""
         masks, classes = outputs.masks_queries_logits, outputs.class_queries_logits
         if classes.shape[-1] < 2:
             raise ValueError(
@@ -279,21 +279,21 @@ class SANImageProcessor(PilBackend):
         return [(masks[i], classes[i], geometry) for i, geometry in enumerate(geometries)]
 
     def _geometry(
-        self, mask_size: tuple[int, int], picture: tuple[int, int] | None, target: tuple[int, int] | None
+        self, mask_size: tuple[int, int], image: tuple[int, int] | None, target: tuple[int, int] | None
     ) -> MaskGeometry:
-        """Find a picture in its mask map (height, width)."""
+        """Find an image in its mask map (height, width)."""
         whole = (mask_size[0] * self.mask_stride, mask_size[1] * self.mask_stride)
-        if picture is None:
-            return MaskGeometry(own=mask_size, padded=whole, picture=whole, target=target or whole)
-        padded = (_round_up(picture[0], self.size_divisor), _round_up(picture[1], self.size_divisor))
+        if image is None:
+            return MaskGeometry(own=mask_size, padded=whole, image=whole, target=target or whole)
+        padded = (_round_up(image[0], self.size_divisor), _round_up(image[1], self.size_divisor))
         own = (padded[0] // self.mask_stride, padded[1] // self.mask_stride)
         if own[0] > mask_size[0] or own[1] > mask_size[1]:
             raise ValueError(
-                f"a picture of {picture[0]} x {picture[1]} pixels needs masks of {own[0]} x {own[1]} cells, the "
+                f"an image of {image[0]} x {image[1]} pixels needs masks of {own[0]} x {own[1]} cells, the "
                 f"outputs have {mask_size[0]} x {mask_size[1]}: image_sizes, size_divisor={self.size_divisor} and "
                 f"mask_stride={self.mask_stride} have to be those the model ran with"
             )
-        return MaskGeometry(own=own, padded=padded, picture=picture, target=target or picture)
+        return MaskGeometry(own=own, padded=padded, image=image, target=target or image)
 
 
 def _same_size(height: int, width: int) -> tuple[int, int]:
@@ -313,7 +313,7 @@ def _side_by_side(function: Callable[[int], _Result], count: int) -> list[_Resul
 
 
 def _padded_batch(
-    pictures: Sequence[np.ndarray],
+    images: Sequence[np.ndarray],
     *,
     do_rescale: bool,
     rescale_factor: float,
@@ -325,8 +325,8 @@ def _padded_batch(
     size_divisor: int,
     **_: Any,
 ) -> np.ndarray:
-    """Rescale, normalise, and write each picture (height, width, 3) into its corner of one batch of zeros."""
-    height, width = _canvas_size([picture.shape[:2] for picture in pictures], do_pad, pad_size, size_divisor)
+    """Rescale, normalise, and write each image (height, width, 3) into its corner of one batch of zeros."""
+    height, width = _canvas_size([image.shape[:2] for image in images], do_pad, pad_size, size_divisor)
     # (value * factor - mean) / std, as one product and one difference
     factor, shift = np.full(3, rescale_factor if do_rescale else 1.0), np.zeros(3)
     if do_normalize:
@@ -334,10 +334,10 @@ def _padded_batch(
         if not std.all():
             raise ValueError(f"image_std is {image_std}: it may not hold 0")
         factor, shift = factor / std, mean / std
-    batch = np.zeros((len(pictures), 3, height, width), dtype=np.float32)
-    for picture, canvas in zip(pictures, batch, strict=True):
-        corner = canvas[:, : picture.shape[0], : picture.shape[1]]
-        np.multiply(np.moveaxis(picture, -1, 0), factor.astype(np.float32)[:, None, None], out=corner)
+    batch = np.zeros((len(images), 3, height, width), dtype=np.float32)
+    for image, canvas in zip(images, batch, strict=True):
+        corner = canvas[:, : image.shape[0], : image.shape[1]]
+        np.multiply(np.moveaxis(image, -1, 0), factor.astype(np.float32)[:, None, None], out=corner)
         corner -= shift.astype(np.float32)[:, None, None]
     return batch
 
@@ -345,12 +345,12 @@ def _padded_batch(
 def _canvas_size(
     sizes: list[tuple[int, ...]], do_pad: bool, pad_size: SizeDict | None, size_divisor: int
 ) -> tuple[int, int]:
-    """Height and width of the batch that holds pictures of these sizes."""
+    """Height and width of the batch that holds images of these sizes."""
     height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
     if not do_pad:
         if len(set(sizes)) > 1:
             raise ValueError(
-                f"pictures of {len(set(sizes))} sizes cannot share a batch without padding: leave do_pad=True, or "
+                f"images of {len(set(sizes))} sizes cannot share a batch without padding: leave do_pad=True, or "
                 "pass them one by one"
             )
         return height, width
@@ -382,22 +382,22 @@ def _padded_labels(
 
 
 def _check_same_size(map_size: tuple[int, ...], full_size: tuple[int, int], index: int) -> None:
-    """A map has to fit the picture it belongs to, pixel for pixel."""
+    """A map has to fit the image it belongs to, pixel for pixel."""
     if map_size != full_size:
         (map_height, map_width), (height, width) = map_size, full_size
         raise ValueError(
             f"segmentation map {index} has {map_height} x {map_width} pixels (height x width) and image {index}, "
-            f"upright, has {height} x {width}: pass a map of the picture's own size"
+            f"upright, has {height} x {width}: pass a map of the image's own size"
         )
 
 
 def _size_list(sizes: Any, batch: int, name: str) -> list[tuple[int, int] | None]:
-    """Sizes given as pairs, a tensor or None, as a list with one pair or None per picture."""
+    """Sizes given as pairs, a tensor or None, as a list with one pair or None per image."""
     if sizes is None:
         return [None] * batch
     pairs = sizes.tolist() if isinstance(sizes, (torch.Tensor, np.ndarray)) else list(sizes)
     if len(pairs) != batch:
-        raise ValueError(f"{name} holds {len(pairs)} sizes for {batch} pictures: pass one (height, width) for each")
+        raise ValueError(f"{name} holds {len(pairs)} sizes for {batch} images: pass one (height, width) for each")
     checked: list[tuple[int, int] | None] = []
     for pair in pairs:
         values = pair.tolist() if isinstance(pair, (torch.Tensor, np.ndarray)) else pair

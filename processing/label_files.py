@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .labels import normalize_labels
+from .labels_san import normalize_labels
 
 FILE_FORMS = (
     'a JSON list ["sky", "road"], an object {"classes": ["sky", "road"]} or {"0": "sky", "1": "road"}, or one name '

@@ -1,4 +1,4 @@
-"""Pipeline of SAN: pictures and any words in, one mask for each word that is there out."""
+"""Pipeline of SAN: images and any words in, one mask for each word that is there out."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from torch.utils.data import Dataset
 from transformers import Pipeline
 from transformers.image_utils import load_image
 
-from .image_arrays import read_picture, to_byte_scale
-from .labels import normalize_labels, parse_labels
+from .images_san import read_image, to_byte_scale
+from .labels_san import normalize_labels, parse_labels
 from .processing_san import resolve_templates
-from .vocabulary import EXTENSIONS, OTHER_LABEL, vocabulary_names
-from .vocabulary import extend_labels as add_common_names
+from .vocabulary_san import EXTENSIONS, OTHER_LABEL, vocabulary_names
+from .vocabulary_san import extend_labels as add_common_names
 
 _ADDRESS_SCHEMES = ("http://", "https://", "data:image/")
 _LABELS_AT_ONCE = 512
@@ -31,9 +31,9 @@ _EXAMPLE = 'candidate_labels=["sky", "road"]'
 
 
 class OpenVocabularySegmentationPipeline(Pipeline):
-    """Label every pixel of pictures with the best of any words.
+    """Label every pixel of images with the best of any words.
 
-    Everything that other pipelines take works here: `device`, `dtype`, `batch_size`, `num_workers`. Pictures of any
+    Everything that other pipelines take works here: `device`, `dtype`, `batch_size`, `num_workers`. Images of any
     sizes share a batch; each is run on the size it has alone, so what shares a batch never changes an answer.
 
     The options of a call (`candidate_labels`, `threshold`, ...) can be given when the pipeline is made as well, and
@@ -110,12 +110,12 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         num_workers: int | None = None,
     ) -> Any:
         """
-        Segment pictures with one vocabulary.
+        Segment images with one vocabulary.
 
         Options left at None are those given when the pipeline was made, or else the defaults named here.
 
         Args:
-            images: one picture: a path, an address (http, https, data), a PIL image, a numpy array or a torch tensor;
+            images: one image: a path, an address (http, https, data), a PIL image, a numpy array or a torch tensor;
                 a list of them, or an array (batch, ...); or any number of them from a data set, a column of one
                 (`dataset["image"]`), a `KeyDataset`, a generator or another iterator.
             candidate_labels: the words, one string for each label; "car|automobile" is one label with two synonyms.
@@ -127,25 +127,25 @@ class OpenVocabularySegmentationPipeline(Pipeline):
                 become `other_label` as well; "none", the default, adds nothing.
             templates: prompt templates, see [`SANProcessor`]; the processor's own by default.
             timeout: seconds to wait for each answer of a server; without one by default.
-            batch_size: pictures that run together, 1 by default.
-            num_workers: processes that read pictures, 0 by default.
+            batch_size: images that run together, 1 by default.
+            num_workers: processes that read images, 0 by default.
 
         Returns:
-            for one picture a list with one dictionary for each label that has pixels, in the order of the labels, the
+            for one image a list with one dictionary for each label that has pixels, in the order of the labels, the
             other label last:
 
             - **label** (`str`): as it was given.
-            - **mask** (`PIL.Image.Image`): mode "L", 255 where the label is and 0 elsewhere, of the picture's size
-              (turned upright where EXIF data say so). The masks of a picture share no pixel and cover it.
+            - **mask** (`PIL.Image.Image`): mode "L", 255 where the label is and 0 elsewhere, of the image's size
+              (turned upright where EXIF data say so). The masks of an image share no pixel and cover it.
             - **score** (`float`): mean over the mask of the score that won each pixel: the sum over the model's
               masks of (how much the mask is the label) * (how much the pixel is in the mask). It is near 1 where the
               model is sure; where masks overlap it can pass 1.
 
-            For a list or an array of pictures a list of such lists. For a generator a generator of them, for data
-            sets an iterable; both read pictures as they go.
+            For a list or an array of images a list of such lists. For a generator a generator of them, for data
+            sets an iterable; both read images as they go.
 
         Raises:
-            ValueError: a picture, the labels or an option cannot be used; the message says which, and what to do.
+            ValueError: an image, the labels or an option cannot be used; the message says which, and what to do.
         """
         given = {
             "candidate_labels": candidate_labels,
@@ -158,12 +158,12 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         options = {**self._options, **{name: value for name, value in given.items() if value is not None}}
         threshold = _check_threshold(options.get("threshold", 0.0))
         other_label = _check_other_label(options.get("other_label", OTHER_LABEL))
-        pictures = _arrange_pictures(images)
+        images = _arrange_images(images)
         vocabulary = self._make_vocabulary(
             options.get("candidate_labels"), options.get("templates"), options.get("extend_labels", "none")
         )
         results = super().__call__(
-            pictures,
+            images,
             batch_size=batch_size,
             num_workers=num_workers,
             timeout=options.get("timeout"),
@@ -171,9 +171,9 @@ class OpenVocabularySegmentationPipeline(Pipeline):
             threshold=threshold,
             other_label=other_label,
         )
-        if isinstance(pictures, _Picture):
+        if isinstance(images, _Image):
             return results
-        if isinstance(pictures, _Pictures):
+        if isinstance(images, _Images):
             return list(results) if isinstance(images, (list, tuple)) or _is_array(images) else results
         return _one_by_one(results)
 
@@ -210,28 +210,28 @@ class OpenVocabularySegmentationPipeline(Pipeline):
             {"labels": vocabulary.labels, "threshold": threshold, "other_label": other_label},
         )
 
-    def preprocess(self, input_: _Picture, timeout: float | None = None) -> dict[str, Any]:  # type: ignore[override]
+    def preprocess(self, input_: _Image, timeout: float | None = None) -> dict[str, Any]:  # type: ignore[override]
         """
-        Read a picture.
+        Read an image.
 
         Returns:
-            `pixel_values`, a list with one (1, 3, height, width), as pictures of several sizes make no tensor;
-            `image_sizes` (1, 2), without the padding; `target_sizes`, a list with the picture's own (height, width).
+            `pixel_values`, a list with one (1, 3, height, width), as images of several sizes make no tensor;
+            `image_sizes` (1, 2), without the padding; `target_sizes`, a list with the image's own (height, width).
         """
-        picture = _read(input_, timeout)
-        inputs = self.processor(images=picture, return_tensors="pt")
+        image = _read(input_, timeout)
+        inputs = self.processor(images=image, return_tensors="pt")
         return {
             "pixel_values": [inputs["pixel_values"]],
             "image_sizes": inputs["image_sizes"],
-            "target_sizes": [picture.shape[:2]],
+            "target_sizes": [image.shape[:2]],
         }
 
     def _forward(self, input_tensors: dict[str, Any], class_embeds: Tensor) -> dict[str, Any]:  # type: ignore[override]
         """
-        Label every pixel where the model is, pictures of one padded size together.
+        Label every pixel where the model is, images of one padded size together.
 
         Returns:
-            `label_maps`, for each picture (height, width) int64, and `scores`, (height, width) float32.
+            `label_maps`, for each image (height, width) int64, and `scores`, (height, width) float32.
         """
         pixel_values = _flat(input_tensors["pixel_values"])
         target_sizes = _flat(input_tensors["target_sizes"])
@@ -262,7 +262,7 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         other_label: str = OTHER_LABEL,
     ) -> list[dict[str, Any]]:
         """
-        Masks of one picture.
+        Masks of one image.
 
         Args:
             model_outputs: `label_maps` and `scores`, each holding one (height, width).
@@ -361,15 +361,15 @@ class _Vocabulary:
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """A picture as it was given, and what errors call it."""
+class _Image:
+    """An image as it was given, and what errors call it."""
 
     image: Any
     name: str
 
 
-class _Pictures(Dataset):
-    """Pictures by number: a list, a column, a data set."""
+class _Images(Dataset):
+    """Images by number: a list, a column, a data set."""
 
     def __init__(self, images: Any) -> None:
         self.images = images
@@ -377,8 +377,8 @@ class _Pictures(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> _Picture:
-        return _Picture(self.images[index], f"image {index}")
+    def __getitem__(self, index: int) -> _Image:
+        return _Image(self.images[index], f"image {index}")
 
 
 class _EmbeddingCache:
@@ -390,7 +390,7 @@ class _EmbeddingCache:
         self._state: Hashable = None
 
     def __reduce__(self) -> tuple[type, tuple]:
-        # A lock cannot travel to the worker processes that read pictures, and they need no vocabulary
+        # A lock cannot travel to the worker processes that read images, and they need no vocabulary
         return _EmbeddingCache, ()
 
     def __len__(self) -> int:
@@ -434,61 +434,61 @@ def _text_encoder_state(model: Any) -> Hashable:
     )
 
 
-def _arrange_pictures(images: Any) -> Any:
-    """One `_Picture`, a data set of them, or a generator of them."""
+def _arrange_images(images: Any) -> Any:
+    """One `_Image`, a data set of them, or a generator of them."""
     if images is None:
-        raise ValueError("images is None: pass a picture: a path, an address, a PIL image or an array")
+        raise ValueError("images is None: pass an image: a path, an address, a PIL image or an array")
     if isinstance(images, Mapping) or hasattr(images, "read"):
         what = "a mapping" if isinstance(images, Mapping) else "an open file"
         raise ValueError(
-            f"images is {what} ({type(images).__name__}): pass pictures: paths, addresses, PIL images, arrays, or the "
+            f"images is {what} ({type(images).__name__}): pass images: paths, addresses, PIL images, arrays, or the "
             'column of a data set that holds them, such as dataset["image"]'
         )
     if _is_array(images) and images.ndim != 4:
-        return _Picture(images, "the picture")
+        return _Image(images, "the image")
     if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
-        return _Picture(images, "the picture")
+        return _Image(images, "the image")
     if isinstance(images, Sized) and hasattr(images, "__getitem__"):
         if len(images) == 0:
-            raise ValueError("images is empty: pass at least one picture")
-        return _Pictures(images)
+            raise ValueError("images is empty: pass at least one image")
+        return _Images(images)
     if isinstance(images, Iterable):
-        return (_Picture(image, f"image {index}") for index, image in enumerate(images))
-    return _Picture(images, "the picture")
+        return (_Image(image, f"image {index}") for index, image in enumerate(images))
+    return _Image(images, "the image")
 
 
 def _is_array(images: Any) -> bool:
     return isinstance(images, (np.ndarray, Tensor))
 
 
-def _read(picture: _Picture, timeout: float | None) -> np.ndarray:
+def _read(image: _Image, timeout: float | None) -> np.ndarray:
     """Pixels (height, width, 3), upright, of whatever was given."""
-    image, name = picture.image, picture.name
+    image, name = image.image, image.name
     if isinstance(image, str) and image.startswith(_ADDRESS_SCHEMES):
         image = _fetch(image, name, timeout)
     if isinstance(image, Mapping):
         raise ValueError(
-            f'{name} is a {type(image).__name__}: pass the column that holds the pictures, such as dataset["image"]'
+            f'{name} is a {type(image).__name__}: pass the column that holds the images, such as dataset["image"]'
         )
-    array = read_picture(image, name)
+    array = read_image(image, name)
     # The processor would call it "image 0"
     to_byte_scale(array, name)
     return array
 
 
 def _fetch(address: str, name: str, timeout: float | None) -> Image.Image:
-    """Load a picture from an address."""
+    """Load an image from an address."""
     try:
         return load_image(address, timeout=timeout)
     except Exception as error:
         # Networks, servers and decoders each have exceptions of their own
         shown, reason = _without_secrets(address, error)
     # Outside of the handler, so that the traceback does not show the whole address either
-    raise ValueError(f"{name}: {shown} gave no picture ({reason}): check that it leads to an image file")
+    raise ValueError(f"{name}: {shown} gave no image ({reason}): check that it leads to an image file")
 
 
 def _without_secrets(address: str, error: Exception) -> tuple[str, str]:
-    """An address without what may be a key, a password or a whole picture; and an error without the address."""
+    """An address without what may be a key, a password or a whole image; and an error without the address."""
     scheme, _, rest = address.partition("://")
     if not rest:
         return "an address with data", "it does not hold one in base64"
@@ -543,7 +543,7 @@ def _position(name: str, names: Sequence[str]) -> int:
 
 
 def _flat(items: Iterable[Any]) -> list[Any]:
-    """What each picture brought, in one list: batches come as lists of lists."""
+    """What each image brought, in one list: batches come as lists of lists."""
     return [part for item in items for part in (item if isinstance(item, list) else [item])]
 
 

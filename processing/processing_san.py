@@ -1,4 +1,4 @@
-"""Processor of SAN: pictures and labels in, one set of model inputs out."""
+"""Processor of SAN: images and labels in, one set of model inputs out."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -12,8 +12,8 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import TensorType
 
 from .image_processing_san import SANImageProcessor
-from .labels import normalize_labels, split_synonyms
-from .vocabulary import prompt_templates
+from .labels_san import normalize_labels, split_synonyms
+from .vocabulary_san import prompt_templates
 
 DEFAULT_TEMPLATES = "vild"
 """The prompt templates of the released SAN models."""
@@ -31,7 +31,7 @@ class SANProcessor(ProcessorMixin):
     """SAN's image processor and CLIP's tokenizer, with the prompt templates that labels are put into.
 
     Args:
-        image_processor: prepares the pictures; None makes one with the defaults.
+        image_processor: prepares the images; None makes one with the defaults.
         tokenizer: CLIP's tokenizer, or one of its kind.
         templates: name of a set of templates ("vild", "imagenet"), or templates that each hold one `{}`. They are
             saved with the processor word for word. A saved form `{"name": ..., "prompts": [...]}` is taken as well.
@@ -68,20 +68,20 @@ class SANProcessor(ProcessorMixin):
         return_tensors: str | TensorType | None = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
-        """Prepare pictures, labels or both.
+        """Prepare images, labels or both.
 
         Args:
-            images: one picture or a list, see `SANImageProcessor.preprocess`.
+            images: one image or a list, see `SANImageProcessor.preprocess`.
             text: labels, a list of class names (one string is one label). They are lower-cased and stripped;
                 "car|automobile" is one label with two synonyms.
-            segmentation_maps: class indices, one map for each picture, see `SANImageProcessor.preprocess`.
+            segmentation_maps: class indices, one map for each image, see `SANImageProcessor.preprocess`.
             templates: prompt templates for this call, like the argument of the class; None takes the processor's own.
             return_tensors: "pt", "np", or None for numpy arrays and nested lists.
             **kwargs: options of the image processor for this call, such as `size` or `do_resize`.
 
         Returns:
-            What `SANImageProcessor.preprocess` returns, if there are pictures. Segmentation maps become two lists with
-            one entry per picture: `mask_labels`, (n, height, width) float32 at the padded size, one 0 / 1 mask for
+            What `SANImageProcessor.preprocess` returns, if there are images. Segmentation maps become two lists with
+            one entry per image: `mask_labels`, (n, height, width) float32 at the padded size, one 0 / 1 mask for
             each class present, 0 where padded or ignored; and `class_labels`, (n,) int64. A map without any class
             gives (0, height, width) and (0,). If there are labels, also `input_ids` and
             `attention_mask`, both (labels, prompts, tokens) int64. Prompts of a label are its synonyms in all
@@ -90,12 +90,12 @@ class SANProcessor(ProcessorMixin):
             has, start and end included.
 
         Raises:
-            ValueError: there are neither pictures nor labels, or one of them cannot be used.
+            ValueError: there are neither images nor labels, or one of them cannot be used.
         """
         if images is None and text is None:
             raise ValueError('there is nothing to process: pass images=..., text=["sky", "road"], or both')
         if images is None and segmentation_maps is not None:
-            raise ValueError("segmentation_maps came without images: pass the pictures they belong to")
+            raise ValueError("segmentation_maps came without images: pass the images they belong to")
         if images is None and kwargs:
             raise ValueError(f"{', '.join(sorted(kwargs))}: these are options for images, and there are none")
         inputs = BatchFeature()

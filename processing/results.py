@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .drawing import label_colors, summarize
-from .labels import split_synonyms
+from .labels_san import split_synonyms
 
 
 def list_segments(label_map: np.ndarray, scores: np.ndarray | None, labels: Sequence[str]) -> list[dict[str, Any]]:
@@ -46,16 +46,16 @@ def make_summary(
     label_map: str,
 ) -> dict[str, Any]:
     """
-    What is to be known of one segmented picture, ready for JSON.
+    What is to be known of one segmented image, ready for JSON.
 
     Args:
         segments: what `list_segments` returned.
         labels: names by index.
-        image: where the picture came from.
+        image: where the image came from.
         size: its height and width.
         model: that segmented it.
         extended_by: how the labels were extended, see `extend_labels`.
-        overlay: name of the file with the painted picture.
+        overlay: name of the file with the painted image.
         label_map: name of the file with the indices.
     """
     return {

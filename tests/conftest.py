@@ -151,7 +151,7 @@ def reference(shared):
 
 @pytest.fixture(scope="session")
 def reference_weights(reference):
-    """The module that makes the reference's weights and pictures from names and seeds."""
+    """The module that makes the reference's weights and images from names and seeds."""
     sys.path.insert(0, str(reference))
     try:
         import weights

@@ -38,7 +38,7 @@ HOSTILE = "<img src=x onerror=window.hacked=1>"
 
 
 def scene_file(folder, number, name, size=(120, 180)):
-    """A file with a drawn picture; returns its path."""
+    """A file with a drawn image; returns its path."""
     path = folder / name
     Image.fromarray(draw_scene(5, number, size=size, min_regions=2, max_regions=2).image).save(path)
     return path
@@ -52,14 +52,14 @@ def segmenter():
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    """A picture of something purple striped and something orange on grass."""
-    return scene_file(tmp_path_factory.mktemp("pictures"), 6, "meadow.png")
+def image(tmp_path_factory):
+    """An image of something purple striped and something orange on grass."""
+    return scene_file(tmp_path_factory.mktemp("images"), 6, "meadow.png")
 
 
 @pytest.fixture(scope="module")
-def segmentation(segmenter, picture):
-    return segmenter.segment(picture.read_bytes(), WORDS, source="meadow.png")
+def segmentation(segmenter, image):
+    return segmenter.segment(image.read_bytes(), WORDS, source="meadow.png")
 
 
 # Words
@@ -69,12 +69,12 @@ def test_only_files_among_the_uploads_are_read(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     (tmp_path / "uploads").mkdir()
     (tmp_path / "uploads" / "link.png").symlink_to(tmp_path / "other.png")
-    assert is_upload(str(tmp_path / "uploads" / "0123" / "picture.png"))
+    assert is_upload(str(tmp_path / "uploads" / "0123" / "image.png"))
     assert not is_upload(str(tmp_path / "other.png"))
     assert not is_upload(str(tmp_path / "uploads" / ".." / "other.png"))
     assert not is_upload(str(tmp_path / "uploads" / "link.png"))
     monkeypatch.delenv("GRADIO_TEMP_DIR")
-    assert not is_upload(str(tmp_path / "uploads" / "0123" / "picture.png"))
+    assert not is_upload(str(tmp_path / "uploads" / "0123" / "image.png"))
 
 
 def test_what_is_no_file_is_not_read():
@@ -107,7 +107,7 @@ def test_words_that_cannot_be_used_are_refused_in_a_sentence(given, message):
     assert "\n" not in str(caught.value)
 
 
-# Pictures
+# Images
 
 
 def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
@@ -119,14 +119,14 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path, monkeyp
         read_upload(str(path))
 
 
-@pytest.mark.parametrize(("name", "message"), [(None, "no picture yet"), ("gone.png", "no longer"), ("none", "empty")])
+@pytest.mark.parametrize(("name", "message"), [(None, "no image yet"), ("gone.png", "no longer"), ("none", "empty")])
 def test_uploads_that_are_not_there_are_refused_in_a_sentence(tmp_path, name, message):
     (tmp_path / "none").touch()
     with pytest.raises(ValueError, match=message):
         read_upload(None if name is None else str(tmp_path / name))
 
 
-def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded():
+def test_a_image_of_too_many_pixels_is_refused_before_it_is_decoded():
     buffer = io.BytesIO()
     Image.new("1", (10_000, 4000)).save(buffer, format="PNG")
     # The header alone: decoding would find that there are no pixels
@@ -138,18 +138,18 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded():
 @pytest.mark.parametrize(
     "content", [b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>"]
 )
-def test_what_is_no_picture_is_refused_in_a_sentence(content):
-    with pytest.raises(ValueError, match="no picture that can be read"):
+def test_what_is_no_image_is_refused_in_a_sentence(content):
+    with pytest.raises(ValueError, match="no image that can be read"):
         open_upload(content)
 
 
-def test_a_picture_that_was_cut_off_is_refused(picture):
-    content = picture.read_bytes()
-    with pytest.raises(ValueError, match="no picture that can be read"):
+def test_a_image_that_was_cut_off_is_refused(image):
+    content = image.read_bytes()
+    with pytest.raises(ValueError, match="no image that can be read"):
         open_upload(content[: len(content) // 2])
 
 
-def test_pictures_are_turned_upright():
+def test_images_are_turned_upright():
     image, exif = Image.new("RGB", (40, 20)), Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()
@@ -160,8 +160,8 @@ def test_pictures_are_turned_upright():
 # Results
 
 
-def test_the_files_are_those_that_the_command_writes(segmentation, picture, tmp_path, capsys):
-    arguments = ["segment", str(picture), "--labels", ", ".join(WORDS), "--output", str(tmp_path), "--opacity", "0.3"]
+def test_the_files_are_those_that_the_command_writes(segmentation, image, tmp_path, capsys):
+    arguments = ["segment", str(image), "--labels", ", ".join(WORDS), "--output", str(tmp_path), "--opacity", "0.3"]
     assert main(arguments) == 0
     for kind, ending in (("overlay", "_overlay.png"), ("labels", "_labels.png")):
         name, content = segmentation.file(kind, 0.3)
@@ -175,8 +175,8 @@ def test_the_files_are_those_that_the_command_writes(segmentation, picture, tmp_
     assert ours == theirs
 
 
-def test_a_heat_map_is_the_labels_score_among_those_of_all(segmenter, segmentation, picture):
-    inputs = segmenter.processor(images=Image.open(picture), text=WORDS, return_tensors="pt")
+def test_a_heat_map_is_the_labels_score_among_those_of_all(segmenter, segmentation, image):
+    inputs = segmenter.processor(images=Image.open(image), text=WORDS, return_tensors="pt")
     with torch.inference_mode():
         outputs = segmenter.model(**inputs)
     [scores] = segmenter.processor.post_process_semantic_scores(outputs, target_sizes=[segmentation.size])
@@ -184,12 +184,12 @@ def test_a_heat_map_is_the_labels_score_among_those_of_all(segmenter, segmentati
         assert np.allclose(segmentation.heat_map(index), scores[index].numpy(), atol=1e-4)
 
 
-def test_the_heat_map_of_other_is_the_sum_of_the_added_names(segmenter, picture):
+def test_the_heat_map_of_other_is_the_sum_of_the_added_names(segmenter, image):
     labels = ["purple striped", "orange plain"]
-    extended = segmenter.segment(picture.read_bytes(), labels, "coco-stuff")
+    extended = segmenter.segment(image.read_bytes(), labels, "coco-stuff")
     assert extended.labels == (*labels, "other")
     vocabulary = extend_labels(labels, "coco-stuff")
-    inputs = segmenter.processor(images=Image.open(picture), text=vocabulary, return_tensors="pt")
+    inputs = segmenter.processor(images=Image.open(image), text=vocabulary, return_tensors="pt")
     with torch.inference_mode():
         outputs = segmenter.model(**inputs)
     [scores] = segmenter.processor.post_process_semantic_scores(outputs, target_sizes=[extended.size])
@@ -209,13 +209,13 @@ def test_files_that_do_not_exist_are_refused(segmentation):
         segmentation.file("../../etc/passwd")
 
 
-def test_a_large_picture_is_shown_smaller_and_saved_in_full(segmenter):
+def test_a_large_image_is_shown_smaller_and_saved_in_full(segmenter):
     buffer = io.BytesIO()
     Image.new("RGB", (2000, 100), "green").save(buffer, format="PNG")
     wide = segmenter.segment(buffer.getvalue(), ["grass", "sand"], source="../..//<b>.png")
     view = wide.view()
     assert (view["height"], view["width"]) == (64, 1280)
-    shown = Image.open(io.BytesIO(base64.b64decode(view["picture"].split(",")[1])))
+    shown = Image.open(io.BytesIO(base64.b64decode(view["image"].split(",")[1])))
     assert shown.size == (1280, 64)
     assert len(zlib.decompress(base64.b64decode(view["map"]))) == 2 * 64 * 1280
     name, content = wide.file("labels")
@@ -232,7 +232,7 @@ def test_what_is_shown_are_the_labels_found(segmentation):
     assert sum(segment["area"] for segment in view["segments"]) == pytest.approx(1)
 
 
-def test_words_are_encoded_once_and_not_kept_for_ever(segmenter, picture, monkeypatch):
+def test_words_are_encoded_once_and_not_kept_for_ever(segmenter, image, monkeypatch):
     counted = Segmenter(segmenter.model, segmenter.processor, "counted")
     encode, calls = SANForOpenVocabSegmentation.get_class_embeds, []
     monkeypatch.setattr(
@@ -241,14 +241,14 @@ def test_words_are_encoded_once_and_not_kept_for_ever(segmenter, picture, monkey
         lambda self, **inputs: calls.append(1) or encode(self, **inputs),
     )
     for words in (["grass", "sand"], ["grass", "sand"], ["sand", "grass"]):
-        counted.segment(picture.read_bytes(), words)
+        counted.segment(image.read_bytes(), words)
     assert len(calls) == 2
     assert counted._class_embeds.cache_info().maxsize is not None
 
 
-def test_words_that_the_model_was_not_trained_on_are_named(segmenter, segmentation, picture):
+def test_words_that_the_model_was_not_trained_on_are_named(segmenter, segmentation, image):
     assert segmentation.view()["notice"] == ""
-    notice = segmenter.segment(picture.read_bytes(), ["grass", "zebra"]).view()["notice"]
+    notice = segmenter.segment(image.read_bytes(), ["grass", "zebra"]).view()["notice"]
     assert "zebra" in notice
     assert "grass" not in notice
 
@@ -279,7 +279,7 @@ def test_the_page_begins_with_the_labels_given(segmenter):
         make_page(segmenter.model, segmenter.processor, labels=["sky", "sky"])
 
 
-def test_another_models_page_shows_no_drawn_pictures(make_model, tokenizer):
+def test_another_models_page_shows_no_drawn_images(make_model, tokenizer):
     pytest.importorskip("gradio")
     from modeling_san.hub_card.app import make_page
 
@@ -472,14 +472,14 @@ def client(server):
         yield client
 
 
-def ask(client, picture, words=("grass", "sand"), session="0123456789"):
+def ask(client, image, words=("grass", "sand"), session="0123456789"):
     """Send what the page's button sends, past the page; returns the server's answer."""
     config = client.get("config").json()
     names = {block["id"]: block["props"].get("elem_id") for block in config["components"]}
     number = next(
         listener["id"] for listener in config["dependencies"] if names.get(listener["targets"][0][0]) == "san-run"
     )
-    body = {"data": [picture, list(words), "none"], "fn_index": number, "session_hash": session}
+    body = {"data": [image, list(words), "none"], "fn_index": number, "session_hash": session}
     client.post("gradio_api/queue/join", json=body).raise_for_status()
     with client.stream("GET", "gradio_api/queue/data", params={"session_hash": session}) as stream:
         for line in stream.iter_lines():
@@ -491,7 +491,7 @@ def ask(client, picture, words=("grass", "sand"), session="0123456789"):
 def test_the_spaces_page_says_what_its_model_knows(client):
     text = client.get("").text
     assert "SAN: any words, every pixel" in text
-    assert "knows only a world of drawn pictures" in text
+    assert "knows only a world of drawn images" in text
 
 
 def test_the_browser_is_told_to_load_nothing_from_elsewhere(client):
@@ -500,15 +500,15 @@ def test_the_browser_is_told_to_load_nothing_from_elsewhere(client):
     assert not re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=[\"']?(?:https?:)?//", answer.text)
 
 
-def test_a_visitor_cannot_have_other_files_of_the_server_shown(client, picture):
-    given = {"path": str(picture), "meta": {"_type": "gradio.FileData"}}
+def test_a_visitor_cannot_have_other_files_of_the_server_shown(client, image):
+    given = {"path": str(image), "meta": {"_type": "gradio.FileData"}}
     assert not ask(client, given)["success"]
 
 
 def test_a_visitor_cannot_have_the_server_fetch_an_address(client):
     with socket.create_server(("127.0.0.1", 0)) as visited:
         visited.settimeout(0.5)
-        address = f"http://127.0.0.1:{visited.getsockname()[1]}/picture.png"
+        address = f"http://127.0.0.1:{visited.getsockname()[1]}/image.png"
         answer = ask(client, {"path": address, "meta": {"_type": "gradio.FileData"}})
         assert not answer["success"]
         with pytest.raises(TimeoutError):
@@ -557,8 +557,8 @@ def visit(browser, server):
 
 
 def upload(page, path):
-    page.set_input_files("#san-picture input[type=file]", path)
-    page.wait_for_selector("#san-picture img")
+    page.set_input_files("#san-image input[type=file]", path)
+    page.wait_for_selector("#san-image img")
 
 
 def type_words(page, text):
@@ -582,7 +582,7 @@ def segment(page):
 
 
 def point(page, row, column, size):
-    """Move the pointer to the middle of a pixel of the picture; returns what the page says of it."""
+    """Move the pointer to the middle of a pixel of the image; returns what the page says of it."""
     frame = page.locator(".san-stage").bounding_box()
     page.mouse.move(
         frame["x"] + frame["width"] * (column + 0.5) / size[1], frame["y"] + frame["height"] * (row + 0.5) / size[0]
@@ -606,9 +606,9 @@ def keep_screenshot(page, tmp_path, name, **options):
 
 
 @pytest.mark.browser
-def test_a_picture_and_words_become_labels_under_the_pointer(visit, picture, segmentation, tmp_path):
+def test_a_image_and_words_become_labels_under_the_pointer(visit, image, segmentation, tmp_path):
     page = visit()
-    upload(page, picture)
+    upload(page, image)
     # The last word without a comma: what was typed counts when the button is pressed
     type_words(page, ", ".join(WORDS))
     segment(page)
@@ -647,9 +647,9 @@ def test_opacity_changes_without_asking_the_server(visit, browser):
 
 
 @pytest.mark.browser
-def test_a_word_shows_its_heat_map_and_files_are_saved(visit, picture, segmentation, tmp_path):
+def test_a_word_shows_its_heat_map_and_files_are_saved(visit, image, segmentation, tmp_path):
     page = visit()
-    upload(page, picture)
+    upload(page, image)
     type_words(page, ",".join(WORDS) + ",")
     segment(page)
     page.click(".san-legend .san-row:has-text('orange plain')")
@@ -671,9 +671,9 @@ def test_a_word_shows_its_heat_map_and_files_are_saved(visit, picture, segmentat
 
 
 @pytest.mark.browser
-def test_bad_input_is_answered_in_a_sentence_and_loses_nothing(visit, picture, tmp_path):
+def test_bad_input_is_answered_in_a_sentence_and_loses_nothing(visit, image, tmp_path):
     page = visit()
-    upload(page, picture)
+    upload(page, image)
     segment(page)
     shown = page.locator(".san-legend").inner_text()
     type_words(page, "")
@@ -681,21 +681,21 @@ def test_bad_input_is_answered_in_a_sentence_and_loses_nothing(visit, picture, t
     page.wait_for_selector("text=There are no words yet")
     assert page.locator(".san-legend").inner_text() == shown
 
-    (tmp_path / "letter.png").write_text("no picture at all")
-    page.click("#san-picture [aria-label='Clear'], #san-picture [aria-label='Remove Image']")
-    page.set_input_files("#san-picture input[type=file]", tmp_path / "letter.png")
+    (tmp_path / "letter.png").write_text("no image at all")
+    page.click("#san-image [aria-label='Clear'], #san-image [aria-label='Remove Image']")
+    page.set_input_files("#san-image input[type=file]", tmp_path / "letter.png")
     page.wait_for_timeout(500)
     type_words(page, "grass, sand,")
     page.click("#san-run")
-    page.wait_for_selector("text=no picture that can be read")
+    page.wait_for_selector("text=no image that can be read")
     assert page.locator(".san-legend").inner_text() == shown
     keep_screenshot(page, tmp_path, "message.png")
 
 
 @pytest.mark.browser
-def test_words_are_never_taken_for_html(visit, picture):
+def test_words_are_never_taken_for_html(visit, image):
     page = visit()
-    upload(page, picture)
+    upload(page, image)
     type_words(page, f"grass, {HOSTILE}, zebra")
     page.keyboard.press("Enter")
     assert chips(page) == ["grass", HOSTILE, "zebra"]
@@ -732,10 +732,10 @@ def test_words_can_be_clicked_pasted_and_taken_away(visit):
 
 
 @pytest.mark.browser
-def test_two_visitors_at_once_see_their_own_pictures_only(visit, picture, segmentation, tmp_path):
+def test_two_visitors_at_once_see_their_own_images_only(visit, image, segmentation, tmp_path):
     other = scene_file(tmp_path, 8, "pond.png", size=(150, 150))
     first, second = visit(), visit()
-    upload(first, picture)
+    upload(first, image)
     upload(second, other)
     type_words(first, ",".join(WORDS) + ",")
     type_words(second, "pink checkered, blue plain, water,")
@@ -748,7 +748,7 @@ def test_two_visitors_at_once_see_their_own_pictures_only(visit, picture, segmen
     for page, name, size in ((first, "meadow.png", [180, 120]), (second, "pond.png", [150, 150])):
         summary = json.loads(saved(page, "json")[1])
         assert (summary["image"], [summary["width"], summary["height"]]) == (name, size)
-    # What one asks for afterwards is still about the own picture
+    # What one asks for afterwards is still about the own image
     second.click(".san-legend .san-row >> nth=0")
     first.click(".san-legend .san-row:has-text('grass')")
     first.wait_for_selector(".san-stage.san-warm")

@@ -17,15 +17,15 @@ START = 2
 
 
 @pytest.fixture
-def picture():
+def image():
     return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture
-def clip_hidden_states(model, picture):
+def clip_hidden_states(model, image):
     """CLIP's own hidden states, from CLIP's own forward pass, all layers."""
     with torch.no_grad():
-        return model.vision_model(picture, output_hidden_states=True).hidden_states
+        return model.vision_model(image, output_hidden_states=True).hidden_states
 
 
 def random_bias(heads=4, queries=3, batch=2, scale=2.0, seed=4):
@@ -71,17 +71,17 @@ def test_cls_and_patches_pass_the_deep_layers_as_if_there_were_no_sls_tokens(mod
 
 
 @torch.no_grad()
-def test_without_a_bias_an_sls_token_becomes_cls(model, picture, clip_hidden_states):
+def test_without_a_bias_an_sls_token_becomes_cls(model, image, clip_hidden_states):
     # Its row sees itself where CLIP's row sees [CLS], and both are the same vector.
     sls = recognize(model, clip_hidden_states[START], [torch.zeros(2, 4, 3, PATCHES)])
-    pooled = model.vision_model(picture).pooler_output
+    pooled = model.vision_model(image).pooler_output
     for query in range(3):
         assert_close(model.vision_model.post_layernorm(sls[:, query]), pooled, atol=1e-5, rtol=1e-5)
 
 
-def test_shared_hidden_states_are_clips_own(model, picture, clip_hidden_states):
+def test_shared_hidden_states_are_clips_own(model, image, clip_hidden_states):
     with torch.no_grad():
-        shared = model.get_clip_hidden_states(picture)
+        shared = model.get_clip_hidden_states(image)
     assert len(shared) == START + 1
     for ours, clips in zip(shared, clip_hidden_states, strict=False):
         assert_close(ours, clips, atol=1e-6, rtol=1e-6)
@@ -289,9 +289,9 @@ def test_pooling_keeps_a_constant_and_the_order_of_queries(method, size):
 
 @pytest.mark.parametrize("method", ["avg", "nearest", "bilinear", "bicubic"])
 def test_the_configured_pooling_is_used(make_model, class_embeds, method):
-    picture = torch.randn(1, 3, 128, 96)
+    image = torch.randn(1, 3, 128, 96)
     largest, other = (make_model(attention_bias_pooling=name) for name in ("max", method))
-    logits = [model(picture, class_embeds=class_embeds).class_queries_logits for model in (largest, other)]
+    logits = [model(image, class_embeds=class_embeds).class_queries_logits for model in (largest, other)]
     assert (logits[0] - logits[1]).abs().max() > 1e-3
 
 
@@ -302,8 +302,8 @@ def test_eager_and_sdpa_agree(make_model, class_embeds):
     sdpa, eager = make_model(attn_implementation="sdpa"), make_model(attn_implementation="eager")
     assert eager.vision_model.config._attn_implementation == "eager"
     assert sdpa.vision_model.config._attn_implementation == "sdpa"
-    picture = torch.randn(2, 3, 96, 128)
-    ours, theirs = (model(picture, class_embeds=class_embeds) for model in (eager, sdpa))
+    image = torch.randn(2, 3, 96, 128)
+    ours, theirs = (model(image, class_embeds=class_embeds) for model in (eager, sdpa))
     for name in ("masks_queries_logits", "attention_bias", "mask_embeds", "class_queries_logits"):
         assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-4)
 
@@ -313,9 +313,9 @@ def test_eager_and_sdpa_agree(make_model, class_embeds):
 @torch.no_grad()
 def test_half_precision_says_nearly_the_same(make_model, class_embeds, dtype, implementation):
     model = make_model(attn_implementation=implementation)
-    picture = torch.randn(2, 3, 96, 128)
-    exact = model(picture, class_embeds=class_embeds)
-    rough = model.to(dtype)(picture, class_embeds=class_embeds)
+    image = torch.randn(2, 3, 96, 128)
+    exact = model(image, class_embeds=class_embeds)
+    rough = model.to(dtype)(image, class_embeds=class_embeds)
     assert rough.masks_queries_logits.dtype == dtype
     for name in ("masks_queries_logits", "attention_bias", "class_queries_logits"):
         assert rough[name].isfinite().all()
@@ -377,10 +377,10 @@ def count_layer_calls(model, monkeypatch):
     return counts
 
 
-def gradients_of(model, picture, class_embeds, labels):
+def gradients_of(model, image, class_embeds, labels):
     torch.manual_seed(7)
     model.zero_grad()
-    model(picture, class_embeds=class_embeds, labels=labels).loss.backward()
+    model(image, class_embeds=class_embeds, labels=labels).loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -388,12 +388,12 @@ def gradients_of(model, picture, class_embeds, labels):
 @pytest.mark.parametrize("trainable", [["vision_model.embeddings.position_embedding"], ["vision_model"]])
 def test_checkpointing_recomputes_layers_and_keeps_the_gradients(make_model, class_embeds, monkeypatch, trainable):
     model = make_model(trainable_clip_parameters=trainable).train()
-    picture, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 5, (2, 64, 64))
+    image, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 5, (2, 64, 64))
     counts = count_layer_calls(model, monkeypatch)
-    plain = gradients_of(model, picture, class_embeds, labels)
+    plain = gradients_of(model, image, class_embeds, labels)
     assert counts == {"clip": 4, "side": 3}
     model.gradient_checkpointing_enable()
-    checkpointed = gradients_of(model, picture, class_embeds, labels)
+    checkpointed = gradients_of(model, image, class_embeds, labels)
     # 4 + 3 without, twice that with checkpointing, although frozen layers of CLIP stay in evaluation mode.
     assert counts == {"clip": 4 + 8, "side": 3 + 6}
     for name, gradient in plain.items():
@@ -403,11 +403,11 @@ def test_checkpointing_recomputes_layers_and_keeps_the_gradients(make_model, cla
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
 @torch.no_grad()
 def test_checkpointing_does_nothing_in_evaluation(model, class_embeds, monkeypatch):
-    picture = torch.randn(1, 3, 64, 64)
-    expected = model(picture, class_embeds=class_embeds).class_queries_logits
+    image = torch.randn(1, 3, 64, 64)
+    expected = model(image, class_embeds=class_embeds).class_queries_logits
     model.gradient_checkpointing_enable()
     counts = count_layer_calls(model, monkeypatch)
-    assert torch.equal(model(picture, class_embeds=class_embeds).class_queries_logits, expected)
+    assert torch.equal(model(image, class_embeds=class_embeds).class_queries_logits, expected)
     assert counts == {"clip": 4, "side": 3}
 
 
@@ -431,16 +431,16 @@ def shallow_model(make_model):
 @torch.no_grad()
 def test_it_compiles_without_graph_breaks(shallow_model, class_embeds):
     compiled = torch.compile(copy.deepcopy(shallow_model), fullgraph=True, backend="eager")
-    picture = torch.randn(2, 3, 96, 128)
-    ours, expected = (each(picture, class_embeds=class_embeds) for each in (compiled, shallow_model))
+    image = torch.randn(2, 3, 96, 128)
+    ours, expected = (each(image, class_embeds=class_embeds) for each in (compiled, shallow_model))
     assert_close(ours.class_queries_logits, expected.class_queries_logits, atol=1e-4, rtol=1e-4)
     assert_close(ours.masks_queries_logits, expected.masks_queries_logits, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_it_compiles_with_what_the_processor_makes_for_pictures_of_one_size(shallow_model, processor):
-    pictures = [torch.randint(0, 256, (3, 90, 120), dtype=torch.uint8) for _ in range(2)]
-    inputs = processor(images=pictures, text=["sky", "road|car"], do_resize=False)
+def test_it_compiles_with_what_the_processor_makes_for_images_of_one_size(shallow_model, processor):
+    images = [torch.randint(0, 256, (3, 90, 120), dtype=torch.uint8) for _ in range(2)]
+    inputs = processor(images=images, text=["sky", "road|car"], do_resize=False)
     compiled = torch.compile(copy.deepcopy(shallow_model), fullgraph=True, backend="eager")
     ours, expected = compiled(**inputs), shallow_model(**inputs)
     assert_close(ours.class_queries_logits, expected.class_queries_logits, atol=1e-4, rtol=1e-4)

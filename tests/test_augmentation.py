@@ -78,14 +78,14 @@ def test_a_view_has_the_crop_size_and_is_padded_at_the_right_and_below():
 
 
 @pytest.mark.parametrize("short_side", [37, 90, 150])
-def test_a_view_is_a_window_of_the_whole_resized_picture(short_side):
-    picture, labels = smooth(90, 120), np.random.default_rng(0).integers(0, 200, (90, 120)).astype(np.int32)
+def test_a_view_is_a_window_of_the_whole_resized_image(short_side):
+    image, labels = smooth(90, 120), np.random.default_rng(0).integers(0, 200, (90, 120)).astype(np.int32)
     augmentation = Augmentation(short_sides=(short_side,), crop_size=(32, 40), **PLAIN)
-    size = augmentation.resized_size(picture.size, short_side)
-    whole = np.asarray(picture.resize(size, Image.Resampling.BILINEAR)).astype(int)
+    size = augmentation.resized_size(image.size, short_side)
+    whole = np.asarray(image.resize(size, Image.Resampling.BILINEAR)).astype(int)
     whole_labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
     for seed in range(5):
-        view, view_labels = augmentation(picture, labels, np.random.default_rng(seed), 255)
+        view, view_labels = augmentation(image, labels, np.random.default_rng(seed), 255)
         places = [
             (top, left)
             for top in range(size[1] - 31)
@@ -108,7 +108,7 @@ def test_crops_reach_every_edge():
     assert corners == {(top, left) for top in range(5) for left in range(5)}
 
 
-def test_flips_mirror_picture_and_labels_alike_half_of_the_time():
+def test_flips_mirror_image_and_labels_alike_half_of_the_time():
     augmentation = Augmentation(short_sides=(4,), crop_size=(4, 6), photometric=False)
     labels = np.arange(24, dtype=np.int32).reshape(4, 6)
     image = Image.fromarray((labels[..., None] * 10).astype(np.uint8).repeat(3, 2))

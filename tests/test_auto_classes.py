@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor, registration
+from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor, auto
 
 IMPORT_ORDERS = {
     "the package, then an Auto class": "import modeling_san; from transformers import AutoConfig",
@@ -91,7 +91,7 @@ def test_auto_classes_and_pipelines_know_the_model_in_every_import_order(order):
     assert report["builtin"] == OUR_CLASSES
     assert "is not supported" not in logged
     # What waited for transformers is gone when it is done, and modules have the loaders they have without it
-    assert "modeling_san.registration" not in report["finders"]
+    assert "modeling_san.auto" not in report["finders"]
     assert report["loader"] == "SourceFileLoader"
 
 
@@ -139,22 +139,22 @@ def test_a_registration_that_failed_is_told_and_tried_again(monkeypatch):
         if len(tries) == 1:
             raise ImportError("the disk was busy")
 
-    monkeypatch.setattr(registration, "_pending", [registration._Registration(register, "json", ())])
+    monkeypatch.setattr(auto, "_pending", [auto._Registration(register, "json", ())])
     with pytest.warns(RuntimeWarning, match="SAN cannot be registered with json: the disk was busy"):
-        registration._register_what_is_ready()
-    registration._register_what_is_ready()
-    registration._register_what_is_ready()
+        auto._register_what_is_ready()
+    auto._register_what_is_ready()
+    auto._register_what_is_ready()
     assert tries == [json, json]
 
 
 def test_nothing_is_registered_while_a_module_is_half_way_through(monkeypatch):
     done = []
-    monkeypatch.setattr(registration, "_pending", [registration._Registration(done.append, "json", ())])
-    monkeypatch.setattr(registration, "_running", {"transformers.processing_utils"})
-    registration._register_what_is_ready()
+    monkeypatch.setattr(auto, "_pending", [auto._Registration(done.append, "json", ())])
+    monkeypatch.setattr(auto, "_running", {"transformers.processing_utils"})
+    auto._register_what_is_ready()
     assert done == []
-    registration._running.clear()
-    registration._register_what_is_ready()
+    auto._running.clear()
+    auto._register_what_is_ready()
     assert done == [json]
 
 
@@ -162,10 +162,10 @@ def test_a_module_that_fails_to_import_holds_up_nothing(monkeypatch, tmp_path):
     done = []
     (tmp_path / "half_way.py").write_text("raise ImportError('something it needs is missing')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registration, "_PACKAGES", ("half_way",))
-    monkeypatch.setattr(registration, "_pending", [registration._Registration(done.append, "json", ())])
-    monkeypatch.setattr(sys, "meta_path", [registration._WATCHER, *sys.meta_path])
+    monkeypatch.setattr(auto, "_PACKAGES", ("half_way",))
+    monkeypatch.setattr(auto, "_pending", [auto._Registration(done.append, "json", ())])
+    monkeypatch.setattr(sys, "meta_path", [auto._WATCHER, *sys.meta_path])
     with pytest.raises(ImportError, match="something it needs is missing"):
         importlib.import_module("half_way")
     assert done == [json]
-    assert registration._running == set()
+    assert auto._running == set()

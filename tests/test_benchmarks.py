@@ -430,26 +430,26 @@ def test_labels_known_from_disk_are_not_encoded(tmp_path, monkeypatch):
 
 
 def test_agreement_is_the_share_of_pixels_with_the_same_label(run, tmp_path, capsys):
-    picture = tmp_path / "drawn.png"
-    workload.make_picture(64, 96).save(picture)
-    code, written = run("--stages", "none", "--dtype", "bfloat16", "--agreement", str(picture), str(picture))
+    image = tmp_path / "drawn.png"
+    workload.make_image(64, 96).save(image)
+    code, written = run("--stages", "none", "--dtype", "bfloat16", "--agreement", str(image), str(image))
     assert code == 0
     [share] = written.agreement.values()
     assert 0.9 < share <= 1
-    assert f"same label in bfloat16 as in float32: {share:.2%} of 1 pictures" in capsys.readouterr().out
-    _, exact = run("--stages", "none", "--dtype", "float32", "--agreement", str(picture))
+    assert f"same label in bfloat16 as in float32: {share:.2%} of 1 images" in capsys.readouterr().out
+    _, exact = run("--stages", "none", "--dtype", "float32", "--agreement", str(image))
     assert list(exact.agreement.values()) == [1.0]
 
 
 @pytest.mark.parametrize(
-    ("model", "picture", "message"),
+    ("model", "image", "message"),
     [
         ("vit_b_16", "there.png", "pass a trained model's folder"),
         (str(BUILTIN_MODEL), "missing.png", "there is no file"),
     ],
 )
-def test_agreement_without_a_model_or_a_picture_says_so(tmp_path, capsys, model, picture, message):
-    workload.make_picture(32, 32).save(tmp_path / "there.png")
-    arguments = ["--model", model, "--stages", "none", "--agreement", str(tmp_path / picture)]
+def test_agreement_without_a_model_or_a_image_says_so(tmp_path, capsys, model, image, message):
+    workload.make_image(32, 32).save(tmp_path / "there.png")
+    arguments = ["--model", model, "--stages", "none", "--agreement", str(tmp_path / image)]
     assert cli.main([*arguments, "--output", str(tmp_path / "new.json")]) == 2
     assert message in capsys.readouterr().err

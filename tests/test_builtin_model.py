@@ -25,7 +25,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def scores(model, processor):
-    return evaluate_demo(model, processor, num_pictures=160, seed=FRESH_SEED, progress=False)
+    return evaluate_demo(model, processor, num_images=160, seed=FRESH_SEED, progress=False)
 
 
 def test_it_takes_at_most_12_megabytes():
@@ -42,12 +42,12 @@ def test_it_segments_combinations_it_never_had_masks_for(scores):
 
 def test_the_attention_bias_makes_the_difference(model, processor, scores):
     with attention_bias_off(model):
-        without = evaluate_demo(model, processor, num_pictures=48, seed=FRESH_SEED, progress=False)
+        without = evaluate_demo(model, processor, num_images=48, seed=FRESH_SEED, progress=False)
     assert scores["seen"] >= 3 * without["seen"]
     assert scores["never seen"] >= 3 * without["never seen"]
 
 
-def test_its_published_figures_agree_with_fresh_pictures(scores):
+def test_its_published_figures_agree_with_fresh_images(scores):
     published = json.loads((BUILTIN_MODEL / RESULTS_FILE).read_text())["bias on"]
     for group, score in scores.items():
         assert published[group] == pytest.approx(score, abs=0.1)

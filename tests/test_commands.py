@@ -58,9 +58,9 @@ def model_copy(model_folder, tmp_path):
 
 
 @pytest.fixture
-def picture(tmp_path):
-    """Path of a picture, 90 pixels wide and 60 high."""
-    return save_picture(tmp_path / "street.png")
+def image(tmp_path):
+    """Path of an image, 90 pixels wide and 60 high."""
+    return save_image(tmp_path / "street.png")
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def segment(san, model_folder, tmp_path):
     return run
 
 
-def save_picture(path, seed=0, size=(90, 60)):
+def save_image(path, seed=0, size=(90, 60)):
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     Image.fromarray(coarse).resize(size).save(path)
@@ -158,13 +158,13 @@ def test_wrong_arguments_are_refused_in_one_line(san, arguments):
 # Segmentation
 
 
-def test_segment_writes_overlay_label_picture_and_summary_that_agree(segment, picture, model_folder, tmp_path):
-    code, out, err = segment(picture)
+def test_segment_writes_overlay_label_image_and_summary_that_agree(segment, image, model_folder, tmp_path):
+    code, out, err = segment(image)
     assert (code, len(out), err) == (0, 1, [])
     summary = read_summary(tmp_path / "out")
     assert (summary["width"], summary["height"]) == (90, 60)
     assert summary["model"] == str(model_folder)
-    assert summary["image"] == str(picture)
+    assert summary["image"] == str(image)
     assert summary["labels"] == list(LABELS)
     assert sum(part["area"] for part in summary["segments"]) == pytest.approx(1)
 
@@ -180,21 +180,21 @@ def test_segment_writes_overlay_label_picture_and_summary_that_agree(segment, pi
     assert overlay.height >= 60
 
 
-def test_segment_finds_what_the_python_interface_finds(segment, picture, model_folder, tmp_path):
-    segment(picture)
+def test_segment_finds_what_the_python_interface_finds(segment, image, model_folder, tmp_path):
+    segment(image)
     model = SANForOpenVocabSegmentation.from_pretrained(model_folder)
     processor = SANProcessor.from_pretrained(model_folder)
-    image = Image.open(picture)
+    image = Image.open(image)
     with torch.no_grad():
         outputs = model(**processor(images=image, text=list(LABELS), return_tensors="pt"))
     [expected] = processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "street_labels.png")), expected.numpy())
 
 
-def test_the_line_of_a_picture_names_it_its_labels_and_its_overlay(segment, picture, tmp_path):
-    _, [line], _ = segment(picture)
+def test_the_line_of_a_image_names_it_its_labels_and_its_overlay(segment, image, tmp_path):
+    _, [line], _ = segment(image)
     largest = read_summary(tmp_path / "out")["segments"][0]
-    assert line.startswith(f"{picture}: {largest['label']} {largest['area']:.0%}")
+    assert line.startswith(f"{image}: {largest['label']} {largest['area']:.0%}")
     assert str(tmp_path / "out" / "street_overlay.png") in line
     assert line.endswith(" s)")
 
@@ -207,12 +207,12 @@ def test_a_turned_photograph_is_segmented_upright(segment, tmp_path):
     assert Image.open(tmp_path / "out" / "turned_labels.png").size == (60, 90)
 
 
-def test_pictures_of_one_name_do_not_replace_each_other(segment, tmp_path):
+def test_images_of_one_name_do_not_replace_each_other(segment, tmp_path):
     paths = [
-        save_picture(tmp_path / "one" / "street.png", 1),
-        save_picture(tmp_path / "two" / "street.png", 2),
-        save_picture(tmp_path / "two" / "Street.bmp", 3),
-        save_picture(tmp_path / "two" / "street-2.png", 4),
+        save_image(tmp_path / "one" / "street.png", 1),
+        save_image(tmp_path / "two" / "street.png", 2),
+        save_image(tmp_path / "two" / "Street.bmp", 3),
+        save_image(tmp_path / "two" / "street-2.png", 4),
     ]
     code, out, _ = segment(*paths)
     assert (code, len(out)) == (0, 4)
@@ -221,19 +221,19 @@ def test_pictures_of_one_name_do_not_replace_each_other(segment, tmp_path):
     assert read_summary(tmp_path / "out", "street-2")["image"] == str(paths[3])
 
 
-def test_results_never_replace_a_picture(segment, tmp_path):
-    paths = [save_picture(tmp_path / "out" / "a.png"), save_picture(tmp_path / "out" / "a_overlay.png", 1)]
+def test_results_never_replace_a_image(segment, tmp_path):
+    paths = [save_image(tmp_path / "out" / "a.png"), save_image(tmp_path / "out" / "a_overlay.png", 1)]
     before = [path.read_bytes() for path in paths]
     assert segment(*paths)[0] == 0
     assert [path.read_bytes() for path in paths] == before
 
 
-def test_a_picture_given_twice_is_segmented_once(segment, picture):
-    assert len(segment(picture, picture)[1]) == 1
+def test_a_image_given_twice_is_segmented_once(segment, image):
+    assert len(segment(image, image)[1]) == 1
 
 
 def test_a_dash_reads_paths_from_standard_input(segment, tmp_path, monkeypatch):
-    paths = [save_picture(tmp_path / f"{number} of 2.png", number) for number in (1, 2)]
+    paths = [save_image(tmp_path / f"{number} of 2.png", number) for number in (1, 2)]
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{paths[0]}\n\n{paths[1]}\n"))
     code, out, _ = segment("-")
     assert code == 0
@@ -245,14 +245,14 @@ def test_empty_standard_input_is_refused(segment, monkeypatch):
     assert_refused(segment("-"), "standard input", "one path")
 
 
-def test_many_pictures_have_a_progress_bar_and_one_has_none(segment, picture, tmp_path):
-    _, _, err = segment(picture)
+def test_many_images_have_a_progress_bar_and_one_has_none(segment, image, tmp_path):
+    _, _, err = segment(image)
     assert err == []
-    _, _, err = segment(picture, save_picture(tmp_path / "other.png"))
+    _, _, err = segment(image, save_image(tmp_path / "other.png"))
     assert any("segmenting" in line for line in err)
 
 
-def test_labels_are_encoded_once_for_all_pictures(segment, picture, tmp_path, monkeypatch):
+def test_labels_are_encoded_once_for_all_images(segment, image, tmp_path, monkeypatch):
     calls = []
     encode = SANForOpenVocabSegmentation.get_class_embeds
     monkeypatch.setattr(
@@ -260,7 +260,7 @@ def test_labels_are_encoded_once_for_all_pictures(segment, picture, tmp_path, mo
         "get_class_embeds",
         lambda self, *args, **kwargs: calls.append(1) or encode(self, *args, **kwargs),
     )
-    segment(picture, save_picture(tmp_path / "other.png"))
+    segment(image, save_image(tmp_path / "other.png"))
     assert len(calls) == 1
 
 
@@ -276,10 +276,10 @@ def test_labels_are_encoded_once_for_all_pictures(segment, picture, tmp_path, mo
         ("classes.txt", '\ufeff["sky", "road", "red truck"]'),
     ],
 )
-def test_a_labels_file_may_be_a_list_an_object_or_lines(segment, picture, tmp_path, name, content):
+def test_a_labels_file_may_be_a_list_an_object_or_lines(segment, image, tmp_path, name, content):
     path = tmp_path / name
     path.write_text(content, encoding="utf-8")
-    assert segment(picture, "--labels-file", path, labels=None)[0] == 0
+    assert segment(image, "--labels-file", path, labels=None)[0] == 0
     assert read_summary(tmp_path / "out")["labels"] == list(LABELS)
 
 
@@ -297,46 +297,46 @@ def test_a_labels_file_may_be_a_list_an_object_or_lines(segment, picture, tmp_pa
         (b"\xff\xfe\x00sky", "UTF-8"),
     ],
 )
-def test_a_labels_file_of_the_wrong_shape_is_refused(segment, picture, tmp_path, content, word):
+def test_a_labels_file_of_the_wrong_shape_is_refused(segment, image, tmp_path, content, word):
     path = tmp_path / "classes.json"
     path.write_bytes(content)
-    assert_refused(segment(picture, "--labels-file", path, labels=None), path, word)
+    assert_refused(segment(image, "--labels-file", path, labels=None), path, word)
 
 
-def test_a_missing_labels_file_is_refused(segment, picture, tmp_path):
-    assert_refused(segment(picture, "--labels-file", tmp_path / "none.json", labels=None), "none.json", "check")
+def test_a_missing_labels_file_is_refused(segment, image, tmp_path):
+    assert_refused(segment(image, "--labels-file", tmp_path / "none.json", labels=None), "none.json", "check")
 
 
 @pytest.mark.parametrize(
     ("labels", "word"), [("", "empty"), (" ", "empty"), ("sky,,road", "empty"), ("sky, Sky", "2 times")]
 )
-def test_labels_that_cannot_be_used_are_refused(segment, picture, labels, word):
-    assert_refused(segment(picture, labels=labels), word)
+def test_labels_that_cannot_be_used_are_refused(segment, image, labels, word):
+    assert_refused(segment(image, labels=labels), word)
 
 
-def test_a_label_too_long_for_the_model_is_refused(segment, picture):
-    assert_refused(segment(picture, labels="sky, " + "very " * 50 + "long"), "tokens", "shorten")
+def test_a_label_too_long_for_the_model_is_refused(segment, image):
+    assert_refused(segment(image, labels="sky, " + "very " * 50 + "long"), "tokens", "shorten")
 
 
-def test_labels_and_a_labels_file_exclude_each_other(segment, picture):
-    assert_refused(segment(picture, "--labels-file", "classes.json"), "--labels")
+def test_labels_and_a_labels_file_exclude_each_other(segment, image):
+    assert_refused(segment(image, "--labels-file", "classes.json"), "--labels")
 
 
-def test_without_labels_those_stored_with_the_model_are_used(san, model_copy, picture, tmp_path):
+def test_without_labels_those_stored_with_the_model_are_used(san, model_copy, image, tmp_path):
     model = SANForOpenVocabSegmentation.from_pretrained(model_copy)
     model.set_labels(["tree", "car"], SANProcessor.from_pretrained(model_copy))
     model.save_pretrained(model_copy)
-    code, _, err = san("segment", picture, "--model", model_copy, "--output", tmp_path / "out")
+    code, _, err = san("segment", image, "--model", model_copy, "--output", tmp_path / "out")
     assert (code, err) == (0, [])
     assert read_summary(tmp_path / "out")["labels"] == ["tree", "car"]
 
 
-def test_without_any_labels_the_user_is_asked_for_some(segment, picture):
-    assert_refused(segment(picture, labels=None), "no labels", "--labels")
+def test_without_any_labels_the_user_is_asked_for_some(segment, image):
+    assert_refused(segment(image, labels=None), "no labels", "--labels")
 
 
-def test_what_an_added_name_wins_becomes_other(segment, picture, tmp_path):
-    code, _, err = segment(picture, "--extend-labels", "coco-stuff", "--templates", "vild", labels="sky")
+def test_what_an_added_name_wins_becomes_other(segment, image, tmp_path):
+    code, _, err = segment(image, "--extend-labels", "coco-stuff", "--templates", "vild", labels="sky")
     assert (code, err) == (0, [])
     summary = read_summary(tmp_path / "out")
     assert summary["labels"] == ["sky", "other"]
@@ -346,61 +346,61 @@ def test_what_an_added_name_wins_becomes_other(segment, picture, tmp_path):
     assert np.asarray(Image.open(tmp_path / "out" / "street_labels.png")).max() == 1
 
 
-def test_a_label_other_of_the_users_takes_the_added_names_in(segment, picture, tmp_path):
-    segment(picture, "--extend-labels", "coco-stuff", labels="other, sky")
+def test_a_label_other_of_the_users_takes_the_added_names_in(segment, image, tmp_path):
+    segment(image, "--extend-labels", "coco-stuff", labels="other, sky")
     assert read_summary(tmp_path / "out")["labels"] == ["other", "sky"]
 
 
-def test_an_unknown_extension_is_refused(segment, picture):
-    assert_refused(segment(picture, "--extend-labels", "ade"), "ade", "coco-stuff", "coco-all", "none")
+def test_an_unknown_extension_is_refused(segment, image):
+    assert_refused(segment(image, "--extend-labels", "ade"), "ade", "coco-stuff", "coco-all", "none")
 
 
-def test_templates_change_the_prompts(segment, picture, tmp_path):
+def test_templates_change_the_prompts(segment, image, tmp_path):
     path = tmp_path / "templates.txt"
     path.write_text("tree {}\ncar {}\n")
     scores = []
     for options in ((), ("--templates", path), ("--templates", "vild")):
-        assert segment(picture, *options)[0] == 0
+        assert segment(image, *options)[0] == 0
         scores.append(read_summary(tmp_path / "out")["segments"][0]["mean_score"])
     assert len(set(scores)) == 3
 
 
 @pytest.mark.parametrize(("content", "word"), [(None, "vild"), ("a photo", "{}"), ("", "empty")])
-def test_templates_that_cannot_be_used_are_refused(segment, picture, tmp_path, content, word):
+def test_templates_that_cannot_be_used_are_refused(segment, image, tmp_path, content, word):
     path = tmp_path / "templates.txt"
     if content is not None:
         path.write_text(content)
-    assert_refused(segment(picture, "--templates", path), path, word)
+    assert_refused(segment(image, "--templates", path), path, word)
 
 
-def test_words_the_model_was_not_trained_on_are_named_with_those_it_was(san, model_copy, picture, tmp_path):
+def test_words_the_model_was_not_trained_on_are_named_with_those_it_was(san, model_copy, image, tmp_path):
     change_config(model_copy, training_labels=["sky", "tree"])
     options = ("--model", model_copy, "--output", tmp_path / "out")
-    code, _, err = san("segment", picture, "--labels", "sky, road, car|tree", *options)
+    code, _, err = san("segment", image, "--labels", "sky, road, car|tree", *options)
     assert code == 0
     [line] = err
     assert line.startswith("san: warning: ")
     assert "not trained on: road, car;" in line
     assert line.endswith("trained on: sky, tree")
-    assert san("segment", picture, "--labels", "sky, tree", *options)[2] == []
+    assert san("segment", image, "--labels", "sky, tree", *options)[2] == []
 
 
-# Pictures that cannot be segmented
+# Images that cannot be segmented
 
 
 @pytest.fixture
-def bad_picture(tmp_path):
-    """Makes a file that is no picture, by kind."""
+def bad_image(tmp_path):
+    """Makes a file that is no image, by kind."""
 
     def make(kind):
         path = tmp_path / f"{kind}.png"
         if kind == "truncated":
-            whole = save_picture(tmp_path / "whole.png").read_bytes()
+            whole = save_image(tmp_path / "whole.png").read_bytes()
             path.write_bytes(whole[: len(whole) // 2])
         elif kind == "zero-byte":
             path.touch()
         elif kind == "text":
-            path.write_text("This is no picture.\n")
+            path.write_text("This is no image.\n")
         elif kind == "huge":
             Image.new("1", (20_000, 10_000)).save(path)
         elif kind == "folder":
@@ -421,29 +421,29 @@ def bad_picture(tmp_path):
         ("folder", "is a folder"),
     ],
 )
-def test_a_bad_picture_is_refused_in_one_line(segment, bad_picture, kind, word):
-    path = bad_picture(kind)
+def test_a_bad_image_is_refused_in_one_line(segment, bad_image, kind, word):
+    path = bad_image(kind)
     assert_refused(segment(path), path, word)
 
 
-def test_good_pictures_are_done_beside_bad_ones(segment, bad_picture, picture, tmp_path):
-    other = save_picture(tmp_path / "other.png", 1)
-    code, out, err = segment(bad_picture("text"), picture, bad_picture("zero-byte"), other)
+def test_good_images_are_done_beside_bad_ones(segment, bad_image, image, tmp_path):
+    other = save_image(tmp_path / "other.png", 1)
+    code, out, err = segment(bad_image("text"), image, bad_image("zero-byte"), other)
     assert code == 2
     assert len(out) == 2
     assert sum("san: error: " in line for line in err) == 2
     assert {path.name for path in (tmp_path / "out").glob("*.json")} == {"street.json", "other.json"}
 
 
-def test_an_output_folder_that_cannot_be_written_is_refused(san, model_folder, picture):
-    arguments = ("segment", picture, "--labels", "sky", "--model", model_folder, "--output")
-    assert_refused(san(*arguments, picture), picture, "--output")
-    assert_refused(san(*arguments, picture / "below"), picture, "--output")
+def test_an_output_folder_that_cannot_be_written_is_refused(san, model_folder, image):
+    arguments = ("segment", image, "--labels", "sky", "--model", model_folder, "--output")
+    assert_refused(san(*arguments, image), image, "--output")
+    assert_refused(san(*arguments, image / "below"), image, "--output")
 
 
-def test_a_device_that_is_not_there_is_refused(segment, picture):
-    assert_refused(segment(picture, "--device", "cuda:99"), "cuda:99", "cpu")
-    assert_refused(segment(picture, "--device", "abacus"), "abacus", "cpu")
+def test_a_device_that_is_not_there_is_refused(segment, image):
+    assert_refused(segment(image, "--device", "cuda:99"), "cuda:99", "cpu")
+    assert_refused(segment(image, "--device", "abacus"), "abacus", "cpu")
 
 
 # Models that cannot be loaded
@@ -507,24 +507,24 @@ def damage_processor(folder):
         (damage_processor, "cannot be loaded"),
     ],
 )
-def test_a_damaged_model_folder_is_refused_in_one_line(san, model_copy, picture, damage, word):
+def test_a_damaged_model_folder_is_refused_in_one_line(san, model_copy, image, damage, word):
     damage(model_copy)
-    assert_refused(san("segment", picture, "--labels", "sky", "--model", model_copy), model_copy, word)
+    assert_refused(san("segment", image, "--labels", "sky", "--model", model_copy), model_copy, word)
 
 
-def test_a_file_is_no_model(san, picture):
-    assert_refused(san("segment", picture, "--labels", "sky", "--model", picture), picture, "is a file")
+def test_a_file_is_no_model(san, image):
+    assert_refused(san("segment", image, "--labels", "sky", "--model", image), image, "is a file")
 
 
-def test_a_hub_model_out_of_reach_is_refused(san, picture):
-    assert_refused(san("segment", picture, "--labels", "sky", "--model", "nobody/nothing"), "nobody/nothing", "Hub")
+def test_a_hub_model_out_of_reach_is_refused(san, image):
+    assert_refused(san("segment", image, "--labels", "sky", "--model", "nobody/nothing"), "nobody/nothing", "Hub")
 
 
-def test_code_in_a_model_folder_is_never_run(san, model_copy, picture, tmp_path):
+def test_code_in_a_model_folder_is_never_run(san, model_copy, image, tmp_path):
     trap = tmp_path / "trap-sprang"
     (model_copy / "trap.py").write_text(f"open({str(trap)!r}, 'w').close()\n")
     change_config(model_copy, auto_map={"AutoConfig": "trap.Config", "AutoModel": "trap.Model"})
-    code, _, _ = san("segment", picture, "--labels", "sky", "--model", model_copy, "--output", tmp_path / "out")
+    code, _, _ = san("segment", image, "--labels", "sky", "--model", model_copy, "--output", tmp_path / "out")
     assert code == 0
     assert not trap.exists()
 
@@ -532,18 +532,18 @@ def test_code_in_a_model_folder_is_never_run(san, model_copy, picture, tmp_path)
 # Ends of a run
 
 
-def test_an_interrupted_command_ends_quietly(san, picture, monkeypatch):
+def test_an_interrupted_command_ends_quietly(san, image, monkeypatch):
     from modeling_san.commands import models
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(models, "load_model", interrupt)
-    assert san("segment", picture, "--labels", "sky") == (130, [], [])
+    assert san("segment", image, "--labels", "sky") == (130, [], [])
 
 
-def test_the_console_command_does_what_main_does(model_folder, picture, bad_picture, tmp_path):
-    arguments = [picture, bad_picture("text"), "--labels", "sky, road", "--model", model_folder, "--device", "cpu"]
+def test_the_console_command_does_what_main_does(model_folder, image, bad_image, tmp_path):
+    arguments = [image, bad_image("text"), "--labels", "sky, road", "--model", model_folder, "--device", "cpu"]
     finished = subprocess.run(
         [sys.executable, "-m", "modeling_san.commands.main", "segment", *arguments, "--output", tmp_path / "out"],
         capture_output=True,
@@ -560,7 +560,7 @@ def test_the_console_command_does_what_main_does(model_folder, picture, bad_pict
 # The other commands
 
 
-def test_demo_segments_its_picture_and_prints_the_results_of_the_model(san, model_copy, tmp_path):
+def test_demo_segments_its_image_and_prints_the_results_of_the_model(san, model_copy, tmp_path):
     from modeling_san.training.train_demo import RESULTS_FILE, format_results
 
     scores = {"seen": 0.8, "never seen": 0.6, "backgrounds": 0.9}
@@ -576,8 +576,8 @@ def test_demo_segments_its_picture_and_prints_the_results_of_the_model(san, mode
 def test_demo_knows_what_it_drew():
     from modeling_san.commands.demo import draw_example
 
-    picture, truth, names = draw_example()
-    assert picture.shape[:2] == truth.shape
+    image, truth, names = draw_example()
+    assert image.shape[:2] == truth.shape
     assert len(names) == 4
     assert set(np.unique(truth)) == {0, 1, 2, 3}
 
@@ -623,7 +623,7 @@ def convert(san, shared, reference):
     return run
 
 
-def test_a_converted_checkpoint_segments(convert, san, checkpoint, picture, tmp_path):
+def test_a_converted_checkpoint_segments(convert, san, checkpoint, image, tmp_path):
     code, out, err = convert(checkpoint, tmp_path / "new" / "model")
     assert (code, err) == (0, [])
     assert str(tmp_path / "new" / "model") in out[0]
@@ -632,7 +632,7 @@ def test_a_converted_checkpoint_segments(convert, san, checkpoint, picture, tmp_
     processor = SANProcessor.from_pretrained(tmp_path / "new" / "model")
     assert (processor.templates_name, len(processor.tokenizer)) == ("vild", 49408)
     code, _, err = san(
-        "segment", picture, "--labels", "sky", "--model", tmp_path / "new" / "model", "--output", tmp_path / "out"
+        "segment", image, "--labels", "sky", "--model", tmp_path / "new" / "model", "--output", tmp_path / "out"
     )
     assert (code, err) == (0, [])
 
@@ -706,10 +706,10 @@ def test_a_config_that_cannot_be_used_is_refused(san, tmp_path, content):
 
 @pytest.fixture
 def fine_tune(san, model_folder, tmp_path, capsys):
-    """Runs `san fine-tune` on four small pictures of two classes; of standard error, below bars, the last line."""
+    """Runs `san fine-tune` on four small images of two classes; of standard error, below bars, the last line."""
     rows = {"image": [], "annotation": []}
     for seed in range(4):
-        path = save_picture(tmp_path / "pictures" / f"{seed}.png", seed, (64, 64))
+        path = save_image(tmp_path / "images" / f"{seed}.png", seed, (64, 64))
         rows["image"].append({"bytes": path.read_bytes(), "path": None})
         label_map = io.BytesIO()
         Image.fromarray((np.arange(64) >= 24 + seed).astype(np.uint8)[None].repeat(64, 0)).save(label_map, "png")
@@ -728,11 +728,11 @@ def fine_tune(san, model_folder, tmp_path, capsys):
     return run
 
 
-def test_a_fine_tuned_model_segments_with_its_own_labels(fine_tune, san, picture, tmp_path):
+def test_a_fine_tuned_model_segments_with_its_own_labels(fine_tune, san, image, tmp_path):
     code, out, _ = fine_tune("--steps", 1, "--batch-size", 2, "--validation", tmp_path / "data.parquet")
     assert code == 0
     assert any(line.startswith("mean IoU") for line in out)
-    code, _, _ = san("segment", picture, "--model", tmp_path / "out", "--output", tmp_path / "segmented")
+    code, _, _ = san("segment", image, "--model", tmp_path / "out", "--output", tmp_path / "segmented")
     assert code == 0
     assert read_summary(tmp_path / "segmented")["labels"] == ["sky", "road"]
 

@@ -12,7 +12,7 @@ from modeling_san.commands.main import main
 from modeling_san.processing import label_colors
 from modeling_san.training.augmentation import Augmentation
 from modeling_san.training.contact_sheet import draw_contact_sheet
-from modeling_san.training.data import TrainingPictures, load_pictures
+from modeling_san.training.data import TrainingImages, load_images
 from modeling_san.training.label_sets import LabelSet
 
 NAMES = ("sky", "road", "tree")
@@ -26,7 +26,7 @@ def encoded(pixels):
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Three pictures: sky over road, road alone, and one without any label."""
+    """Three images: sky over road, road alone, and one without any label."""
     maps = np.zeros((3, 40, 60), np.uint8)
     maps[0, 20:], maps[1], maps[2] = 1, 1, 255
     rows = {
@@ -61,33 +61,33 @@ def test_the_sheet_is_written_and_the_findings_are_said(san, tmp_path, streaming
     assert code == 0
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert min(sheet.size) > 1000
-    assert out[0] == ("pictures, their number is not known; looked at 3" if streaming else "3 pictures; looked at 3")
-    # Of 3 pictures, road is on one and a half, sky on a half, and one has no label
+    assert out[0] == ("images, their number is not known; looked at 3" if streaming else "3 images; looked at 3")
+    # Of 3 images, road is on one and a half, sky on a half, and one has no label
     assert out[1] == "2 of 3 classes seen, with their share of the pixels: road 50.0 %, sky 16.7 %"
     assert out[2] == "1 not seen: tree"
     assert out[3] == "pixels without a label: 33.3 %"
-    assert out[4] == "pictures without any label: 1 (examples 2)"
+    assert out[4] == "images without any label: 1 (examples 2)"
 
 
-def test_a_picture_shown_twice_counts_once(dataset):
+def test_a_image_shown_twice_counts_once(dataset):
     sheet = draw_contact_sheet(
-        load_pictures(dataset), LabelSet(NAMES), Augmentation(crop_size=(64, 64)), count=7, progress=False
+        load_images(dataset), LabelSet(NAMES), Augmentation(crop_size=(64, 64)), count=7, progress=False
     )
     assert sheet.sampled == 3
     assert sheet.pixels.tolist() == [1200, 3600, 0, 2400]
 
 
 def test_the_sheet_shows_what_training_sees(dataset):
-    """The view at the left is the one that `TrainingPictures` makes of the same picture with the same seed."""
+    """The view at the left is the one that `TrainingImages` makes of the same image with the same seed."""
     from modeling_san.processing import SANImageProcessor
 
-    augmentation, label_set, pictures = Augmentation((64, 96), 256, (64, 64)), LabelSet(NAMES), load_pictures(dataset)
+    augmentation, label_set, images = Augmentation((64, 96), 256, (64, 64)), LabelSet(NAMES), load_images(dataset)
     for seed in range(3):
-        sheet = draw_contact_sheet(pictures, label_set, augmentation, count=1, seed=seed, progress=False).picture
+        sheet = draw_contact_sheet(images, label_set, augmentation, count=1, seed=seed, progress=False).image
         pixels = np.asarray(sheet).astype(int)
         processor = SANImageProcessor()
         views = []
-        for example in map(TrainingPictures(pictures, label_set, processor, augmentation, seed).__getitem__, range(3)):
+        for example in map(TrainingImages(images, label_set, processor, augmentation, seed).__getitem__, range(3)):
             shift, factor = (np.array(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
             views.append(np.rint((example["pixel_values"].numpy() * factor + shift) * 255).transpose(1, 2, 0))
         # The sheet enlarges 64 pixels to 512, behind 16 of margin and 26 of title; the middles of pixels keep them
@@ -96,9 +96,9 @@ def test_the_sheet_shows_what_training_sees(dataset):
 
 
 def test_labels_are_painted_in_their_colours_beside_the_view(dataset):
-    only_road = load_pictures(dataset).select([1])
+    only_road = load_images(dataset).select([1])
     augmentation = Augmentation((64,), 256, (64, 64), photometric=False)
-    sheet = draw_contact_sheet(only_road, LabelSet(NAMES), augmentation, count=1, progress=False).picture
+    sheet = draw_contact_sheet(only_road, LabelSet(NAMES), augmentation, count=1, progress=False).image
     left, right = sheet.getpixel((16 + 200, 300)), sheet.getpixel((16 + 512 + 8 + 200, 300))
     assert left == (91, 91, 91)
     expected = (np.array([91] * 3) + label_colors(NAMES)[1]) / 2

@@ -47,9 +47,9 @@ CODE = {
 LABELS = ["grass", "cyan plain|blue plain", "wood"]
 
 
-def segment(folder, picture, labels, **options):
+def segment(folder, image, labels, **options):
     """
-    Segment a picture in each way there is, in one thread.
+    Segment an image in each way there is, in one thread.
 
     The source of this function runs without the package, too: it names nothing from outside.
 
@@ -62,7 +62,7 @@ def segment(folder, picture, labels, **options):
     from PIL import Image
 
     torch.set_num_threads(1)
-    image = Image.open(picture)
+    image = Image.open(image)
     size = [image.size[::-1]]
     processor = transformers.AutoProcessor.from_pretrained(folder, **options)
     image_processor = transformers.AutoImageProcessor.from_pretrained(folder, **options)
@@ -95,7 +95,7 @@ def segment(folder, picture, labels, **options):
 
 WITHOUT_PACKAGE = f"""
 import importlib.util, json, os, sys
-folder, picture, again, results = sys.argv[1:]
+folder, image, again, results = sys.argv[1:]
 labels = {LABELS!r}
 
 import transformers
@@ -118,11 +118,11 @@ modules_before_trust = [name for name in sys.modules if name.startswith("transfo
 import numpy as np
 import torch
 
-arrays, loaded, model, processor = segment(folder, picture, labels, trust_remote_code=True)
+arrays, loaded, model, processor = segment(folder, image, labels, trust_remote_code=True)
 np.savez(results + "/first.npz", **arrays)
 model.save_pretrained(again)
 processor.save_pretrained(again)
-arrays, loaded_again, _, _ = segment(again, picture, labels, trust_remote_code=True)
+arrays, loaded_again, _, _ = segment(again, image, labels, trust_remote_code=True)
 np.savez(results + "/again.npz", **arrays)
 
 errors = {{}}
@@ -194,14 +194,14 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("picture") / "drawn.png"
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("image") / "drawn.png"
     Image.fromarray(draw_scene(7, 3, size=(96, 128)).image).save(path)
     return path
 
 
 @pytest.fixture(scope="module")
-def without_package(bare_python, saved, picture, tmp_path_factory):
+def without_package(bare_python, saved, image, tmp_path_factory):
     """What the bare environment made of the folder: its report, and the folder with its results."""
     results = tmp_path_factory.mktemp("results")
     again = results / "again"
@@ -215,7 +215,7 @@ def without_package(bare_python, saved, picture, tmp_path_factory):
         PYTHONDONTWRITEBYTECODE="1",
     )
     finished = subprocess.run(
-        [bare_python, "-c", WITHOUT_PACKAGE, saved, picture, again, results],
+        [bare_python, "-c", WITHOUT_PACKAGE, saved, image, again, results],
         cwd=results,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -294,9 +294,9 @@ def test_every_class_comes_from_the_folder(without_package):
     assert all(name.startswith("transformers_modules.again.") for name in report["loaded again"])
 
 
-def test_segmentations_are_those_of_the_package_bit_for_bit(without_package, saved, picture, one_thread):
+def test_segmentations_are_those_of_the_package_bit_for_bit(without_package, saved, image, one_thread):
     _, results = without_package
-    expected, loaded, _, _ = segment(str(saved), str(picture), LABELS)
+    expected, loaded, _, _ = segment(str(saved), str(image), LABELS)
     assert all(name.startswith("modeling_san.") for name in loaded)
     # Three maps that say something, the third by other labels than the second
     assert len(np.unique(expected["stored"])) > 1

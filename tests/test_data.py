@@ -1,4 +1,4 @@
-"""Opening data sets in every form, and reading each picture once an epoch whoever reads."""
+"""Opening data sets in every form, and reading each image once an epoch whoever reads."""
 
 import io
 import json
@@ -19,11 +19,11 @@ from modeling_san.training.augmentation import Augmentation
 from modeling_san.training.data import (
     Collator,
     EndlessOrder,
-    PictureError,
-    StreamedPictures,
-    TrainingPictures,
-    check_first_pictures,
-    load_pictures,
+    ImageError,
+    StreamedImages,
+    TrainingImages,
+    check_first_images,
+    load_images,
     to_arrays,
 )
 from modeling_san.training.label_sets import LabelSet
@@ -31,7 +31,7 @@ from modeling_san.training.label_sets import LabelSet
 LABELS = LabelSet(("dark", "light"))
 SIZE = (8, 12)
 WHOLE = Augmentation((8,), 64, SIZE, photometric=False, flip=0.0)
-"""Shows pictures as they are, so that their grey tells which one it is."""
+"""Shows images as they are, so that their grey tells which one it is."""
 
 
 def encoded(pixels: np.ndarray) -> dict[str, bytes | None]:
@@ -41,7 +41,7 @@ def encoded(pixels: np.ndarray) -> dict[str, bytes | None]:
 
 
 def make_dataset(count: int, image: str = "image", label: str = "annotation", first: int = 0) -> Dataset:
-    """Pictures of the greys `first`, `first` + 1, ..., labelled 0 at the left and 1 at the right."""
+    """Images of the greys `first`, `first` + 1, ..., labelled 0 at the left and 1 at the right."""
     labels = np.zeros(SIZE, np.uint8)
     labels[:, 6:] = 1
     rows = {
@@ -52,18 +52,18 @@ def make_dataset(count: int, image: str = "image", label: str = "annotation", fi
 
 
 def greys(batch: dict[str, torch.Tensor]) -> list[int]:
-    """Which pictures a batch holds."""
+    """Which images a batch holds."""
     mean, std = SANImageProcessor.image_mean[0], SANImageProcessor.image_std[0]
     return ((batch["pixel_values"][:, 0, 0, 0] * std + mean) * 255).round().int().tolist()
 
 
-def training_pictures(dataset: Dataset, augmentation: Augmentation = WHOLE, **options) -> TrainingPictures:
-    return TrainingPictures(dataset, LABELS, SANImageProcessor(), augmentation, **options)
+def training_images(dataset: Dataset, augmentation: Augmentation = WHOLE, **options) -> TrainingImages:
+    return TrainingImages(dataset, LABELS, SANImageProcessor(), augmentation, **options)
 
 
-def streamed(dataset: IterableDataset, **options) -> StreamedPictures:
+def streamed(dataset: IterableDataset, **options) -> StreamedImages:
     options = {"batch_size": 3, "buffer_size": 4, **options}
-    return StreamedPictures(dataset, LABELS, SANImageProcessor(), options.pop("augmentation", WHOLE), **options)
+    return StreamedImages(dataset, LABELS, SANImageProcessor(), options.pop("augmentation", WHOLE), **options)
 
 
 def load(dataset, workers: int, batch_size: int = 3, **options) -> DataLoader:
@@ -136,10 +136,9 @@ def splits_with_two_folders(folder):
 
 
 def image_folder_with_metadata(folder):
-    write_folders(folder / "train", images="pictures", labels="truth")
+    write_folders(folder / "train", images="images", labels="truth")
     lines = [
-        {"image_file_name": f"pictures/{index}.png", "annotation_file_name": f"truth/{index}.png"}
-        for index in range(3)
+        {"image_file_name": f"images/{index}.png", "annotation_file_name": f"truth/{index}.png"} for index in range(3)
     ]
     (folder / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder
@@ -154,27 +153,27 @@ def image_folder_with_metadata(folder):
     ],
 )  # fmt: skip
 def test_a_data_set_is_read_from_every_form(tmp_path, write, streaming):
-    pictures = load_pictures(write(tmp_path), streaming=streaming)
-    assert isinstance(pictures, IterableDataset if streaming else Dataset)
-    examples = [to_arrays(example, LABELS) for example in pictures]
+    images = load_images(write(tmp_path), streaming=streaming)
+    assert isinstance(images, IterableDataset if streaming else Dataset)
+    examples = [to_arrays(example, LABELS) for example in images]
     assert sorted(image.getpixel((0, 0))[0] for image, _ in examples) == [0, 1, 2]
     assert all(label_map.shape == SIZE and label_map[0, -1] == 1 for _, label_map in examples)
 
 
 def test_columns_are_chosen_by_name(tmp_path):
     make_dataset(2, "photo", "truth").to_parquet(tmp_path / "data.parquet")
-    pictures = load_pictures(tmp_path / "data.parquet", image_column="photo", label_column="truth")
-    assert pictures.column_names == ["image", "annotation"]
+    images = load_images(tmp_path / "data.parquet", image_column="photo", label_column="truth")
+    assert images.column_names == ["image", "annotation"]
     # What is chosen wins over what would be recognised
     make_dataset(2, "image", "mask").add_column("label", [5, 6]).to_parquet(tmp_path / "other.parquet")
-    assert load_pictures(tmp_path / "other.parquet", label_column="mask").column_names == ["image", "annotation"]
+    assert load_images(tmp_path / "other.parquet", label_column="mask").column_names == ["image", "annotation"]
 
 
 def test_columns_of_paths_are_opened_where_they_are_chosen(tmp_path):
     write_folders(tmp_path)
     rows = {"image": [str(tmp_path / "images" / "2.png")], "truth": [str(tmp_path / "annotations" / "2.png")]}
     Dataset.from_dict(rows).to_parquet(tmp_path / "data.parquet")
-    [example] = load_pictures(tmp_path / "data.parquet", image_column="image", label_column="truth")
+    [example] = load_images(tmp_path / "data.parquet", image_column="image", label_column="truth")
     assert to_arrays(example, LABELS)[0].getpixel((0, 0)) == (2, 2, 2)
 
 
@@ -188,41 +187,41 @@ def test_columns_of_paths_are_opened_where_they_are_chosen(tmp_path):
 def test_columns_that_cannot_be_meant_are_refused(tmp_path, columns, message):
     make_dataset(1).to_parquet(tmp_path / "data.parquet")
     with pytest.raises(ValueError, match=message):
-        load_pictures(tmp_path / "data.parquet", **columns)
+        load_images(tmp_path / "data.parquet", **columns)
 
 
-def test_pictures_to_segment_need_no_label_maps(tmp_path):
+def test_images_to_segment_need_no_label_maps(tmp_path):
     make_dataset(2).remove_columns("annotation").to_parquet(tmp_path / "data.parquet")
-    assert load_pictures(tmp_path / "data.parquet", labelled=False).column_names == ["image"]
+    assert load_images(tmp_path / "data.parquet", labelled=False).column_names == ["image"]
     with pytest.raises(ValueError, match="none of which is known to hold label maps"):
-        load_pictures(tmp_path / "data.parquet")
+        load_images(tmp_path / "data.parquet")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_an_empty_data_set_is_refused(tmp_path, streaming):
     make_dataset(1).select([]).to_parquet(tmp_path / "data.parquet")
-    with pytest.raises(ValueError, match="holds no pictures"):
-        load_pictures(tmp_path / "data.parquet", streaming=streaming)
+    with pytest.raises(ValueError, match="holds no images"):
+        load_images(tmp_path / "data.parquet", streaming=streaming)
 
 
 def test_a_split_that_is_not_there_is_refused_with_those_that_are(tmp_path):
     with pytest.raises(ValueError, match="it has the splits train, test"):
-        load_pictures(saved_splits(tmp_path), "validation")
+        load_images(saved_splits(tmp_path), "validation")
 
 
-def test_pictures_without_label_maps_are_left_out_and_counted(tmp_path, caplog):
+def test_images_without_label_maps_are_left_out_and_counted(tmp_path, caplog):
     write_folders(tmp_path)
     (tmp_path / "annotations" / "1.png").unlink()
-    assert len(load_pictures(tmp_path)) == 2
-    assert "1 pictures without a label map of the same name and 0 label maps" in caplog.text
+    assert len(load_images(tmp_path)) == 2
+    assert "1 images without a label map of the same name and 0 label maps" in caplog.text
 
 
 def test_two_folders_without_a_name_in_common_are_refused(tmp_path):
     write_folders(tmp_path)
     for path in list((tmp_path / "annotations").iterdir()):
         path.rename(path.with_name(f"{path.stem}_mask.png"))
-    with pytest.raises(ValueError, match="3 pictures and 3 label maps lie there, but no two of the same name"):
-        load_pictures(tmp_path)
+    with pytest.raises(ValueError, match="3 images and 3 label maps lie there, but no two of the same name"):
+        load_images(tmp_path)
 
 
 # Examples that cannot be used
@@ -236,58 +235,58 @@ def example_with(**changes):
     ("changes", "message"),
     [
         ({"annotation": encoded(np.full(SIZE, 7, np.uint8))}, r"example 1: the label map holds \[7\] on 96 pixels"),
-        ({"annotation": encoded(np.zeros((3, 4), np.uint8))}, "example 1: a picture is 12 x 8 .* 4 x 3 pixels"),
+        ({"annotation": encoded(np.zeros((3, 4), np.uint8))}, "example 1: an image is 12 x 8 .* 4 x 3 pixels"),
         ({"annotation": None}, "example 1: the label map is missing"),
-        ({"image": None}, "example 1: the picture is missing"),
-        ({"image": {"bytes": b"no picture", "path": None}}, "example 1: the picture cannot be read"),
+        ({"image": None}, "example 1: the image is missing"),
+        ({"image": {"bytes": b"no image", "path": None}}, "example 1: the image cannot be read"),
         ({"image": {"bytes": encoded(np.ones((99, 99), np.uint8))["bytes"][:80], "path": None}}, "example 1: .* cut"),
-        ({"image": {"bytes": None, "path": "/nowhere/picture.png"}}, "example 1: the picture cannot be read"),
+        ({"image": {"bytes": None, "path": "/nowhere/image.png"}}, "example 1: the image cannot be read"),
     ],
-    ids=["values", "size", "no map", "no picture", "garbage", "cut off", "path"],
+    ids=["values", "size", "no map", "no image", "garbage", "cut off", "path"],
 )  # fmt: skip
 def test_an_example_that_cannot_be_used_is_named(changes, message):
     example = {**make_dataset(1)[0], **changes}
     dataset = [make_dataset(1)[0], example]
     with pytest.raises(ValueError, match=f"some data, {message}"):
-        check_first_pictures(dataset, LABELS, "some data")
-    pictures = training_pictures(dataset)
-    assert pictures[0]["index"] == 0
-    with pytest.raises(PictureError, match=f"^{message}"):
-        pictures[1]
+        check_first_images(dataset, LABELS, "some data")
+    images = training_images(dataset)
+    assert images[0]["index"] == 0
+    with pytest.raises(ImageError, match=f"^{message}"):
+        images[1]
 
 
 def test_a_worker_names_its_example_in_one_line():
     wrong = {"annotation": [encoded(np.full(SIZE, 7, np.uint8))]}
     rows = {"image": [encoded(np.zeros((*SIZE, 3), np.uint8))], **wrong}
-    pictures = training_pictures(Dataset.from_dict(rows))
-    with pytest.raises(PictureError) as error:
-        next(iter(load(pictures, workers=1)))
+    images = training_images(Dataset.from_dict(rows))
+    with pytest.raises(ImageError) as error:
+        next(iter(load(images, workers=1)))
     assert str(error.value).startswith("example 0: the label map holds [7]")
     assert "\n" not in str(error.value)
 
 
-def test_the_first_pictures_of_a_stream_are_checked_and_no_others():
+def test_the_first_images_of_a_stream_are_checked_and_no_others():
     rows = [example_with()] * 8 + [example_with(image=None)]
     stream = Dataset.from_list(rows, features=make_dataset(1).features).to_iterable_dataset()
-    check_first_pictures(stream, LABELS, "stream")
+    check_first_images(stream, LABELS, "stream")
     with pytest.raises(ValueError, match="stream, example 8"):
-        check_first_pictures(stream, LABELS, "stream", count=9)
+        check_first_images(stream, LABELS, "stream", count=9)
 
 
-def test_pictures_without_labels_are_counted_and_said_once(caplog):
+def test_images_without_labels_are_counted_and_said_once(caplog):
     rows = {
         "image": [encoded(np.zeros((*SIZE, 3), np.uint8))] * 4,
         "annotation": [encoded(np.full(SIZE, 255, np.uint8))] * 4,
     }
-    pictures = training_pictures(Dataset.from_dict(rows))
+    images = training_images(Dataset.from_dict(rows))
     with caplog.at_level(logging.WARNING):
         for index in range(4):
-            assert (pictures[index]["labels"] == 255).all()
+            assert (images[index]["labels"] == 255).all()
     assert [record.message.split(":")[0] for record in caplog.records] == ["example 0"]
-    assert pictures.report.count("without_labels") == 4
+    assert images.report.count("without_labels") == 4
     # What workers count is known here
-    assert len(list(load(pictures, workers=2, batch_size=1))) == 4
-    assert pictures.report.count("without_labels") == 8
+    assert len(list(load(images, workers=2, batch_size=1))) == 4
+    assert images.report.count("without_labels") == 8
 
 
 # Views
@@ -296,7 +295,7 @@ def test_pictures_without_labels_are_counted_and_said_once(caplog):
 def test_views_are_normalised_as_the_processor_does():
     dataset = make_dataset(3, first=100)
     expected = SANImageProcessor()(dataset[2]["image"], do_resize=False, do_pad=False, return_tensors="pt")
-    example = training_pictures(dataset)[2]
+    example = training_images(dataset)[2]
     assert torch.allclose(example["pixel_values"], expected["pixel_values"][0], atol=1e-6)
     assert example["pixel_values"].dtype == torch.float32
     assert (example["labels"].dtype, example["index"].dtype) == (torch.int64, torch.int64)
@@ -311,51 +310,51 @@ def test_augmented_labels_stay_on_their_pixels():
         rows["image"].append(encoded(np.where(labels[..., None] == 1, np.uint8(230), np.uint8(30)).repeat(3, 2)))
         rows["annotation"].append(encoded(labels))
     augmentation = Augmentation((32, 64, 96), 256, (64, 96), photometric=False)
-    pictures = training_pictures(Dataset.from_dict(rows), augmentation)
+    images = training_images(Dataset.from_dict(rows), augmentation)
     for number in range(18):
-        example = pictures[number]
+        example = images[number]
         light, labelled = example["pixel_values"].mean(0) > 0, example["labels"] != 255
-        # Bilinear resizing blurs the picture at the edge, nearest does not blur the labels
+        # Bilinear resizing blurs the image at the edge, nearest does not blur the labels
         assert (light[labelled] == (example["labels"][labelled] == 1)).float().mean() > 0.95
 
 
 def test_views_do_not_depend_on_who_makes_them():
-    pictures = training_pictures(make_dataset(5, first=60), Augmentation((8, 9, 12, 20), 64, SIZE), seed=3)
+    images = training_images(make_dataset(5, first=60), Augmentation((8, 9, 12, 20), 64, SIZE), seed=3)
     order = list(range(10))
-    alone = [pictures[number] for number in order]
+    alone = [images[number] for number in order]
     for workers, batch_size in ((1, 2), (2, 5)):
-        loader = load(pictures, workers, batch_size, sampler=order)
+        loader = load(images, workers, batch_size, sampler=order)
         batches = [batch["pixel_values"] for batch in loader]
         assert torch.equal(torch.cat(batches), torch.stack([view["pixel_values"] for view in alone]))
 
 
 def test_an_epoch_has_views_of_its_own_however_it_is_told():
     dataset, augmentation = make_dataset(2, first=60), Augmentation((8, 9, 12, 20), 64, SIZE)
-    pictures, told = training_pictures(dataset, augmentation), training_pictures(dataset, augmentation)
+    images, told = training_images(dataset, augmentation), training_images(dataset, augmentation)
     told.set_epoch(1)
-    assert len(pictures) == 2
-    assert torch.equal(pictures[2 + 1]["pixel_values"], told[1]["pixel_values"])
-    assert pictures[2 + 1]["index"] == 1
-    assert not torch.equal(pictures[1]["pixel_values"], told[1]["pixel_values"])
+    assert len(images) == 2
+    assert torch.equal(images[2 + 1]["pixel_values"], told[1]["pixel_values"])
+    assert images[2 + 1]["index"] == 1
+    assert not torch.equal(images[1]["pixel_values"], told[1]["pixel_values"])
     assert not torch.equal(
-        training_pictures(dataset, augmentation, seed=1)[1]["pixel_values"], pictures[1]["pixel_values"]
+        training_images(dataset, augmentation, seed=1)[1]["pixel_values"], images[1]["pixel_values"]
     )
 
 
 def test_workers_that_live_on_hear_of_the_next_epoch():
-    pictures = training_pictures(make_dataset(2, first=60), Augmentation((8, 9, 12, 20), 64, SIZE))
-    loader = load(pictures, workers=1, batch_size=2, persistent_workers=True)
+    images = training_images(make_dataset(2, first=60), Augmentation((8, 9, 12, 20), 64, SIZE))
+    loader = load(images, workers=1, batch_size=2, persistent_workers=True)
     [first] = loader
-    pictures.set_epoch(1)
+    images.set_epoch(1)
     [second] = loader
-    assert torch.equal(second["pixel_values"][1], pictures[1]["pixel_values"])
+    assert torch.equal(second["pixel_values"][1], images[1]["pixel_values"])
     assert not torch.equal(first["pixel_values"], second["pixel_values"])
 
 
 # Order
 
 
-def test_every_epoch_has_each_picture_once_in_an_order_of_its_own():
+def test_every_epoch_has_each_image_once_in_an_order_of_its_own():
     order = iter(EndlessOrder(10, seed=0))
     epochs = [[next(order) for _ in range(10)] for _ in range(3)]
     for epoch, numbers in enumerate(epochs):
@@ -381,7 +380,7 @@ def test_an_order_goes_on_from_any_place(start):
 
 @pytest.mark.parametrize("options", [{"length": 0}, {"start": -1}, {"rank": 2, "world_size": 2}, {"seed": -1}])
 def test_orders_that_cannot_be_are_refused(options):
-    with pytest.raises(ValueError, match=r"no pictures|must be"):
+    with pytest.raises(ValueError, match=r"no images|must be"):
         EndlessOrder(**{"length": 3, "seed": 0, **options})
 
 
@@ -389,7 +388,7 @@ def test_orders_that_cannot_be_are_refused(options):
 
 
 @pytest.mark.parametrize("num_shards", [1, 4, 7])
-def test_two_processes_with_two_workers_read_each_picture_once_an_epoch(num_shards):
+def test_two_processes_with_two_workers_read_each_image_once_an_epoch(num_shards):
     stream = make_dataset(23).to_iterable_dataset(num_shards=num_shards)
     read = Counter()
     for rank in range(2):
@@ -401,9 +400,9 @@ def test_two_processes_with_two_workers_read_each_picture_once_an_epoch(num_shar
 @pytest.mark.parametrize("readers", [1, 2, 3, 5, 8, 40])
 @pytest.mark.parametrize("num_shards", [1, 2, 5, 23])
 def test_readers_share_every_epoch_without_overlap_or_loss(readers, num_shards):
-    pictures = streamed(make_dataset(23).to_iterable_dataset(num_shards=num_shards))
+    images = streamed(make_dataset(23).to_iterable_dataset(num_shards=num_shards))
     for epoch in range(3):
-        shares = [[index for index, _ in pictures._share(epoch, reader, readers)] for reader in range(readers)]
+        shares = [[index for index, _ in images._share(epoch, reader, readers)] for reader in range(readers)]
         counted = Counter(index for share in shares for index in share)
         assert len(counted) == 23
         assert set(counted.values()) == {1}
@@ -433,12 +432,12 @@ def test_a_stream_goes_on_exactly_where_it_was_left(workers, num_shards):
 
 
 def test_what_is_skipped_is_not_decoded():
-    broken = example_with(image={"bytes": b"no picture", "path": None})
+    broken = example_with(image={"bytes": b"no image", "path": None})
     rows = [broken] * 6 + [example_with()] * 3
     dataset = Dataset.from_list(rows, features=make_dataset(1).features).to_iterable_dataset()
     [batch] = take(load(streamed(dataset, buffer_size=1, skip=2), 0), 1)
     assert batch["index"].tolist() == [6, 7, 8]
-    with pytest.raises(PictureError, match="example 3"):
+    with pytest.raises(ImageError, match="example 3"):
         take(load(streamed(dataset, buffer_size=1, skip=1), 0), 1)
 
 
@@ -452,7 +451,7 @@ def test_a_stream_of_unknown_columns_is_read(tmp_path):
     assert batch["labels"].shape == (3, *SIZE)
 
 
-def test_more_readers_than_pictures_take_turns():
+def test_more_readers_than_images_take_turns():
     stream = make_dataset(2).to_iterable_dataset()
     read = [greys(take(load(streamed(stream, rank=rank, world_size=5), 0), 1)[0]) for rank in range(5)]
     assert all(len(batch) == 3 for batch in read)
@@ -460,11 +459,11 @@ def test_more_readers_than_pictures_take_turns():
 
 def test_a_stream_of_nothing_ends_with_a_sentence():
     stream = IterableDataset.from_generator(lambda: iter(()))
-    with pytest.raises(ValueError, match="too few pictures"):
+    with pytest.raises(ValueError, match="too few images"):
         next(iter(streamed(stream)))
 
 
-def test_a_picture_that_a_program_of_the_system_would_read_is_refused():
+def test_a_image_that_a_program_of_the_system_would_read_is_refused():
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
     label_map = np.zeros((8, 8), np.uint8)
     with pytest.raises(ValueError, match="cannot be read"):

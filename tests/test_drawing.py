@@ -1,4 +1,4 @@
-"""Overlays, label pictures and tables: what people look at says what the segmentation says."""
+"""Overlays, label images and tables: what people look at says what the segmentation says."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from modeling_san.processing import label_colors, label_png, overlay, palette, s
 LABELS = ["sky", "road", "tree"]
 
 
-def grey_picture(height, width, value=120):
+def grey_image(height, width, value=120):
     return np.full((height, width, 3), value, dtype=np.uint8)
 
 
@@ -59,8 +59,8 @@ def test_other_is_grey():
 
 
 @pytest.mark.parametrize(("height", "width"), [(600, 600), (800, 500), (480, 900)])
-def test_overlay_keeps_the_picture_and_adds_the_legend(height, width):
-    drawn = overlay(grey_picture(height, width), halves(height, width), LABELS, outlines=False)
+def test_overlay_keeps_the_image_and_adds_the_legend(height, width):
+    drawn = overlay(grey_image(height, width), halves(height, width), LABELS, outlines=False)
     assert drawn.mode == "RGB"
     assert (drawn.width == width) != (drawn.height == height)
     pixel = np.array(drawn.getpixel((width // 4, height // 2)), dtype=float)
@@ -68,21 +68,21 @@ def test_overlay_keeps_the_picture_and_adds_the_legend(height, width):
 
 
 def test_legend_shows_the_colors_of_the_labels_present_and_no_others():
-    picture = np.asarray(overlay(grey_picture(600, 600), halves(600, 600), LABELS))[:, 600:]
-    shown = {tuple(color) for color in picture.reshape(-1, 3)}
+    image = np.asarray(overlay(grey_image(600, 600), halves(600, 600), LABELS))[:, 600:]
+    shown = {tuple(color) for color in image.reshape(-1, 3)}
     assert tuple(palette(3)[0]) in shown
     assert tuple(palette(3)[1]) in shown
     assert tuple(palette(3)[2]) not in shown
 
 
-def test_without_opacity_and_legend_the_picture_is_untouched():
-    picture = np.random.default_rng(0).integers(0, 256, (600, 520, 3), dtype=np.uint8)
-    drawn = overlay(picture, halves(600, 520), LABELS, opacity=0, legend=False)
-    assert np.array_equal(np.asarray(drawn), picture)
+def test_without_opacity_and_legend_the_image_is_untouched():
+    image = np.random.default_rng(0).integers(0, 256, (600, 520, 3), dtype=np.uint8)
+    drawn = overlay(image, halves(600, 520), LABELS, opacity=0, legend=False)
+    assert np.array_equal(np.asarray(drawn), image)
 
 
 def test_full_opacity_paints_plain_colors_and_lines_where_labels_meet():
-    drawn = np.asarray(overlay(grey_picture(600, 600), halves(600, 600), LABELS, opacity=1, legend=False))
+    drawn = np.asarray(overlay(grey_image(600, 600), halves(600, 600), LABELS, opacity=1, legend=False))
     assert (drawn[:, :290] == palette(1)[0]).all()
     assert (drawn[:, 310:] == palette(2)[1]).all()
     assert (drawn[:, 298:302].max(axis=1) > 200).all()
@@ -90,14 +90,14 @@ def test_full_opacity_paints_plain_colors_and_lines_where_labels_meet():
 
 def test_ignored_pixels_stay_unpainted_and_out_of_the_legend():
     segmentation = np.full((600, 600), 255)
-    drawn = overlay(grey_picture(600, 600), segmentation, LABELS)
+    drawn = overlay(grey_image(600, 600), segmentation, LABELS)
     assert drawn.size == (600, 600)
-    assert np.array_equal(np.asarray(drawn), grey_picture(600, 600))
+    assert np.array_equal(np.asarray(drawn), grey_image(600, 600))
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (8, 8), (3, 700), (700, 3), (2500, 2000)])
-def test_very_small_and_very_large_pictures_get_a_legible_legend(height, width):
-    drawn = overlay(grey_picture(height, width), halves(height, width), LABELS)
+def test_very_small_and_very_large_images_get_a_legible_legend(height, width):
+    drawn = overlay(grey_image(height, width), halves(height, width), LABELS)
     assert max(drawn.size) >= 512
     letters = np.asarray(drawn.convert("L")) < 60
     assert letters.sum() > 50
@@ -106,8 +106,8 @@ def test_very_small_and_very_large_pictures_get_a_legible_legend(height, width):
 def test_long_label_lists_are_summed_up_in_one_line():
     labels = [f"label number {i}" for i in range(60)]
     segmentation = np.arange(600 * 600).reshape(600, 600) % 60
-    few = overlay(grey_picture(600, 600), segmentation, labels, max_entries=3)
-    many = overlay(grey_picture(600, 600), segmentation, labels, max_entries=60)
+    few = overlay(grey_image(600, 600), segmentation, labels, max_entries=3)
+    many = overlay(grey_image(600, 600), segmentation, labels, max_entries=60)
     assert few.width < many.width
     shown = {tuple(color) for color in np.asarray(few)[:, 600:].reshape(-1, 3)}
     assert sum(tuple(color) in shown for color in palette(60)) == 3
@@ -115,7 +115,7 @@ def test_long_label_lists_are_summed_up_in_one_line():
 
 @pytest.mark.parametrize("label", ["дерево", "道路", "شجرة", "🚗", "a\nb\tc", "", "x" * 400])
 def test_labels_of_any_script_and_length_can_be_drawn(label):
-    drawn = overlay(grey_picture(64, 64), halves(64, 64), [label, "road"])
+    drawn = overlay(grey_image(64, 64), halves(64, 64), [label, "road"])
     assert drawn.width < 3 * 512
 
 
@@ -128,7 +128,7 @@ def test_bitmap_fonts_draw_what_they_can(monkeypatch):
     if bitmap is None:
         pytest.skip("this Pillow has no separate bitmap font")
     monkeypatch.setattr(drawing, "_default_font", lambda size: bitmap)
-    overlay(grey_picture(64, 64), halves(64, 64), ["дерево", "road"])
+    overlay(grey_image(64, 64), halves(64, 64), ["дерево", "road"])
 
 
 @pytest.mark.parametrize(
@@ -141,21 +141,21 @@ def test_bitmap_fonts_draw_what_they_can(monkeypatch):
     ],
 )
 def test_what_cannot_be_drawn_is_refused(options, sentence):
-    arguments = {"image": grey_picture(4, 4), "segmentation": halves(4, 4), "labels": LABELS, **options}
+    arguments = {"image": grey_image(4, 4), "segmentation": halves(4, 4), "labels": LABELS, **options}
     with pytest.raises(ValueError, match=sentence):
         overlay(**arguments)
 
 
 def test_tensors_are_drawn_like_arrays():
-    picture, segmentation = grey_picture(520, 520), halves(520, 520)
-    from_tensors = overlay(torch.from_numpy(picture), torch.from_numpy(segmentation), LABELS)
-    assert np.array_equal(np.asarray(from_tensors), np.asarray(overlay(picture, segmentation, LABELS)))
+    image, segmentation = grey_image(520, 520), halves(520, 520)
+    from_tensors = overlay(torch.from_numpy(image), torch.from_numpy(segmentation), LABELS)
+    assert np.array_equal(np.asarray(from_tensors), np.asarray(overlay(image, segmentation, LABELS)))
 
 
-# Label pictures and tables
+# Label images and tables
 
 
-def test_label_pictures_hold_the_indices_and_the_colors(tmp_path):
+def test_label_images_hold_the_indices_and_the_colors(tmp_path):
     segmentation = torch.arange(256).reshape(16, 16)
     label_png(segmentation).save(tmp_path / "labels.png")
     read = Image.open(tmp_path / "labels.png")

@@ -1,7 +1,7 @@
 """Code written for semantic segmentation runs on SAN as it runs on others: nothing changes but the model's name.
 
 Two ways of working, each as a function of the name alone: that of transformers' guide to the task (the image processor
-makes the pictures ready) and that of its example scripts (the script cuts pictures of one size itself, and trains with
+makes the images ready) and that of its example scripts (the script cuts images of one size itself, and trains with
 `Trainer` or a loop of its own). SegFormer goes through the same functions, so that they cannot lean on SAN.
 """
 
@@ -54,7 +54,7 @@ def segformer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def san(tmp_path_factory):
-    """The built-in model for smaller pictures, saved into a folder of its own."""
+    """The built-in model for smaller images, saved into a folder of its own."""
     folder = tmp_path_factory.mktemp("san")
     SANForOpenVocabSegmentation.from_pretrained(BUILTIN_MODEL).save_pretrained(folder)
     SANProcessor.from_pretrained(BUILTIN_MODEL, size={"shortest_edge": SIZE}).save_pretrained(folder)
@@ -73,7 +73,7 @@ def checkpoint(request):
 
 
 def draw_data(first_value):
-    """Six drawn pictures with label maps that count the names from `first_value`."""
+    """Six drawn images with label maps that count the names from `first_value`."""
     drawn = world_dataset(6, seed=3, size=SIZE, **DRAWN).remove_columns("caption")
     values = np.zeros(len(CLASS_NAMES), np.uint8)
     for position, name in enumerate(NAMES):
@@ -105,7 +105,7 @@ def make_compute_metrics(id2label, metric):
 
 
 def options(folder):
-    """Four steps on two pictures each, with a checkpoint and an evaluation at the end."""
+    """Four steps on two images each, with a checkpoint and an evaluation at the end."""
     return TrainingArguments(
         output_dir=folder,
         learning_rate=5e-4,
@@ -162,7 +162,7 @@ def follow_the_guide(checkpoint, folder):
 
 
 def cut(image, label_map, size, generator):
-    """A random square of a picture and its label map, filled with 0 and 255 where they are smaller."""
+    """A random square of an image and its label map, filled with 0 and 255 where they are smaller."""
     pixels, labels = np.asarray(image.convert("RGB"), np.float32), np.asarray(label_map, np.int64)
     missing = [(0, max(0, size - length)) for length in labels.shape]
     pixels = np.pad(pixels, [*missing, (0, 0)])
@@ -186,7 +186,7 @@ def prepare_like_the_scripts(checkpoint):
         height = image_processor.size["height"]
     mean, std = np.array(image_processor.image_mean), np.array(image_processor.image_std)
     generator = np.random.default_rng(0)
-    # Pictures become larger than what is cut of them, so that some squares are filled at the border
+    # Images become larger than what is cut of them, so that some squares are filled at the border
     size = height + 32
 
     def transform(batch):
@@ -317,7 +317,7 @@ def builtin():
 
 
 def both_maps(builtin, size, index):
-    """Label maps of one drawn picture: by upsampled logits, cut where there is padding, and by post-processing."""
+    """Label maps of one drawn image: by upsampled logits, cut where there is padding, and by post-processing."""
     model, processor = builtin
     image = Image.fromarray(draw_scene(11, index, size=size).image)
     inputs = processor(images=image, return_tensors="pt")

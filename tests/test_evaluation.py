@@ -19,7 +19,7 @@ from PIL import Image
 
 from modeling_san.commands.main import main
 from modeling_san.training import evaluation
-from modeling_san.training.evaluation import evaluate, format_table, model_index, save_overlays, tta_sizes
+from modeling_san.training.evaluate import evaluate, format_table, model_index, save_overlays, tta_sizes
 from modeling_san.training.label_sets import LabelSet
 from modeling_san.training.plots import plot_class_iou
 
@@ -33,8 +33,8 @@ def label_set():
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    """Seven small pictures of different sizes; the third has no labels."""
+def images():
+    """Seven small images of different sizes; the third has no labels."""
     rng = np.random.default_rng(0)
     examples = []
     for index in range(7):
@@ -68,11 +68,11 @@ def without_plot(monkeypatch):
 
 
 @torch.no_grad()
-def counts_by_hand(model, processor, pictures, predict=None):
-    """Pairs of true and predicted classes, picture by picture and pixel by pixel."""
+def counts_by_hand(model, processor, images, predict=None):
+    """Pairs of true and predicted classes, image by image and pixel by pixel."""
     counts = np.zeros((len(NAMES), len(NAMES)), dtype=np.int64)
     text = processor(text=list(NAMES), return_tensors="pt")
-    for example in pictures:
+    for example in images:
         inputs = processor(images=example["image"], return_tensors="pt")
         outputs = model(**inputs, **text)
         true = np.asarray(example["annotation"])
@@ -88,66 +88,66 @@ def means_by_hand(counts):
         return hits / (counts.sum(0) + counts.sum(1) - hits), hits / counts.sum(1)
 
 
-def test_figures_are_those_of_the_pixels(tiny, small_processor, pictures, label_set):
+def test_figures_are_those_of_the_pixels(tiny, small_processor, images, label_set):
     results = evaluate(
         tiny,
         small_processor,
-        pictures,
+        images,
         label_set,
         subsets={"base": ["sky", "road"], "novel": ["Car "]},
         progress=False,
     )
-    iou, accuracy = means_by_hand(counts_by_hand(tiny, small_processor, pictures))
+    iou, accuracy = means_by_hand(counts_by_hand(tiny, small_processor, images))
     assert results["mean_iou"] == pytest.approx(np.nanmean(iou))
     assert results["mean_accuracy"] == pytest.approx(np.nanmean(accuracy))
     assert results["per_class_accuracy"]["tree"] is None
     assert results["subsets"]["base"]["mean_iou"] == pytest.approx(np.nanmean(iou[:2]))
     assert results["subsets"]["novel"]["mean_iou"] == pytest.approx(iou[2])
-    assert (results["pictures"], results["unlabelled_pictures"]) == (7, 1)
+    assert (results["images"], results["unlabelled_images"]) == (7, 1)
     rows = [line for line in format_table(results).splitlines() if line.startswith((*NAMES, "mean"))]
     assert len(rows) == 4 + 3
     assert len({len(row) for row in rows}) == 1
 
 
-def test_the_model_is_given_back_as_it_was(make_model, small_processor, pictures, label_set):
+def test_the_model_is_given_back_as_it_was(make_model, small_processor, images, label_set):
     model = make_model()
     model.set_labels(["truck", "car"], small_processor)
     model.train()
     before, config = {name: value.clone() for name, value in model.state_dict().items()}, model.config.to_dict()
-    evaluate(model, small_processor, pictures[:1], label_set, progress=False)
+    evaluate(model, small_processor, images[:1], label_set, progress=False)
     assert model.training
     assert model.config.to_dict() == config
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_stored_class_embeddings_serve_only_for_their_own_names(make_model, small_processor, pictures, label_set):
+def test_stored_class_embeddings_serve_only_for_their_own_names(make_model, small_processor, images, label_set):
     model = make_model()
     model.set_labels(list(NAMES), small_processor)
-    encoded = evaluate(model, small_processor, pictures, label_set, progress=False)
+    encoded = evaluate(model, small_processor, images, label_set, progress=False)
     # The same names with other vectors: whoever encodes them anew would not see the difference
     model.stored_class_embeds = model.stored_class_embeds.flip(0)
-    stored = evaluate(model, small_processor, pictures, label_set, progress=False)
+    stored = evaluate(model, small_processor, images, label_set, progress=False)
     assert stored != encoded
     others = LabelSet(NAMES[::-1])
-    renamed = evaluate(model, small_processor, pictures, others, progress=False)
-    assert renamed == evaluate(make_model(), small_processor, pictures, others, progress=False)
+    renamed = evaluate(model, small_processor, images, others, progress=False)
+    assert renamed == evaluate(make_model(), small_processor, images, others, progress=False)
     given = evaluate(
-        model, small_processor, pictures, label_set, class_embeds=model.stored_class_embeds.flip(0), progress=False
+        model, small_processor, images, label_set, class_embeds=model.stored_class_embeds.flip(0), progress=False
     )
     assert given == encoded
 
 
-def test_limit_takes_the_first_pictures(tiny, small_processor, pictures, label_set):
-    assert evaluate(tiny, small_processor, pictures, label_set, limit=4, progress=False) == evaluate(
-        tiny, small_processor, pictures[:4], label_set, progress=False
+def test_limit_takes_the_first_images(tiny, small_processor, images, label_set):
+    assert evaluate(tiny, small_processor, images, label_set, limit=4, progress=False) == evaluate(
+        tiny, small_processor, images[:4], label_set, progress=False
     )
 
 
-def test_a_streamed_data_set_gives_the_same(tiny, small_processor, pictures, label_set):
-    streamed = IterableDataset.from_generator(lambda: iter(pictures))
+def test_a_streamed_data_set_gives_the_same(tiny, small_processor, images, label_set):
+    streamed = IterableDataset.from_generator(lambda: iter(images))
     for limit in (None, 5):
         assert evaluate(tiny, small_processor, streamed, label_set, limit=limit, progress=False) == evaluate(
-            tiny, small_processor, pictures, label_set, limit=limit, progress=False
+            tiny, small_processor, images, label_set, limit=limit, progress=False
         )
 
 
@@ -162,9 +162,9 @@ def test_the_views_of_a_model_that_works_at_640_are_those_of_the_paper():
 
 @pytest.mark.parametrize("block", [evaluation._BLOCK_FLOATS, 500])
 @torch.no_grad()
-def test_augmentation_takes_the_best_mean_score(tiny, small_processor, pictures, label_set, monkeypatch, block):
+def test_augmentation_takes_the_best_mean_score(tiny, small_processor, images, label_set, monkeypatch, block):
     monkeypatch.setattr(evaluation, "_BLOCK_FLOATS", block)
-    image = pictures[0]["image"]
+    image = images[0]["image"]
     text = small_processor(text=list(NAMES), return_tensors="pt")
     scores = []
     for size in tta_sizes(SIZE):
@@ -184,12 +184,12 @@ def test_augmentation_takes_the_best_mean_score(tiny, small_processor, pictures,
 # Files
 
 
-def test_files_hold_what_was_measured(tiny, small_processor, pictures, label_set, tmp_path):
+def test_files_hold_what_was_measured(tiny, small_processor, images, label_set, tmp_path):
     about = {"model": "some/san", "dataset": "org/streets", "split": "val"}
     results = evaluate(
         tiny,
         small_processor,
-        pictures,
+        images,
         label_set,
         output_dir=tmp_path,
         subsets={"base": ["sky"]},
@@ -199,7 +199,7 @@ def test_files_hold_what_was_measured(tiny, small_processor, pictures, label_set
     )
     assert json.loads((tmp_path / "results.json").read_text()) == {**results, **about, "tta": False, "limit": None}
     rows = list(csv.DictReader((tmp_path / "per_class.csv").open()))
-    counts = counts_by_hand(tiny, small_processor, pictures)
+    counts = counts_by_hand(tiny, small_processor, images)
     assert [row["class"] for row in rows] == list(NAMES)
     assert [int(row["pixels"]) for row in rows] == counts.sum(1).tolist()
     assert [row["base"] for row in rows] == ["1", "0", "0", "0"]
@@ -217,23 +217,23 @@ def test_files_hold_what_was_measured(tiny, small_processor, pictures, label_set
 
 
 @pytest.mark.usefixtures("without_plot")
-def test_the_best_and_worst_pictures_are_drawn(tiny, small_processor, pictures, label_set, tmp_path):
-    evaluate(tiny, small_processor, pictures, label_set, output_dir=tmp_path, overlays=1, progress=False)
+def test_the_best_and_worst_images_are_drawn(tiny, small_processor, images, label_set, tmp_path):
+    evaluate(tiny, small_processor, images, label_set, output_dir=tmp_path, overlays=1, progress=False)
     scores = {
         index: np.nanmean(means_by_hand(counts_by_hand(tiny, small_processor, [example]))[0])
-        for index, example in enumerate(pictures)
+        for index, example in enumerate(images)
         if index != 2
     }
-    # Several pictures may share the best score, or the worst
+    # Several images may share the best score, or the worst
     drawn = sorted(path.stem.rpartition("_") for path in (tmp_path / "overlays").iterdir())
     assert [(name, scores[int(index)]) for name, _, index in drawn] == [
-        ("best_1_picture", max(scores.values())),
-        ("worst_1_picture", min(scores.values())),
+        ("best_1_image", max(scores.values())),
+        ("worst_1_image", min(scores.values())),
     ]
 
 
-def test_overlays_show_picture_truth_and_prediction(tiny, small_processor, pictures, label_set, tmp_path):
-    paths = save_overlays(tiny, small_processor, pictures, label_set, tmp_path / "step", count=2)
+def test_overlays_show_image_truth_and_prediction(tiny, small_processor, images, label_set, tmp_path):
+    paths = save_overlays(tiny, small_processor, images, label_set, tmp_path / "step", count=2)
     assert sorted((tmp_path / "step").iterdir()) == paths
     assert len(paths) == 2
     for path in paths:
@@ -244,9 +244,9 @@ def test_overlays_show_picture_truth_and_prediction(tiny, small_processor, pictu
 @pytest.mark.parametrize("classes", [1, 11, 171, 847])
 def test_a_plot_of_any_number_of_classes_is_drawn(tmp_path, classes):
     iou = {f"class $_{index}": None if index % 7 == 6 else index / classes for index in range(classes)}
-    picture = Image.open(plot_class_iou(iou, tmp_path / "plot.png", title="all $ of them"))
-    assert picture.width < 4000
-    assert picture.height < 4000
+    image = Image.open(plot_class_iou(iou, tmp_path / "plot.png", title="all $ of them"))
+    assert image.width < 4000
+    assert image.height < 4000
 
 
 def test_results_without_a_file_system_path_in_the_card(tmp_path):
@@ -259,16 +259,16 @@ def test_results_without_a_file_system_path_in_the_card(tmp_path):
 # Bad input
 
 
-def test_what_cannot_be_evaluated_is_said(tiny, small_processor, pictures, label_set):
+def test_what_cannot_be_evaluated_is_said(tiny, small_processor, images, label_set):
     for changes, message in (
-        ({"pictures": [pictures[2]]}, "no pixel of the pictures has a label"),
+        ({"images": [images[2]]}, "no pixel of the images has a label"),
         ({"limit": 0}, "limit is 0"),
         ({"subsets": {"base": ["sky", "ocean"]}}, "'ocean', which the 4 classes"),
         ({"subsets": {"base": []}}, "subset 'base' is empty"),
         ({"label_set": LabelSet(NAMES[:2])}, "example 0: the label map holds"),
         ({"class_embeds": torch.zeros(3, 16)}, "of 3 classes and there are 4"),
     ):
-        arguments = {"pictures": pictures, "label_set": label_set, **changes}
+        arguments = {"images": images, "label_set": label_set, **changes}
         with pytest.raises(ValueError, match=message):
             evaluate(tiny, small_processor, progress=False, **arguments)
 
@@ -282,13 +282,13 @@ class Cut(Exception):
 
 @contextmanager
 def cut_after(monkeypatch, count):
-    """Let the evaluation fail at its picture number `count`; counts how many it decodes."""
+    """Let the evaluation fail at its image number `count`; counts how many it decodes."""
     seen = SimpleNamespace(count=0)
     decode = evaluation.to_arrays
 
     def decode_or_stop(example, label_set):
         seen.count += 1
-        # One picture more is decoded for the fingerprint
+        # One image more is decoded for the fingerprint
         if count is not None and seen.count > count + 1:
             raise Cut
         return decode(example, label_set)
@@ -304,8 +304,8 @@ def run_files(folder):
 
 @pytest.mark.usefixtures("without_plot")
 @pytest.mark.parametrize("streamed", [False, True], ids=["map", "stream"])
-def test_a_cut_run_goes_on(tiny, small_processor, pictures, label_set, tmp_path, monkeypatch, streamed):
-    data = IterableDataset.from_generator(lambda: iter(pictures)) if streamed else pictures
+def test_a_cut_run_goes_on(tiny, small_processor, images, label_set, tmp_path, monkeypatch, streamed):
+    data = IterableDataset.from_generator(lambda: iter(images)) if streamed else images
     arguments = {"overlays": 1, "save_every": 0.0, "progress": False}
     evaluate(tiny, small_processor, data, label_set, output_dir=tmp_path / "uncut", **arguments)
     with cut_after(monkeypatch, 5), pytest.raises(Cut):
@@ -319,14 +319,14 @@ def test_a_cut_run_goes_on(tiny, small_processor, pictures, label_set, tmp_path,
 @pytest.mark.usefixtures("without_plot")
 @pytest.mark.parametrize("change", ["model", "data", "labels", "size", "limit"])
 def test_another_run_does_not_go_on_from_an_old_one(
-    make_model, small_processor, pictures, label_set, tmp_path, monkeypatch, change
+    make_model, small_processor, images, label_set, tmp_path, monkeypatch, change
 ):
     model = make_model()
     with cut_after(monkeypatch, 3), pytest.raises(Cut):
         evaluate(
             model,
             small_processor,
-            pictures,
+            images,
             label_set,
             output_dir=tmp_path,
             save_every=0.0,
@@ -338,11 +338,11 @@ def test_another_run_does_not_go_on_from_an_old_one(
         with torch.no_grad():
             model.background_embedding += 1e-3
     elif change == "data":
-        pictures = [pictures[1], *pictures[1:]]
+        images = [images[1], *images[1:]]
     elif change == "labels":
         label_set = LabelSet(NAMES, ignore_index=200)
-        pictures = [
-            {**one, "annotation": Image.fromarray(np.minimum(np.asarray(one["annotation"]), 200))} for one in pictures
+        images = [
+            {**one, "annotation": Image.fromarray(np.minimum(np.asarray(one["annotation"]), 200))} for one in images
         ]
     elif change == "size":
         small_processor.image_processor.size = {"shortest_edge": 48, "longest_edge": 128}
@@ -350,18 +350,18 @@ def test_another_run_does_not_go_on_from_an_old_one(
         limit = 6
     with cut_after(monkeypatch, None) as seen:
         results = evaluate(
-            model, small_processor, pictures, label_set, output_dir=tmp_path, progress=False, limit=limit, overlays=1
+            model, small_processor, images, label_set, output_dir=tmp_path, progress=False, limit=limit, overlays=1
         )
-    assert seen.count == 1 + results["pictures"] == 1 + (limit or 7)
+    assert seen.count == 1 + results["images"] == 1 + (limit or 7)
 
 
 @pytest.mark.usefixtures("without_plot")
-def test_a_damaged_state_is_begun_anew(tiny, small_processor, pictures, label_set, tmp_path):
+def test_a_damaged_state_is_begun_anew(tiny, small_processor, images, label_set, tmp_path):
     state = tmp_path / "progress" / "00000-of-00001" / "state.npz"
     state.parent.mkdir(parents=True)
     state.write_bytes(b"half a file")
-    results = evaluate(tiny, small_processor, pictures, label_set, output_dir=tmp_path, progress=False, overlays=0)
-    assert results["pictures"] == 7
+    results = evaluate(tiny, small_processor, images, label_set, output_dir=tmp_path, progress=False, overlays=0)
+    assert results["images"] == 7
 
 
 PROCESSES = """
@@ -405,18 +405,18 @@ sys.exit([one.exitcode for one in processes] != [0, 0, -signal.SIGKILL])
 
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_and_a_killed_one_measure_what_one_does(
-    tiny, small_processor, pictures, tmp_path, capsys, monkeypatch
+    tiny, small_processor, images, tmp_path, capsys, monkeypatch
 ):
     model, data, labels = tmp_path / "model", tmp_path / "val.parquet", tmp_path / "labels.json"
     tiny.save_pretrained(model)
     small_processor.save_pretrained(model)
-    Dataset.from_list(pictures, features=Features(image=ImageFeature(), annotation=ImageFeature())).to_parquet(data)
+    Dataset.from_list(images, features=Features(image=ImageFeature(), annotation=ImageFeature())).to_parquet(data)
     labels.write_text(json.dumps(NAMES))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     program = tmp_path / "program.py"
-    # Every picture is saved, so that the killed process leaves something
+    # Every image is saved, so that the killed process leaves something
     program.write_text(
         PROCESSES.replace("command = ", "evaluation.evaluate.__kwdefaults__.update(save_every=0)\ncommand = ")
     )
@@ -437,7 +437,7 @@ def test_two_processes_and_a_killed_one_measure_what_one_does(
     assert main([*command, "--output", str(tmp_path / "one")]) == 0
     with cut_after(monkeypatch, None) as seen:
         assert main([*command, "--output", str(tmp_path / "killed")]) == 0
-    # The first picture for the fingerprint, and those that the killed process had not finished
+    # The first image for the fingerprint, and those that the killed process had not finished
     assert seen.count == 1 + 7 - 3
     one = run_files(tmp_path / "one")
     assert run_files(tmp_path / "two") == one
@@ -457,10 +457,10 @@ def test_two_processes_and_a_killed_one_measure_what_one_does(
         (["--limit", "0"], "whole number of at least 1"),
     ],
 )
-def test_wrong_options_end_with_one_line(tmp_path, capsys, pictures, options, message):
+def test_wrong_options_end_with_one_line(tmp_path, capsys, images, options, message):
     data, labels = tmp_path / "val.parquet", tmp_path / "labels.json"
     features = Features(image=ImageFeature(), annotation=ImageFeature())
-    Dataset.from_list(pictures[:1], features=features).to_parquet(data)
+    Dataset.from_list(images[:1], features=features).to_parquet(data)
     labels.write_text(json.dumps(NAMES))
     command = ["evaluate", "--dataset", str(data), "--labels", str(labels), "--output", str(tmp_path / "out")]
     try:

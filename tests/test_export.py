@@ -176,12 +176,12 @@ def test_most_labels_of_the_built_in_model_are_clear(exported, builtin, builtin_
     assert assert_same(run_onnx(exported.path, images), segment(builtin, builtin_processor, images)) > 0.95
 
 
-def test_a_picture_that_is_resized_first_is_segmented_as_by_the_processor(exported, builtin, builtin_processor):
-    picture = Image.fromarray(draw_batch(1, 200, 300)[0].transpose(1, 2, 0))
+def test_a_image_that_is_resized_first_is_segmented_as_by_the_processor(exported, builtin, builtin_processor):
+    image = Image.fromarray(draw_batch(1, 200, 300)[0].transpose(1, 2, 0))
     with torch.no_grad():
-        outputs = builtin(**builtin_processor(images=picture, return_tensors="pt"))
+        outputs = builtin(**builtin_processor(images=image, return_tensors="pt"))
     [expected] = builtin_processor.post_process_semantic_segmentation(outputs)
-    small = np.asarray(picture.resize((192, 128), Image.Resampling.BILINEAR)).transpose(2, 0, 1)[None]
+    small = np.asarray(image.resize((192, 128), Image.Resampling.BILINEAR)).transpose(2, 0, 1)[None]
     labels, _ = run_onnx(exported.path, np.ascontiguousarray(small))
     assert (labels[0] == expected).float().mean() > 0.999
 

@@ -12,20 +12,20 @@ from PIL import Image
 from modeling_san.processing import load_vocabulary
 from modeling_san.processing.label_files import read_label_file
 from modeling_san.training.label_sets import LabelSet, load_label_set
-from modeling_san.training.sources import load_pictures
+from modeling_san.training.sources import load_images
 
 NAMES = ("sky", "road", "tree")
 STORED = np.array([[0, 1, 2], [255, 2, 0]], dtype=np.uint8)
 COLORS = ((10, 20, 30), (0, 0, 255), (255, 0, 0))
 
 
-def reopened(picture: Image.Image, file_format: str = "png") -> Image.Image:
+def reopened(image: Image.Image, file_format: str = "png") -> Image.Image:
     file = io.BytesIO()
-    picture.save(file, file_format)
+    image.save(file, file_format)
     return Image.open(file)
 
 
-def palette_picture(values: np.ndarray) -> Image.Image:
+def palette_image(values: np.ndarray) -> Image.Image:
     indexed = Image.new("P", values.shape[::-1])
     indexed.putdata(values.ravel().tolist())
     # Colours that say nothing about the indices
@@ -43,7 +43,7 @@ def colored(values: np.ndarray, ignore: tuple[int, int, int] = (9, 9, 9)) -> np.
 
 
 @pytest.mark.parametrize(
-    "picture",
+    "image",
     [
         STORED,
         STORED.astype(np.int64),
@@ -51,20 +51,20 @@ def colored(values: np.ndarray, ignore: tuple[int, int, int] = (9, 9, 9)) -> np.
         reopened(Image.fromarray(STORED)),
         reopened(Image.fromarray(STORED.astype(np.uint16))),
         Image.fromarray(STORED.astype(np.int32)),
-        reopened(palette_picture(STORED)),
+        reopened(palette_image(STORED)),
     ],
     ids=["bytes", "integers", "grey", "8 bits", "16 bits", "32 bits", "palette"],
 )
-def test_a_label_map_means_the_same_in_every_form(picture):
-    label_map = LabelSet(NAMES).read(picture)
+def test_a_label_map_means_the_same_in_every_form(image):
+    label_map = LabelSet(NAMES).read(image)
     assert label_map.dtype == np.int32
     assert label_map.tolist() == STORED.tolist()
 
 
 def test_a_map_of_two_values_in_one_bit_holds_indices():
-    picture = reopened(Image.fromarray(np.array([[True, False]])))
-    assert picture.mode == "1"
-    assert LabelSet(NAMES).read(picture).tolist() == [[1, 0]]
+    image = reopened(Image.fromarray(np.array([[True, False]])))
+    assert image.mode == "1"
+    assert LabelSet(NAMES).read(image).tolist() == [[1, 0]]
 
 
 def test_a_label_map_is_read_from_its_file(tmp_path):
@@ -117,7 +117,7 @@ def test_values_that_stand_for_nothing_are_named(stored, options, message):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "F"])
-def test_pictures_that_are_no_label_maps_are_refused(mode):
+def test_images_that_are_no_label_maps_are_refused(mode):
     with pytest.raises(ValueError, match=r"colours|floats"):
         LabelSet(NAMES).read(Image.new(mode, (4, 3)))
 
@@ -211,21 +211,21 @@ def test_given_options_win_over_those_of_a_label_set():
 @pytest.mark.parametrize("streaming", [False, True])
 def test_names_come_from_class_features_beside_the_label_maps(tmp_path, streaming):
     features = {"image": ImageFeature(), "annotation": ImageFeature(), "classes": List(ClassLabel(names=list(NAMES)))}
-    picture = Image.new("L", (4, 4))
-    rows = {"image": [picture.convert("RGB")], "annotation": [picture], "classes": [[0]]}
+    image = Image.new("L", (4, 4))
+    rows = {"image": [image.convert("RGB")], "annotation": [image], "classes": [[0]]}
     Dataset.from_dict(rows, features=Features(features)).to_parquet(tmp_path / "data.parquet")
-    pictures = load_pictures(tmp_path / "data.parquet", streaming=streaming)
-    assert load_label_set(None, dataset=pictures) == LabelSet(NAMES)
+    images = load_images(tmp_path / "data.parquet", streaming=streaming)
+    assert load_label_set(None, dataset=images) == LabelSet(NAMES)
 
 
 def test_names_come_from_the_class_feature_of_the_label_maps_themselves(tmp_path):
     features = {"image": ImageFeature(), "label": List(List(ClassLabel(names=list(NAMES)))), "scene": Value("string")}
     rows = {"image": [Image.new("RGB", (2, 2))], "label": [[[0, 1], [2, 2]]], "scene": ["town"]}
     Dataset.from_dict(rows, features=Features(features)).to_parquet(tmp_path / "data.parquet")
-    pictures = load_pictures(tmp_path / "data.parquet")
-    label_set = load_label_set(None, dataset=pictures)
+    images = load_images(tmp_path / "data.parquet")
+    label_set = load_label_set(None, dataset=images)
     assert label_set.names == NAMES
-    assert label_set.read(np.asarray(pictures[0]["annotation"])).tolist() == [[0, 1], [2, 2]]
+    assert label_set.read(np.asarray(images[0]["annotation"])).tolist() == [[0, 1], [2, 2]]
 
 
 def test_names_come_from_id2label_in_the_folder(tmp_path):

@@ -38,7 +38,7 @@ def folder(saved, processor, tmp_path_factory):
 
 
 @pytest.fixture
-def picture():
+def image():
     return torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(3))
 
 
@@ -65,7 +65,7 @@ def described(config):
 
 @both_classes
 @torch.no_grad()
-def test_weights_labels_and_config_come_back_exactly(saved, folder, picture, model_class):
+def test_weights_labels_and_config_come_back_exactly(saved, folder, image, model_class):
     loaded, report = model_class.from_pretrained(folder, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(loaded) is model_class
@@ -78,7 +78,7 @@ def test_weights_labels_and_config_come_back_exactly(saved, folder, picture, mod
         expected[part].pop("dtype"), ours[part].pop("dtype")
         expected[part].pop("_name_or_path", None), ours[part].pop("_name_or_path", None)
     assert ours == expected
-    assert torch.equal(loaded(picture).class_queries_logits, saved(picture).class_queries_logits)
+    assert torch.equal(loaded(image).class_queries_logits, saved(image).class_queries_logits)
 
 
 def test_the_processor_comes_back_with_its_templates(folder, processor):
@@ -151,13 +151,13 @@ def test_what_is_frozen_stays_frozen(saved, folder, model_class):
 
 @both_classes
 @torch.no_grad()
-def test_the_type_is_the_asked_one_or_the_saved_one(folder, model_class, picture, tmp_path):
+def test_the_type_is_the_asked_one_or_the_saved_one(folder, model_class, image, tmp_path):
     for dtype in (torch.bfloat16, torch.float16, "bfloat16"):
         loaded = model_class.from_pretrained(folder, dtype=dtype)
         expected = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         assert {tensor.dtype for tensor in (*loaded.parameters(), loaded.stored_class_embeds)} == {expected}
         assert loaded.config.dtype == loaded.vision_model.config.dtype == expected
-    loaded(picture)
+    loaded(image)
     loaded.save_pretrained(tmp_path)
     again = model_class.from_pretrained(tmp_path, dtype="auto")
     assert again.dtype == torch.bfloat16
@@ -175,18 +175,18 @@ def test_labels_for_a_model_in_half_precision_are_of_its_type(folder):
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
 @torch.no_grad()
-def test_a_device_map_changes_nothing_but_the_place(saved, folder, picture, device_map):
+def test_a_device_map_changes_nothing_but_the_place(saved, folder, image, device_map):
     device_type = "cuda" if device_map == "auto" and torch.cuda.is_available() else "cpu"
     for model_class, options in zip(CLASSES, ({}, {"id2label": dict(enumerate(OTHERS))}), strict=True):
         loaded = model_class.from_pretrained(folder, device_map=device_map, **options)
         assert {tensor.device.type for tensor in loaded.state_dict().values()} == {device_type}
-        outputs = loaded(picture.to(device_type))
-        assert_close(outputs.mask_embeds.cpu(), saved(picture).mask_embeds, atol=1e-4, rtol=1e-4)
+        outputs = loaded(image.to(device_type))
+        assert_close(outputs.mask_embeds.cpu(), saved(image).mask_embeds, atol=1e-4, rtol=1e-4)
 
 
 @both_classes
 @torch.no_grad()
-def test_the_asked_attention_is_that_of_every_part(folder, model_class, picture):
+def test_the_asked_attention_is_that_of_every_part(folder, model_class, image):
     answers = []
     for attention in ("eager", "sdpa"):
         loaded = model_class.from_pretrained(folder, attn_implementation=attention)
@@ -195,7 +195,7 @@ def test_the_asked_attention_is_that_of_every_part(folder, model_class, picture)
         side = (layer.attention.config for layer in loaded.side_adapter.layers)
         assert {config._attn_implementation for config in (*configs, *nested, *side)} == {attention}
         assert {config._attn_implementation for config in copy.deepcopy(configs)} == {attention}
-        answers.append(loaded(picture).class_queries_logits)
+        answers.append(loaded(image).class_queries_logits)
     assert_close(answers[0], answers[1], atol=1e-3, rtol=1e-4)
 
 
@@ -324,20 +324,20 @@ def test_a_thread_can_load(saved, folder):
 
 @both_classes
 @torch.no_grad()
-def test_a_copy_shares_nothing(folder, picture, processor, model_class):
+def test_a_copy_shares_nothing(folder, image, processor, model_class):
     loaded = model_class.from_pretrained(folder)
     copied = copy.deepcopy(loaded)
-    expected = loaded(picture).class_queries_logits
+    expected = loaded(image).class_queries_logits
     for parameter in loaded.parameters():
         parameter.zero_()
     loaded.set_labels(["road"], processor)
-    assert torch.equal(copied(picture).class_queries_logits, expected)
+    assert torch.equal(copied(image).class_queries_logits, expected)
     assert copied.config.id2label == dict(enumerate(LABELS))
     assert trained_names(copied) == trained_names(loaded)
 
 
 @torch.no_grad()
-def test_config_processor_and_model_can_be_pickled(saved, processor, picture):
+def test_config_processor_and_model_can_be_pickled(saved, processor, image):
     config = pickle.loads(pickle.dumps(saved.config))
     assert config.to_dict() == saved.config.to_dict()
     assert config.vision_config.hidden_size == saved.config.vision_config.hidden_size
@@ -345,7 +345,7 @@ def test_config_processor_and_model_can_be_pickled(saved, processor, picture):
     assert torch.equal(unpickled(text=LABELS)["input_ids"], processor(text=LABELS)["input_ids"])
     assert unpickled.templates == processor.templates
     again = pickle.loads(pickle.dumps(saved))
-    assert torch.equal(again(picture).class_queries_logits, saved(picture).class_queries_logits)
+    assert torch.equal(again(image).class_queries_logits, saved(image).class_queries_logits)
 
 
 @both_classes

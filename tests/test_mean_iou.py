@@ -113,7 +113,7 @@ def test_every_integer_type_counts_alike(metric, maps, dtype):
 
 
 @pytest.mark.parametrize("convert", [torch.from_numpy, Image.fromarray, as_lists])
-def test_tensors_pictures_and_lists_count_like_arrays(metric, maps, convert):
+def test_tensors_images_and_lists_count_like_arrays(metric, maps, convert):
     predictions, references = ([convert(array) for array in arrays] for arrays in maps)
     results = metric.compute(predictions=predictions, references=references, num_labels=5)
     assert_figures(results, count_by_hand(*maps, 5, 255))
@@ -281,7 +281,7 @@ def test_counts_stay_on_the_tensors_device(maps):
 # The shared counts
 
 
-def test_merged_counts_are_those_of_all_pictures():
+def test_merged_counts_are_those_of_all_images():
     generator = torch.Generator().manual_seed(0)
     maps = [torch.randint(0, 5, (2, 6, 7), generator=generator) for _ in range(4)]
     whole, first, second = (ConfusionMatrix(5, ignore_index=4) for _ in range(3))

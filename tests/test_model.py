@@ -21,7 +21,7 @@ LABELS = ["sky", "road", "red car", "tree", "truck"]
 POSITIONS = "vision_model.embeddings.position_embedding.weight"
 
 
-def make_picture(height, width, seed=0):
+def make_image(height, width, seed=0):
     """Smooth colours with a little noise, so that every region of it says something else."""
     random = np.random.default_rng(seed)
     coarse = Image.fromarray(random.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height))
@@ -114,15 +114,15 @@ def test_parts_of_clip_that_train_are_in_training_mode(make_model):
 
 def test_dropout_in_frozen_parts_does_not_blur_training(make_model, class_embeds):
     model = make_model(vision_config={**TINY_VISION, "attention_dropout": 0.5}).train()
-    picture = torch.randn(1, 3, 64, 64)
-    first, again = (model(picture, class_embeds=class_embeds) for _ in range(2))
+    image = torch.randn(1, 3, 64, 64)
+    first, again = (model(image, class_embeds=class_embeds) for _ in range(2))
     assert torch.equal(first.class_queries_logits, again.class_queries_logits)
 
 
 def test_gradients_reach_exactly_what_trains(make_model, processor):
     model = make_model(sls_token_format="pos_embedding").train()
     labels = torch.from_numpy(make_label_map(64, 64))[None]
-    inputs = processor(images=make_picture(64, 64), text=LABELS, do_resize=False)
+    inputs = processor(images=make_image(64, 64), text=LABELS, do_resize=False)
     model(**inputs, labels=labels).loss.backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert reached == trained_names(model)
@@ -132,15 +132,15 @@ def test_gradients_reach_exactly_what_trains(make_model, processor):
 
 def test_the_text_encoder_trains_when_asked_to(make_model, processor):
     model = make_model(trainable_clip_parameters=["text_model"]).train()
-    inputs = processor(images=make_picture(64, 64), text=LABELS, do_resize=False)
+    inputs = processor(images=make_image(64, 64), text=LABELS, do_resize=False)
     model(**inputs, labels=torch.from_numpy(make_label_map(64, 64))[None]).loss.backward()
     assert model.text_model.encoder.layers[0].mlp.fc1.weight.grad.any()
 
 
 def test_only_training_decodes_the_deep_supervision_layers(model, class_embeds):
-    picture = torch.randn(1, 3, 64, 64)
-    assert model(picture, class_embeds=class_embeds).auxiliary_logits is None
-    [auxiliary] = model.train()(picture, class_embeds=class_embeds).auxiliary_logits
+    image = torch.randn(1, 3, 64, 64)
+    assert model(image, class_embeds=class_embeds).auxiliary_logits is None
+    [auxiliary] = model.train()(image, class_embeds=class_embeds).auxiliary_logits
     assert auxiliary["masks_queries_logits"].shape == (1, 6, 4, 4)
     assert auxiliary["class_queries_logits"].shape == (1, 6, 6)
 
@@ -148,33 +148,33 @@ def test_only_training_decodes_the_deep_supervision_layers(model, class_embeds):
 # What shares a batch
 
 
-PICTURES = [(64, 96), (100, 90), (64, 81), (40, 128), (97, 70)]
+IMAGES = [(64, 96), (100, 90), (64, 81), (40, 128), (97, 70)]
 
 
 @pytest.mark.parametrize("training", [False, True])
 @torch.no_grad()
 def test_batch_mates_do_not_change_an_answer(model, processor, training):
     model.train(training)
-    pictures = [make_picture(*size, seed=index) for index, size in enumerate(PICTURES)]
-    together = model(**processor(images=pictures, text=LABELS, do_resize=False))
+    images = [make_image(*size, seed=index) for index, size in enumerate(IMAGES)]
+    together = model(**processor(images=images, text=LABELS, do_resize=False))
     scores = processor.post_process_semantic_scores(together)
-    for index, picture in enumerate(pictures):
-        alone = model(**processor(images=picture, text=LABELS, do_resize=False))
+    for index, image in enumerate(images):
+        alone = model(**processor(images=image, text=LABELS, do_resize=False))
         [expected] = processor.post_process_semantic_scores(alone)
-        assert scores[index].shape == expected.shape == (5, *PICTURES[index])
+        assert scores[index].shape == expected.shape == (5, *IMAGES[index])
         assert_close(scores[index], expected, atol=1e-4, rtol=0)
         assert_close(together.class_queries_logits[index], alone.class_queries_logits[0], atol=1e-3, rtol=0)
 
 
 @torch.no_grad()
-def test_batch_mates_do_not_change_a_segmentation_of_resized_pictures(model, processor):
-    pictures = [make_picture(30, 45, seed=1), make_picture(50, 40, seed=2)]
+def test_batch_mates_do_not_change_a_segmentation_of_resized_images(model, processor):
+    images = [make_image(30, 45, seed=1), make_image(50, 40, seed=2)]
     size = {"shortest_edge": 64, "longest_edge": 256}
     targets = [(30, 45), (50, 40)]
-    outputs = model(**processor(images=pictures, text=LABELS, size=size))
+    outputs = model(**processor(images=images, text=LABELS, size=size))
     together = processor.post_process_semantic_scores(outputs, target_sizes=targets)
-    for index, picture in enumerate(pictures):
-        alone = model(**processor(images=picture, text=LABELS, size=size))
+    for index, image in enumerate(images):
+        alone = model(**processor(images=image, text=LABELS, size=size))
         [expected] = processor.post_process_semantic_scores(alone, target_sizes=[targets[index]])
         assert_close(together[index], expected, atol=1e-4, rtol=0)
 
@@ -182,10 +182,10 @@ def test_batch_mates_do_not_change_a_segmentation_of_resized_pictures(model, pro
 @pytest.mark.parametrize("sizes", [[(64, 96)], [(64, 96), (64, 96)], [(64, 96), (100, 90)]])
 @torch.no_grad()
 def test_a_larger_frame_does_not_change_an_answer(model, processor, sizes):
-    # A batch of one picture cut out of a larger batch keeps that batch's frame.
-    pictures = [make_picture(*size, seed=index) for index, size in enumerate(sizes)]
-    tight = processor(images=pictures, text=LABELS, do_resize=False)
-    roomy = processor(images=pictures, text=LABELS, do_resize=False, pad_size={"height": 160, "width": 192})
+    # A batch of one image cut out of a larger batch keeps that batch's frame.
+    images = [make_image(*size, seed=index) for index, size in enumerate(sizes)]
+    tight = processor(images=images, text=LABELS, do_resize=False)
+    roomy = processor(images=images, text=LABELS, do_resize=False, pad_size={"height": 160, "width": 192})
     expected, ours = model(**tight), model(**roomy)
     assert ours.masks_queries_logits.shape[-2:] == ours.attention_bias.shape[-2:] == (10, 12)
     assert_close(ours.class_queries_logits, expected.class_queries_logits, atol=1e-3, rtol=0)
@@ -196,8 +196,8 @@ def test_a_larger_frame_does_not_change_an_answer(model, processor, sizes):
 
 @torch.no_grad()
 def test_the_order_of_a_mixed_batch_is_kept(model, processor):
-    pictures = [make_picture(*size, seed=index) for index, size in enumerate(PICTURES)]
-    inputs = processor(images=pictures, text=LABELS, do_resize=False)
+    images = [make_image(*size, seed=index) for index, size in enumerate(IMAGES)]
+    inputs = processor(images=images, text=LABELS, do_resize=False)
     order = [3, 0, 4, 2, 1]
     shuffled = {**inputs, "pixel_values": inputs["pixel_values"][order], "image_sizes": inputs["image_sizes"][order]}
     straight, mixed = model(**inputs), model(**shuffled)
@@ -220,36 +220,36 @@ def spy_on_matching(monkeypatch):
 
 
 def same_numbers_for_a_size(*size, **options):
-    """Stands in for `torch.rand`: what a picture gets does not depend on which come before it."""
+    """Stands in for `torch.rand`: what an image gets does not depend on which come before it."""
     return torch.empty(*size).uniform_(generator=torch.Generator().manual_seed(sum(size)))
 
 
 @pytest.mark.parametrize("room", [{}, {"pad_size": {"height": 160, "width": 160}}])
-def test_in_training_too_each_picture_is_matched_as_if_alone(model, processor, monkeypatch, room):
+def test_in_training_too_each_image_is_matched_as_if_alone(model, processor, monkeypatch, room):
     model.train()
     calls = spy_on_matching(monkeypatch)
     monkeypatch.setattr(torch, "rand", same_numbers_for_a_size)
     sizes = [(64, 96), (100, 90), (97, 128)]
-    pictures = [make_picture(*size, seed=index) for index, size in enumerate(sizes)]
+    images = [make_image(*size, seed=index) for index, size in enumerate(sizes)]
     maps = [make_label_map(*sizes[index], labels=labels) for index, labels in enumerate([(0, 2, 3), (4,), (1, 3)])]
-    outputs = model(**processor(images=pictures, segmentation_maps=maps, text=LABELS, do_resize=False, **room))
+    outputs = model(**processor(images=images, segmentation_maps=maps, text=LABELS, do_resize=False, **room))
     assert outputs.loss.isfinite()
     outputs.loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.requires_grad)
     final = calls[: len(calls) // 2]  # the other half is the auxiliary output's
     assert [size for size, _ in final] == [(4, 6), (8, 6), (8, 8)]
     together = [pairs for _, group in final for pairs in group]
-    for index, picture in enumerate(pictures):
+    for index, image in enumerate(images):
         calls.clear()
-        model(**processor(images=picture, segmentation_maps=[maps[index]], text=LABELS, do_resize=False))
+        model(**processor(images=image, segmentation_maps=[maps[index]], text=LABELS, do_resize=False))
         assert calls[0][1] == [together[index]]
 
 
 def test_a_larger_frame_does_not_change_the_loss(model, processor):
     model.train()
-    pictures, maps = [make_picture(64, 96)], [make_label_map(64, 96)]
+    images, maps = [make_image(64, 96)], [make_label_map(64, 96)]
     tight, roomy = (
-        processor(images=pictures, segmentation_maps=maps, text=LABELS, do_resize=False, **room)
+        processor(images=images, segmentation_maps=maps, text=LABELS, do_resize=False, **room)
         for room in ({}, {"pad_size": {"height": 160, "width": 128}})
     )
     expected, ours = losses_of(model, **tight), losses_of(model, **roomy)
@@ -263,10 +263,10 @@ def test_a_larger_frame_does_not_change_the_loss(model, processor):
 def test_label_maps_and_masks_of_them_give_the_same_loss(model, processor):
     model.train()
     sizes = [(64, 96), (90, 70)]
-    pictures = [make_picture(*size, seed=index) for index, size in enumerate(sizes)]
+    images = [make_image(*size, seed=index) for index, size in enumerate(sizes)]
     maps = [make_label_map(64, 96), make_label_map(90, 70, labels=(1, 4))]
-    with_masks = processor(images=pictures, segmentation_maps=maps, text=LABELS, do_resize=False)
-    plain = processor(images=pictures, text=LABELS, do_resize=False)
+    with_masks = processor(images=images, segmentation_maps=maps, text=LABELS, do_resize=False)
+    plain = processor(images=images, text=LABELS, do_resize=False)
     labels = label_batch(*maps, size=plain["pixel_values"].shape[-2:])
     expected, ours = losses_of(model, **with_masks), losses_of(model, **plain, labels=labels)
     assert expected.keys() == ours.keys()
@@ -284,11 +284,11 @@ def test_a_label_map_becomes_one_mask_for_each_class_it_holds():
 
 def test_the_ignore_index_is_the_configs(make_model, class_embeds):
     model = make_model(semantic_loss_ignore_index=4).train()
-    picture = torch.randn(1, 3, 64, 64)
-    loss = model(picture, class_embeds=class_embeds, labels=torch.full((1, 64, 64), 4)).loss
+    image = torch.randn(1, 3, 64, 64)
+    loss = model(image, class_embeds=class_embeds, labels=torch.full((1, 64, 64), 4)).loss
     assert loss == 0
     with pytest.raises(ValueError, match="and 4 marks pixels to ignore"):
-        model(picture, class_embeds=class_embeds, labels=torch.full((1, 64, 64), 255))
+        model(image, class_embeds=class_embeds, labels=torch.full((1, 64, 64), 255))
 
 
 def test_the_loss_is_the_sum_of_its_weighted_terms(model, class_embeds):
@@ -300,12 +300,12 @@ def test_the_loss_is_the_sum_of_its_weighted_terms(model, class_embeds):
 
 
 def test_loss_weights_scale_their_terms(make_model, class_embeds):
-    picture, labels = torch.randn(1, 3, 64, 64), torch.from_numpy(make_label_map(64, 64))[None]
+    image, labels = torch.randn(1, 3, 64, 64), torch.from_numpy(make_label_map(64, 64))[None]
     # All three doubled, matching stays the same.
     plain, doubled = (
         losses_of(
             make_model(class_weight=2.0 * factor, mask_weight=5.0 * factor, dice_weight=5.0 * factor).train(),
-            pixel_values=picture,
+            pixel_values=image,
             class_embeds=class_embeds,
             labels=labels,
         )
@@ -315,15 +315,15 @@ def test_loss_weights_scale_their_terms(make_model, class_embeds):
         assert_close(doubled[name], 2 * term)
 
 
-def test_an_unlabelled_picture_contributes_nothing_and_breaks_nothing(model, class_embeds):
+def test_an_unlabelled_image_contributes_nothing_and_breaks_nothing(model, class_embeds):
     model.train()
-    pictures, labels = torch.randn(2, 3, 64, 64), torch.full((2, 64, 64), 255)
+    images, labels = torch.randn(2, 3, 64, 64), torch.full((2, 64, 64), 255)
     labels[0] = torch.from_numpy(make_label_map(64, 64))
-    alone = losses_of(model, pixel_values=pictures[:1], class_embeds=class_embeds, labels=labels[:1])
-    both = losses_of(model, pixel_values=pictures, class_embeds=class_embeds, labels=labels)
+    alone = losses_of(model, pixel_values=images[:1], class_embeds=class_embeds, labels=labels[:1])
+    both = losses_of(model, pixel_values=images, class_embeds=class_embeds, labels=labels)
     for name, term in alone.items():
         assert_close(both[name], term, rtol=1e-4, atol=1e-5)
-    pixels = pictures.clone().requires_grad_()
+    pixels = images.clone().requires_grad_()
     model(pixels, class_embeds=class_embeds, labels=labels).loss.backward()
     assert pixels.grad[0].any()
     assert not pixels.grad[1].any()
@@ -358,12 +358,12 @@ def test_evaluation_with_labels_gives_a_loss_too(model, class_embeds):
 
 @torch.no_grad()
 def test_all_ways_to_give_a_vocabulary_agree(model, processor):
-    picture = processor(images=make_picture(64, 96), do_resize=False)
+    image = processor(images=make_image(64, 96), do_resize=False)
     text = processor(text=LABELS)
-    by_ids = model(**picture, **text)
-    by_embeds = model(**picture, class_embeds=model.get_class_embeds(**text))
+    by_ids = model(**image, **text)
+    by_embeds = model(**image, class_embeds=model.get_class_embeds(**text))
     model.set_labels(LABELS, processor)
-    by_labels = model(**picture)
+    by_labels = model(**image)
     assert_close(by_embeds.class_queries_logits, by_ids.class_queries_logits)
     assert_close(by_labels.class_queries_logits, by_ids.class_queries_logits)
     assert by_ids.class_queries_logits.shape == (1, 6, len(LABELS) + 1)
@@ -441,8 +441,8 @@ def test_one_prompt_for_each_class_may_come_without_its_axis(model, processor):
 
 @torch.no_grad()
 def test_other_classes_do_not_change_a_classs_logits(model, processor):
-    picture = processor(images=make_picture(64, 64), do_resize=False)
-    few, many = (model(**picture, **processor(text=labels)).class_queries_logits for labels in (LABELS[:2], LABELS))
+    image = processor(images=make_image(64, 64), do_resize=False)
+    few, many = (model(**image, **processor(text=labels)).class_queries_logits for labels in (LABELS[:2], LABELS))
     assert_close(few[..., :2], many[..., :2], atol=1e-4, rtol=1e-4)
     assert_close(few[..., -1], many[..., -1], atol=1e-4, rtol=1e-4)
 
@@ -460,8 +460,8 @@ def test_a_saved_model_is_the_same_when_loaded(make_model, class_embeds, tmp_pat
     expected, ours = model.state_dict(), loaded.state_dict()
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
-    picture = torch.randn(1, 3, 64, 96)
-    before, after = (each(picture, class_embeds=class_embeds) for each in (model, loaded))
+    image = torch.randn(1, 3, 64, 96)
+    before, after = (each(image, class_embeds=class_embeds) for each in (model, loaded))
     assert torch.equal(before.class_queries_logits, after.class_queries_logits)
     assert not loaded.training
 
@@ -489,29 +489,29 @@ def test_a_loaded_model_takes_other_choices(make_model, class_embeds, tmp_path):
 
 @torch.no_grad()
 def test_stored_labels_survive_saving_and_may_be_replaced(model, processor, tmp_path):
-    picture = processor(images=make_picture(64, 64), do_resize=False)
+    image = processor(images=make_image(64, 64), do_resize=False)
     model.set_labels(LABELS, processor)
-    expected = model(**picture).class_queries_logits
+    expected = model(**image).class_queries_logits
     model.save_pretrained(tmp_path)
     loaded = SANForOpenVocabSegmentation.from_pretrained(tmp_path)
     assert loaded.config.id2label == dict(enumerate(LABELS))
     assert loaded.config.label2id["red car"] == 2
-    assert torch.equal(loaded(**picture).class_queries_logits, expected)
+    assert torch.equal(loaded(**image).class_queries_logits, expected)
     for labels in (["tree", "road"], [*LABELS, "photo", "red truck"]):
         loaded.set_labels(labels, processor)
         loaded.save_pretrained(tmp_path)
         again = SANForOpenVocabSegmentation.from_pretrained(tmp_path)
         assert again.config.num_labels == len(labels)
         assert list(again.config.id2label.values()) == labels
-        logits = again(**picture, **processor(text=labels)).class_queries_logits
-        assert_close(again(**picture).class_queries_logits, logits)
+        logits = again(**image, **processor(text=labels)).class_queries_logits
+        assert_close(again(**image).class_queries_logits, logits)
 
 
 @torch.no_grad()
 def test_a_given_vocabulary_goes_before_stored_labels(model, processor):
-    picture = processor(images=make_picture(64, 64), do_resize=False)
+    image = processor(images=make_image(64, 64), do_resize=False)
     model.set_labels(LABELS, processor)
-    assert model(**picture, **processor(text=["sky"])).class_queries_logits.shape[-1] == 2
+    assert model(**image, **processor(text=["sky"])).class_queries_logits.shape[-1] == 2
 
 
 @torch.no_grad()
@@ -563,11 +563,11 @@ def test_the_side_adapter_sees_more_than_clip(model, class_embeds):
 
 
 @torch.no_grad()
-def test_without_asymmetric_input_clip_sees_the_same_picture(make_model, class_embeds):
+def test_without_asymmetric_input_clip_sees_the_same_image(make_model, class_embeds):
     model = make_model(asymmetric_input=False)
-    picture = torch.randn(1, 3, 64, 64)
-    assert model.shrink_for_clip(picture) is picture
-    assert model(picture, class_embeds=class_embeds).mask_embeds.isfinite().all()
+    image = torch.randn(1, 3, 64, 64)
+    assert model.shrink_for_clip(image) is image
+    assert model(image, class_embeds=class_embeds).mask_embeds.isfinite().all()
 
 
 @torch.no_grad()
@@ -607,7 +607,7 @@ WRONG = [
     ({"labels": torch.zeros(2, 64, 64).long(), "mask_labels": MASKS}, "both labels and mask_labels / class_labels"),
     ({"mask_labels": MASKS}, "belong together: one of them is missing"),
     ({"class_labels": CLASSES}, "belong together: one of them is missing"),
-    ({"mask_labels": MASKS[:1], "class_labels": CLASSES}, "1 mask_labels and 2 class_labels for 2 pictures"),
+    ({"mask_labels": MASKS[:1], "class_labels": CLASSES}, "1 mask_labels and 2 class_labels for 2 images"),
     ({"mask_labels": [MASKS[0], torch.zeros(3, 64, 64)], "class_labels": CLASSES}, "mask_labels[1] has shape (3, 64"),
     ({"mask_labels": [torch.zeros(2, 32, 32)] * 2, "class_labels": CLASSES}, "expected (2, 64, 64)"),
     ({"mask_labels": MASKS, "class_labels": [torch.tensor([0, 5])] * 2}, "holds [0, 5]: expected values from 0 to 4"),
@@ -623,15 +623,15 @@ def test_wrong_inputs_are_refused_with_what_was_expected(model, changes, hint):
 # transformers' Trainer
 
 
-class Pictures(torch.utils.data.Dataset):
-    """Pictures of several sizes in one frame, with label maps."""
+class Images(torch.utils.data.Dataset):
+    """Images of several sizes in one frame, with label maps."""
 
     def __init__(self, processor, count):
-        sizes = [PICTURES[index % len(PICTURES)] for index in range(count)]
+        sizes = [IMAGES[index % len(IMAGES)] for index in range(count)]
         self.items = []
         for index, (height, width) in enumerate(sizes):
             frame = {"pad_size": {"height": 128, "width": 128}, "do_resize": False}
-            inputs = processor(images=make_picture(height, width, seed=index), **frame)
+            inputs = processor(images=make_image(height, width, seed=index), **frame)
             labels = label_batch(make_label_map(height, width, labels=(0, 1 + index % 3)), size=(128, 128))
             self.items.append({**{name: tensor[0] for name, tensor in inputs.items()}, "labels": labels[0]})
 
@@ -659,8 +659,8 @@ def make_trainer(model, processor, folder, **arguments):
     return Trainer(
         model=model,
         args=TrainingArguments(**{**defaults, **arguments}),
-        train_dataset=Pictures(processor, 8),
-        eval_dataset=Pictures(processor, 3),
+        train_dataset=Images(processor, 8),
+        eval_dataset=Images(processor, 3),
     )
 
 
@@ -677,11 +677,11 @@ def test_trainer_trains_and_evaluates(make_model, processor, tmp_path):
     evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(evaluations) == 2
     assert np.isfinite(evaluations).all()
-    predictions = trainer.predict(Pictures(processor, 3))
+    predictions = trainer.predict(Images(processor, 3))
     masks, logits, sizes = predictions.predictions
     assert masks.shape == (3, 6, 8, 8)
     assert logits.shape == (3, 6, len(LABELS) + 1)
-    assert sizes.tolist() == [list(size) for size in PICTURES[:3]]
+    assert sizes.tolist() == [list(size) for size in IMAGES[:3]]
     assert predictions.label_ids.shape == (3, 128, 128)
 
 
@@ -695,7 +695,7 @@ def test_accumulated_batches_do_not_add_up_to_a_larger_loss(make_model, processo
         return trainer.state.log_history[0]
 
     one, four = first_loss(1), first_loss(4)
-    # Different pictures, but of one kind: four times the loss or the gradient could not be missed.
+    # Different images, but of one kind: four times the loss or the gradient could not be missed.
     assert four["loss"] == pytest.approx(one["loss"], rel=0.5)
     assert four["grad_norm"] < 2 * one["grad_norm"]
 

@@ -17,7 +17,7 @@ from modeling_san import BUILTIN_MODEL, SANConfig, SANForOpenVocabSegmentation
 from modeling_san.conversion import RELEASED_CONFIGS
 from modeling_san.hub_card import make_model_card
 from modeling_san.hub_card.model_card import PUBLISHED_BENCHMARKS, PUBLISHED_RESULTS
-from modeling_san.training.evaluation import evaluate
+from modeling_san.training.evaluate import evaluate
 from modeling_san.training.label_sets import load_label_set
 from modeling_san.training.recipe import Recipe
 
@@ -51,7 +51,7 @@ def results():
     per_class = {"sky": 0.75, "red truck": 0.0, "road": 0.0312, "tree": None}
     return {
         **{"mean_iou": 0.2604, "mean_accuracy": 0.5, "overall_accuracy": 0.8125, "frequency_weighted_iou": 0.625},
-        **{"pictures": 20, "unlabelled_pictures": 1, "per_class_iou": per_class, "per_class_accuracy": per_class},
+        **{"images": 20, "unlabelled_images": 1, "per_class_iou": per_class, "per_class_accuracy": per_class},
         "subsets": {"novel": {"mean_iou": 0.125, "mean_accuracy": 0.25, "classes": 2}},
         **{"model": "/home/me/my-model", "dataset": "/home/me/val.parquet", "split": "validation"},
         **{"tta": True, "limit": 20},
@@ -103,8 +103,8 @@ def test_measurements_become_the_model_index(folder, results):
 
 def test_what_an_evaluation_writes_is_what_the_card_reads(folder, make_model, processor, tmp_path, monkeypatch):
     # The library that draws it takes longer to load than everything here
-    monkeypatch.setattr("modeling_san.training.evaluation.plot_class_iou", lambda *args, **kwargs: None)
-    pictures = [
+    monkeypatch.setattr("modeling_san.training.evaluate.plot_class_iou", lambda *args, **kwargs: None)
+    images = [
         {"image": Image.new("RGB", (64, 48), colour), "annotation": Image.new("L", (64, 48), index)}
         for index, colour in enumerate(("blue", "red"))
     ]
@@ -112,18 +112,18 @@ def test_what_an_evaluation_writes_is_what_the_card_reads(folder, make_model, pr
     measured = evaluate(
         make_model(),
         processor,
-        pictures,
+        images,
         load_label_set(str(tmp_path / "classes.json")),
         output_dir=tmp_path / "evaluation",
         progress=False,
         overlays=0,
-        about={"model": "my-model", "dataset": "me/pictures", "split": "validation"},
+        about={"model": "my-model", "dataset": "me/images", "split": "validation"},
     )
     card = make_model_card(folder, results=[tmp_path / "evaluation"])
     text = section(card, "Measured on these weights")
     assert f"| Mean IoU | {measured['mean_iou']:.4f} |" in text
-    assert "`me/pictures`" in text
-    assert "2 pictures" in text
+    assert "`me/images`" in text
+    assert "2 images" in text
 
 
 def test_a_measurement_under_another_models_name_is_shown_as_that(folder, results):
@@ -256,7 +256,7 @@ def test_both_papers_are_cited(folder):
 
 def test_the_examples_on_the_card_run(tmp_path, monkeypatch):
     shutil.copytree(BUILTIN_MODEL, tmp_path / "my-san")
-    shutil.copy(REPOSITORY / "hub_card" / "assets" / "demo.png", tmp_path / "picture.jpg")
+    shutil.copy(REPOSITORY / "hub_card" / "assets" / "demo.png", tmp_path / "image.jpg")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", make_model_card("my-san").text, flags=re.DOTALL)
     assert len(blocks) == 2

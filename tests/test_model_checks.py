@@ -44,7 +44,7 @@ def built(build):
 
 
 @pytest.fixture
-def picture():
+def image():
     return torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(3))
 
 
@@ -103,24 +103,24 @@ def test_the_configs_range_is_the_spread_of_new_weights(model_class, make_config
 
 
 @torch.no_grad()
-def test_hidden_states_and_attentions_come_when_asked_for_and_change_nothing(build, picture):
+def test_hidden_states_and_attentions_come_when_asked_for_and_change_nothing(build, image):
     model = build("eager")
-    plain = model(picture)
+    plain = model(image)
     assert all(plain[name] is None for name in RECORDED if name in plain)
     assert not hasattr(model, "_output_capturing_hooks_installed")
-    recorded = model(picture, output_hidden_states=True, output_attentions=True)
+    recorded = model(image, output_hidden_states=True, output_attentions=True)
     for name, value in plain.items():
         # Layers that are recorded run as a whole: the same numbers, up to rounding
         assert_close(recorded[name], value, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
     assert set(recorded) - set(plain) == set(RECORDED)
-    states_only = model(picture, output_hidden_states=True)
+    states_only = model(image, output_hidden_states=True)
     assert set(states_only) - set(plain) == {"hidden_states", "side_hidden_states"}
-    assert set(model(picture)) == set(plain)
+    assert set(model(image)) == set(plain)
 
 
 @torch.no_grad()
-def test_hidden_states_are_of_every_layer_of_both_networks(built, picture):
-    outputs = built(picture, output_hidden_states=True)
+def test_hidden_states_are_of_every_layer_of_both_networks(built, image):
+    outputs = built(image, output_hidden_states=True)
     patches, side_patches = 2 * 3, 4 * 6
     tokens = [1 + patches] * (START + 1) + [1 + patches + QUERIES] * (LAYERS - START)
     assert [tuple(state.shape) for state in outputs.hidden_states] == [(2, count, 32) for count in tokens]
@@ -130,9 +130,9 @@ def test_hidden_states_are_of_every_layer_of_both_networks(built, picture):
 
 
 @torch.no_grad()
-def test_hidden_states_are_clips_own_and_end_in_the_answer(built, picture):
-    outputs = built(picture, output_hidden_states=True)
-    clip = built.vision_model(built.shrink_for_clip(picture), interpolate_pos_encoding=True, output_hidden_states=True)
+def test_hidden_states_are_clips_own_and_end_in_the_answer(built, image):
+    outputs = built(image, output_hidden_states=True)
+    clip = built.vision_model(built.shrink_for_clip(image), interpolate_pos_encoding=True, output_hidden_states=True)
     assert len(outputs.hidden_states) == len(clip.hidden_states)
     for ours, theirs in zip(outputs.hidden_states, clip.hidden_states, strict=True):
         assert_close(ours[:, : theirs.shape[1]], theirs, atol=1e-4, rtol=1e-4)
@@ -145,9 +145,9 @@ def test_hidden_states_are_clips_own_and_end_in_the_answer(built, picture):
 
 
 @torch.no_grad()
-def test_attentions_show_who_sees_whom(build, picture):
+def test_attentions_show_who_sees_whom(build, image):
     model = build("eager")
-    outputs = model(picture, output_attentions=True)
+    outputs = model(image, output_attentions=True)
     seen = 1 + 2 * 3
     assert [tuple(weights.shape) for weights in outputs.attentions] == [
         (2, 4, count, count) for count in [seen] * START + [seen + QUERIES] * (LAYERS - START)
@@ -160,50 +160,50 @@ def test_attentions_show_who_sees_whom(build, picture):
         assert not weights[:, :, :seen, seen:].any()
         assert not weights[:, :, seen:, 0].any()
         assert weights[:, :, seen:, 1:seen].any()
-    clip_pixels = model.shrink_for_clip(picture)
+    clip_pixels = model.shrink_for_clip(image)
     clip = model.vision_model(clip_pixels, interpolate_pos_encoding=True, output_attentions=True)
     for ours, theirs in zip(outputs.attentions, clip.attentions, strict=True):
         assert_close(ours[:, :, :seen, :seen], theirs, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_the_config_can_ask_for_hidden_states_and_attentions(build, picture):
+def test_the_config_can_ask_for_hidden_states_and_attentions(build, image):
     model = build("eager", output_hidden_states=True)
-    assert len(model(picture).hidden_states) == LAYERS + 1
-    assert model(picture, output_hidden_states=False).hidden_states is None
+    assert len(model(image).hidden_states) == LAYERS + 1
+    assert model(image, output_hidden_states=False).hidden_states is None
     model.config.output_attentions = True
-    outputs = model(picture)
+    outputs = model(image)
     assert len(outputs.attentions) == LAYERS
     assert len(outputs.side_attentions) == SIDE_LAYERS
 
 
 @torch.no_grad()
-def test_sdpa_says_that_it_has_no_attentions(built, picture):
+def test_sdpa_says_that_it_has_no_attentions(built, image):
     with pytest.raises(ValueError, match='output_attentions needs attn_implementation="eager"'):
-        built(picture, output_attentions=True)
+        built(image, output_attentions=True)
     built.set_attn_implementation("eager")
-    assert len(built(picture, output_attentions=True).attentions) == LAYERS
+    assert len(built(image, output_attentions=True).attentions) == LAYERS
 
 
 @torch.no_grad()
-def test_pictures_of_several_sizes_have_no_common_hidden_states(built, picture):
+def test_images_of_several_sizes_have_no_common_hidden_states(built, image):
     with pytest.raises(ValueError, match="one padded size at a time, and these are 64 x 96, 64 x 64: pass each size"):
-        built(picture, image_sizes=torch.tensor([[64, 96], [60, 40]]), output_hidden_states=True)
+        built(image, image_sizes=torch.tensor([[64, 96], [60, 40]]), output_hidden_states=True)
     # A frame that is too large for all of them is no second size.
-    one_size = built(picture, image_sizes=torch.tensor([[64, 50], [60, 40]]), output_hidden_states=True)
+    one_size = built(image, image_sizes=torch.tensor([[64, 50], [60, 40]]), output_hidden_states=True)
     assert one_size.side_hidden_states[0].shape == (2, QUERIES + 4 * 4, 24)
 
 
-def test_training_with_prompts_adds_their_tokens_and_those_of_every_decoded_layer(build, picture):
+def test_training_with_prompts_adds_their_tokens_and_those_of_every_decoded_layer(build, image):
     model = build(num_clip_prompts=2).train()
-    outputs = model(picture, output_hidden_states=True)
+    outputs = model(image, output_hidden_states=True)
     assert outputs.hidden_states[-1].shape[1] == 1 + 2 * 3 + 2 * QUERIES + 2
 
 
-def test_gradients_reach_hidden_states_and_attentions(build, picture):
+def test_gradients_reach_hidden_states_and_attentions(build, image):
     model = build("eager").train()
     labels = torch.zeros(2, 64, 96, dtype=torch.int64)
-    outputs = model(picture, labels=labels, output_hidden_states=True, output_attentions=True)
+    outputs = model(image, labels=labels, output_hidden_states=True, output_attentions=True)
     recorded = [tensor for name in RECORDED for tensor in outputs[name]]
     for tensor in recorded:
         tensor.retain_grad()
@@ -212,25 +212,25 @@ def test_gradients_reach_hidden_states_and_attentions(build, picture):
 
 
 @torch.no_grad()
-def test_hidden_states_of_words_are_not_mixed_with_those_of_pictures(built, picture, processor):
-    built(picture, output_hidden_states=True)
+def test_hidden_states_of_words_are_not_mixed_with_those_of_images(built, image, processor):
+    built(image, output_hidden_states=True)
     if isinstance(built, SANForSemanticSegmentation):
         built.set_labels(["sky"], processor)
-        outputs = built(picture, output_hidden_states=True)
+        outputs = built(image, output_hidden_states=True)
     else:
-        outputs = built(picture, **processor(text=["sky"]), output_hidden_states=True)
+        outputs = built(image, **processor(text=["sky"]), output_hidden_states=True)
     assert len(outputs.hidden_states) == LAYERS + 1
     assert {state.shape[-1] for state in outputs.hidden_states} == {32}
 
 
 @torch.no_grad()
-def test_threads_that_record_and_threads_that_do_not_share_a_model(built, picture):
-    expected = built(picture, output_hidden_states=True)
+def test_threads_that_record_and_threads_that_do_not_share_a_model(built, image):
+    expected = built(image, output_hidden_states=True)
     results = {}
 
     def work(index):
         with torch.no_grad():
-            results[index] = [built(picture, output_hidden_states=bool(index % 2)) for _ in range(3)]
+            results[index] = [built(image, output_hidden_states=bool(index % 2)) for _ in range(3)]
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
     for thread in threads:
@@ -245,11 +245,11 @@ def test_threads_that_record_and_threads_that_do_not_share_a_model(built, pictur
 
 
 @torch.no_grad()
-def test_a_model_that_has_recorded_can_be_copied(built, picture):
-    expected = built(picture, output_hidden_states=True)
+def test_a_model_that_has_recorded_can_be_copied(built, image):
+    expected = built(image, output_hidden_states=True)
     copied = copy.deepcopy(built)
     del built
-    assert torch.equal(copied(picture, output_hidden_states=True).hidden_states[-1], expected.hidden_states[-1])
+    assert torch.equal(copied(image, output_hidden_states=True).hidden_states[-1], expected.hidden_states[-1])
 
 
 # Outputs
@@ -268,7 +268,7 @@ def assert_same(value, other):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_tuples_and_outputs_hold_the_same(build, picture, training):
+def test_tuples_and_outputs_hold_the_same(build, image, training):
     model = build("eager").train(training)
     calls = [
         {},
@@ -277,19 +277,19 @@ def test_tuples_and_outputs_hold_the_same(build, picture, training):
     ]
     for call in calls:
         torch.manual_seed(2)
-        outputs = model(picture, **call)
+        outputs = model(image, **call)
         torch.manual_seed(2)
-        values = model(picture, **call, return_dict=False)
+        values = model(image, **call, return_dict=False)
         assert type(values) is tuple
         assert_same(outputs.to_tuple(), values)
         assert ("loss" in outputs) == ("labels" in call)
         torch.manual_seed(2)
         model.config.return_dict = False
-        assert_same(model(picture, **call), values)
+        assert_same(model(image, **call), values)
         model.config.return_dict = True
 
 
-def test_the_signature_begins_with_the_picture(model_class):
+def test_the_signature_begins_with_the_image(model_class):
     names = list(inspect.signature(model_class.forward).parameters)
     assert names[:2] == ["self", "pixel_values"]
     assert "labels" in names
@@ -297,22 +297,22 @@ def test_the_signature_begins_with_the_picture(model_class):
 
 
 @torch.no_grad()
-def test_the_same_call_gives_the_same_answer(built, picture):
-    first = answer(built(picture))
+def test_the_same_call_gives_the_same_answer(built, image):
+    first = answer(built(image))
     built.train()
     built.eval()
-    assert torch.equal(answer(built(picture)), first)
+    assert torch.equal(answer(built(image)), first)
     assert not first.isnan().any()
 
 
 @torch.no_grad()
-def test_eager_and_sdpa_give_the_same_answer(build, picture):
-    assert_close(answer(build("eager")(picture)), answer(build("sdpa")(picture)), atol=1e-4, rtol=1e-4)
+def test_eager_and_sdpa_give_the_same_answer(build, image):
+    assert_close(answer(build("eager")(image)), answer(build("sdpa")(image)), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sizes", [[(64, 96), (64, 96)], [(64, 96), (60, 40), (31, 64)]])
 @torch.no_grad()
-def test_a_batch_gives_what_its_pictures_give_alone(built, sizes):
+def test_a_batch_gives_what_its_images_give_alone(built, sizes):
     frame = torch.zeros(len(sizes), 3, 64, 96)
     for canvas, (height, width) in zip(frame, sizes, strict=True):
         canvas[:, :height, :width] = torch.randn(3, height, width)
@@ -346,10 +346,10 @@ def test_a_batch_gives_what_its_pictures_give_alone(built, sizes):
     ids=lambda changes: next(iter(changes)),
 )
 @torch.no_grad()
-def test_every_size_is_the_configs(build, picture, changes):
+def test_every_size_is_the_configs(build, image, changes):
     model = build(**changes)
     config: SANConfig = model.config
-    outputs = model(picture, output_hidden_states=True)
+    outputs = model(image, output_hidden_states=True)
     grid = (64 // config.side_patch_size, 96 // config.side_patch_size)
     assert outputs.masks_queries_logits.shape == (2, config.num_queries, *grid)
     assert outputs.class_queries_logits.shape == (2, config.num_queries, len(LABELS) + 1)
@@ -366,12 +366,12 @@ def test_every_size_is_the_configs(build, picture, changes):
 # Training
 
 
-def test_a_step_of_training_changes_what_trains_and_makes_no_other_gradients(built, picture):
+def test_a_step_of_training_changes_what_trains_and_makes_no_other_gradients(built, image):
     built.train()
     before = {name: parameter.clone() for name, parameter in built.named_parameters()}
     optimizer = torch.optim.SGD((p for p in built.parameters() if p.requires_grad), lr=0.1)
     labels = torch.arange(96).expand(2, 64, -1) // 24
-    built(picture, labels=labels).loss.backward()
+    built(image, labels=labels).loss.backward()
     optimizer.step()
     trains = {name for name, parameter in built.named_parameters() if parameter.requires_grad}
     assert {name for name, parameter in built.named_parameters() if parameter.grad is not None} == trains
@@ -382,7 +382,7 @@ def test_a_step_of_training_changes_what_trains_and_makes_no_other_gradients(bui
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_is_switched_on_and_off_and_keeps_gradients(built, picture, reentrant):
+def test_checkpointing_is_switched_on_and_off_and_keeps_gradients(built, image, reentrant):
     labels = torch.arange(96).expand(2, 64, -1) // 24
     gradients = []
 
@@ -390,7 +390,7 @@ def test_checkpointing_is_switched_on_and_off_and_keeps_gradients(built, picture
         built.train()
         built.zero_grad()
         torch.manual_seed(5)
-        outputs = built(picture, labels=labels, **call)
+        outputs = built(image, labels=labels, **call)
         outputs.loss.backward()
         gradients.append({name: p.grad for name, p in built.named_parameters() if p.requires_grad})
         return outputs
@@ -411,8 +411,8 @@ def test_checkpointing_is_switched_on_and_off_and_keeps_gradients(built, picture
             assert_close(other[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
 
 
-class OnePicture(torch.utils.data.Dataset):
-    """The same labelled picture again and again."""
+class OneImage(torch.utils.data.Dataset):
+    """The same labelled image again and again."""
 
     def __len__(self):
         return 4
@@ -433,35 +433,35 @@ def test_trainer_trains_with_checkpointing(built, tmp_path):
         save_strategy="no",
         label_names=["labels"],
     )
-    result = Trainer(model=built, args=arguments, train_dataset=OnePicture()).train()
+    result = Trainer(model=built, args=arguments, train_dataset=OneImage()).train()
     assert 0 < result.training_loss < float("inf")
 
 
 # Input embeddings
 
 
-def test_the_input_embedding_is_clips_patch_embedding(built, picture):
+def test_the_input_embedding_is_clips_patch_embedding(built, image):
     patches = built.get_input_embeddings()
     assert patches is built.vision_model.embeddings.patch_embedding
     other = copy.deepcopy(patches)
     with torch.no_grad():
-        before = built(picture).mask_embeds
+        before = built(image).mask_embeds
         other.weight.mul_(-1)
         built.set_input_embeddings(other)
         assert built.get_input_embeddings() is other
-        assert not torch.allclose(built(picture).mask_embeds, before, atol=1e-2)
+        assert not torch.allclose(built(image).mask_embeds, before, atol=1e-2)
     assert built.get_output_embeddings() is None
 
 
-def test_inputs_can_be_made_to_need_gradients(build, picture):
+def test_inputs_can_be_made_to_need_gradients(build, image):
     # What adapters inside a frozen network ask for.
     model = build(trainable_clip_parameters=[]).train()
-    plain = model(picture, output_hidden_states=True)
+    plain = model(image, output_hidden_states=True)
     assert not plain.hidden_states[START].requires_grad
     model.enable_input_require_grads()
-    assert model(picture, output_hidden_states=True).hidden_states[START].requires_grad
+    assert model(image, output_hidden_states=True).hidden_states[START].requires_grad
     model.disable_input_require_grads()
-    assert not model(picture, output_hidden_states=True).hidden_states[START].requires_grad
+    assert not model(image, output_hidden_states=True).hidden_states[START].requires_grad
 
 
 # torch.compile
@@ -484,19 +484,19 @@ def shallow(build):
 
 @pytest.mark.parametrize("model_class", [SANForSemanticSegmentation], indirect=True)
 @torch.no_grad()
-def test_the_model_for_semantic_segmentation_compiles_in_one_graph(shallow, picture):
+def test_the_model_for_semantic_segmentation_compiles_in_one_graph(shallow, image):
     compiled = torch.compile(copy.deepcopy(shallow), fullgraph=True, backend="eager")
     sizes = torch.tensor([[64, 90], [60, 96]])
-    ours, expected = (each(picture, image_sizes=sizes) for each in (compiled, shallow))
+    ours, expected = (each(image, image_sizes=sizes) for each in (compiled, shallow))
     assert_close(ours.logits, expected.logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("model_class", [SANForOpenVocabSegmentation], indirect=True)
 @torch.no_grad()
-def test_a_compiled_model_has_hidden_states_and_attentions(shallow, picture):
-    expected = shallow(picture, output_hidden_states=True, output_attentions=True)
+def test_a_compiled_model_has_hidden_states_and_attentions(shallow, image):
+    expected = shallow(image, output_hidden_states=True, output_attentions=True)
     compiled = torch.compile(shallow, backend="eager")
-    ours = compiled(picture, output_hidden_states=True, output_attentions=True)
+    ours = compiled(image, output_hidden_states=True, output_attentions=True)
     for name in RECORDED:
         assert len(ours[name]) == len(expected[name])
         for tensor, other in zip(ours[name], expected[name], strict=True):

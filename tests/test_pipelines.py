@@ -1,4 +1,4 @@
-"""Pipelines: pictures of every kind and any words in; what comes out is what the model and the processor say."""
+"""Pipelines: images of every kind and any words in; what comes out is what the model and the processor say."""
 
 import base64
 import copy
@@ -32,14 +32,14 @@ TASK = "open-vocabulary-segmentation"
 LABELS = ["sky", "road", "car|truck", "tree"]
 
 
-def random_picture(width=50, height=40, seed=2):
-    """A picture of patches, so that its regions differ."""
+def random_image(width=50, height=40, seed=2):
+    """An image of patches, so that its regions differ."""
     patches = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return Image.fromarray(patches).resize((width, height), Image.Resampling.NEAREST)
 
 
 def as_map(segments, labels):
-    """The masks of one picture as a map of positions in `labels`; -1 where there is none."""
+    """The masks of one image as a map of positions in `labels`; -1 where there is none."""
     width, height = segments[0]["mask"].size
     label_map = np.full((height, width), -1)
     for segment in segments:
@@ -55,7 +55,7 @@ def assert_same(segments, others):
 
 
 def assert_partition(segments):
-    """Masks of 0 and 255 that share no pixel, cover the picture, and hold a pixel each."""
+    """Masks of 0 and 255 that share no pixel, cover the image, and hold a pixel each."""
     masks = np.stack([np.array(segment["mask"]) for segment in segments])
     assert set(np.unique(masks)) <= {0, 255}
     assert ((masks == 255).sum(axis=0) == 1).all()
@@ -70,7 +70,7 @@ def processor(tokenizer):
 
 @pytest.fixture
 def model(make_model):
-    """One that finds several labels in a picture of patches."""
+    """One that finds several labels in an image of patches."""
     return make_model(seed=3, logit_scale_init_value=1.0)
 
 
@@ -89,7 +89,7 @@ def text_calls(model):
 
 @pytest.fixture
 def model_calls(model):
-    """How many pictures ran together, each time the model was called."""
+    """How many images ran together, each time the model was called."""
     calls = []
 
     def count(_module, _args, kwargs):
@@ -101,13 +101,13 @@ def model_calls(model):
 
 @pytest.fixture
 def directly(model, processor):
-    """Segments a picture without the pipeline: map and winning scores."""
+    """Segments an image without the pipeline: map and winning scores."""
 
     @torch.no_grad()
-    def segment(picture, labels):
-        outputs = model(**processor(images=picture, text=labels))
+    def segment(image, labels):
+        outputs = model(**processor(images=image, text=labels))
         [label_map], [scores] = processor.post_process_semantic_segmentation(
-            outputs, target_sizes=[picture.size[::-1]], return_scores=True
+            outputs, target_sizes=[image.size[::-1]], return_scores=True
         )
         return label_map.numpy(), scores.numpy()
 
@@ -135,63 +135,63 @@ def server(tmp_path, monkeypatch):
 
 
 def test_masks_are_those_of_the_processor(pipe, directly):
-    picture = random_picture()
-    label_map, _ = directly(picture, LABELS)
-    assert np.array_equal(as_map(pipe(picture, LABELS), LABELS), label_map)
+    image = random_image()
+    label_map, _ = directly(image, LABELS)
+    assert np.array_equal(as_map(pipe(image, LABELS), LABELS), label_map)
 
 
 def test_a_score_is_the_mean_of_those_that_won_the_pixels(pipe, directly):
-    pictures = (random_picture(seed=seed) for seed in range(50))
-    picture = next(picture for picture in pictures if len(np.unique(directly(picture, LABELS)[0])) > 1)
-    label_map, scores = directly(picture, LABELS)
-    segments = pipe(picture, candidate_labels=LABELS)
+    images = (random_image(seed=seed) for seed in range(50))
+    image = next(image for image in images if len(np.unique(directly(image, LABELS)[0])) > 1)
+    label_map, scores = directly(image, LABELS)
+    segments = pipe(image, candidate_labels=LABELS)
     assert len(segments) > 1
     for segment in segments:
         assert isinstance(segment["score"], float)
         assert segment["score"] == pytest.approx(scores[label_map == LABELS.index(segment["label"])].mean(), abs=1e-5)
 
 
-def test_masks_are_grey_pictures_of_the_pictures_size_that_share_no_pixel_and_cover_it(pipe):
-    segments = pipe(random_picture(61, 37), LABELS)
+def test_masks_are_grey_images_of_the_images_size_that_share_no_pixel_and_cover_it(pipe):
+    segments = pipe(random_image(61, 37), LABELS)
     assert {(segment["mask"].mode, segment["mask"].size) for segment in segments} == {("L", (61, 37))}
     assert_partition(segments)
 
 
 def test_labels_come_back_as_they_were_given_and_in_their_order(pipe):
     given = ["  Sky ", "ROAD", "Car|Truck", "tree"]
-    segments = pipe(random_picture(), given)
+    segments = pipe(random_image(), given)
     found = [segment["label"] for segment in segments]
     assert found == [label for label in given if label in found]
     assert_same(
         [{**segment, "label": segment["label"].strip().lower()} for segment in segments],
-        pipe(random_picture(), LABELS),
+        pipe(random_image(), LABELS),
     )
 
 
 def test_one_string_of_labels_is_split_at_commas(pipe):
-    assert_same(pipe(random_picture(), "sky, road, car|truck, tree"), pipe(random_picture(), LABELS))
+    assert_same(pipe(random_image(), "sky, road, car|truck, tree"), pipe(random_image(), LABELS))
 
 
 def test_templates_of_a_call_are_used_for_the_labels(pipe):
-    picture = random_picture()
-    templated = pipe(picture, ["sky", "road"], templates=["a red {}"])
-    written_out = pipe(picture, ["a red sky", "a red road"], templates=["{}"])
+    image = random_image()
+    templated = pipe(image, ["sky", "road"], templates=["a red {}"])
+    written_out = pipe(image, ["a red sky", "a red road"], templates=["{}"])
     assert_same([{**segment, "label": f"a red {segment['label']}"} for segment in templated], written_out)
 
 
-def test_pictures_are_turned_upright(pipe, tmp_path):
+def test_images_are_turned_upright(pipe, tmp_path):
     path = tmp_path / "turned.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6
-    random_picture(60, 30).save(path, exif=exif, quality=100, subsampling=0)
+    random_image(60, 30).save(path, exif=exif, quality=100, subsampling=0)
     segments = pipe(str(path), LABELS)
     assert segments[0]["mask"].size == (30, 60)
     assert_same(segments, pipe(np.array(Image.open(path).rotate(-90, expand=True)), LABELS))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 90), (90, 1)])
-def test_smallest_and_thinnest_pictures_work(pipe, size):
-    segments = pipe(random_picture(*size), LABELS)
+def test_smallest_and_thinnest_images_work(pipe, size):
+    segments = pipe(random_image(*size), LABELS)
     assert segments[0]["mask"].size == size
     assert_partition(segments)
 
@@ -199,12 +199,12 @@ def test_smallest_and_thinnest_pictures_work(pipe, size):
 # What goes in
 
 
-def test_every_kind_of_picture_gives_the_same(pipe, tmp_path, server):
-    picture = random_picture()
-    picture.save(tmp_path / "a.png")
-    pixels = np.array(picture)
+def test_every_kind_of_image_gives_the_same(pipe, tmp_path, server):
+    image = random_image()
+    image.save(tmp_path / "a.png")
+    pixels = np.array(image)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     kinds = {
         "path": str(tmp_path / "a.png"),
         "path object": tmp_path / "a.png",
@@ -212,9 +212,9 @@ def test_every_kind_of_picture_gives_the_same(pipe, tmp_path, server):
         "data": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(),
         "array": pixels,
         "tensor": torch.from_numpy(pixels).permute(2, 0, 1),
-        "palette": picture.convert("RGBA"),
+        "palette": image.convert("RGBA"),
     }
-    expected = pipe(picture, LABELS)
+    expected = pipe(image, LABELS)
     for kind, image in kinds.items():
         segments = pipe(image, LABELS)
         assert np.array_equal(as_map(segments, LABELS), as_map(expected, LABELS)), kind
@@ -223,12 +223,12 @@ def test_every_kind_of_picture_gives_the_same(pipe, tmp_path, server):
     assert (as_map(floats, LABELS) == as_map(expected, LABELS)).mean() > 0.95
 
 
-def test_lists_tuples_and_batches_of_arrays_give_a_list_for_each_picture(pipe):
-    pictures = [random_picture(seed=seed) for seed in range(3)]
-    expected = [pipe(picture, LABELS) for picture in pictures]
-    arrays = np.stack([np.array(picture) for picture in pictures])
-    for images in (pictures, tuple(pictures), arrays, torch.from_numpy(arrays), [pictures[0]]):
-        results = pipe(images, LABELS)
+def test_lists_tuples_and_batches_of_arrays_give_a_list_for_each_image(pipe):
+    images = [random_image(seed=seed) for seed in range(3)]
+    expected = [pipe(image, LABELS) for image in images]
+    arrays = np.stack([np.array(image) for image in images])
+    for given in (images, tuple(images), arrays, torch.from_numpy(arrays), [images[0]]):
+        results = pipe(given, LABELS)
         assert isinstance(results, list)
         assert len(results) == len(images)
         for result, other in zip(results, expected, strict=False):
@@ -238,24 +238,24 @@ def test_lists_tuples_and_batches_of_arrays_give_a_list_for_each_picture(pipe):
 def test_a_generator_gives_a_generator_that_reads_as_it_goes(pipe):
     read = []
 
-    def pictures():
+    def images():
         for seed in range(50):
             read.append(seed)
-            yield random_picture(seed=seed)
+            yield random_image(seed=seed)
 
-    results = pipe(pictures(), LABELS)
-    assert_same(next(results), pipe(random_picture(seed=0), LABELS))
-    assert_same(next(results), pipe(random_picture(seed=1), LABELS))
+    results = pipe(images(), LABELS)
+    assert_same(next(results), pipe(random_image(seed=0), LABELS))
+    assert_same(next(results), pipe(random_image(seed=1), LABELS))
     assert len(read) <= 3
     assert list(pipe(iter([]), LABELS)) == []
-    assert len(list(pipe(map(np.array, [random_picture()] * 3), LABELS, batch_size=2))) == 3
+    assert len(list(pipe(map(np.array, [random_image()] * 3), LABELS, batch_size=2))) == 3
 
 
-def test_columns_of_data_sets_give_what_their_pictures_give(pipe, tmp_path):
-    pictures = [random_picture(40 + 30 * seed, seed=seed) for seed in range(3)]
-    expected = [pipe(picture, LABELS) for picture in pictures]
-    for index, picture in enumerate(pictures):
-        picture.save(tmp_path / f"{index}.png")
+def test_columns_of_data_sets_give_what_their_images_give(pipe, tmp_path):
+    images = [random_image(40 + 30 * seed, seed=seed) for seed in range(3)]
+    expected = [pipe(image, LABELS) for image in images]
+    for index, image in enumerate(images):
+        image.save(tmp_path / f"{index}.png")
     rows = {"image": [str(tmp_path / f"{index}.png") for index in range(3)]}
     data = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()}))
     for column in (data["image"], KeyDataset(data, "image"), data.to_iterable_dataset()["image"]):
@@ -263,30 +263,30 @@ def test_columns_of_data_sets_give_what_their_pictures_give(pipe, tmp_path):
             assert_same(result, other)
 
 
-def test_pictures_of_many_sizes_give_in_a_batch_what_they_give_alone(pipe, model_calls):
+def test_images_of_many_sizes_give_in_a_batch_what_they_give_alone(pipe, model_calls):
     sizes = [(50, 40), (50, 40), (40, 90), (33, 33), (50, 40), (200, 30), (50, 40)]
-    pictures = [random_picture(*size, seed=seed) for seed, size in enumerate(sizes)]
-    alone = [pipe(picture, LABELS) for picture in pictures]
+    images = [random_image(*size, seed=seed) for seed, size in enumerate(sizes)]
+    alone = [pipe(image, LABELS) for image in images]
     for batch_size in (2, 4, 16):
         model_calls.clear()
-        for result, other in zip(pipe(pictures, LABELS, batch_size=batch_size), alone, strict=True):
+        for result, other in zip(pipe(images, LABELS, batch_size=batch_size), alone, strict=True):
             assert_same(result, other)
     # Those that are padded to one size run together
     assert sorted(model_calls) == [1, 1, 1, 4]
 
 
 def test_worker_processes_change_nothing(pipe):
-    pictures = [random_picture(40 + 10 * seed, seed=seed) for seed in range(3)]
-    results = pipe(pictures, LABELS, num_workers=1, batch_size=2)
-    for result, picture in zip(results, pictures, strict=True):
-        assert_same(result, pipe(picture, LABELS))
+    images = [random_image(40 + 10 * seed, seed=seed) for seed in range(3)]
+    results = pipe(images, LABELS, num_workers=1, batch_size=2)
+    for result, image in zip(results, images, strict=True):
+        assert_same(result, pipe(image, LABELS))
 
 
 def test_half_precision_gives_nearly_the_same(pipe, processor):
     halved = pipeline(TASK, model=copy.deepcopy(pipe.model).to(torch.bfloat16), processor=processor, device="cpu")
     assert halved.dtype == torch.bfloat16
-    picture = random_picture()
-    same = as_map(pipe(picture, LABELS), LABELS) == as_map(halved(picture, LABELS), LABELS)
+    image = random_image()
+    same = as_map(pipe(image, LABELS), LABELS) == as_map(halved(image, LABELS), LABELS)
     assert same.mean() > 0.8
 
 
@@ -294,10 +294,10 @@ def test_half_precision_gives_nearly_the_same(pipe, processor):
 
 
 def test_pixels_below_the_threshold_become_other(pipe, directly):
-    picture = random_picture()
-    label_map, scores = directly(picture, LABELS)
+    image = random_image()
+    label_map, scores = directly(image, LABELS)
     threshold = float(np.median(scores))
-    segments = pipe(picture, LABELS, threshold=threshold)
+    segments = pipe(image, LABELS, threshold=threshold)
     expected = np.where(scores < threshold, len(LABELS), label_map)
     assert np.array_equal(as_map(segments, [*LABELS, "other"]), expected)
     assert segments[-1]["label"] == "other"
@@ -306,20 +306,20 @@ def test_pixels_below_the_threshold_become_other(pipe, directly):
 
 
 def test_without_a_threshold_nothing_is_other(pipe):
-    assert "other" not in [segment["label"] for segment in pipe(random_picture(), LABELS)]
+    assert "other" not in [segment["label"] for segment in pipe(random_image(), LABELS)]
 
 
 def test_the_other_label_can_be_called_anything(pipe):
-    [segment] = pipe(random_picture(), LABELS, threshold=1, other_label="nothing I know")
+    [segment] = pipe(random_image(), LABELS, threshold=1, other_label="nothing I know")
     assert segment["label"] == "nothing I know"
 
 
 def test_what_is_other_joins_a_label_of_that_name(pipe, directly):
-    picture = random_picture()
+    image = random_image()
     labels = ["Other", *LABELS]
-    label_map, scores = directly(picture, labels)
+    label_map, scores = directly(image, labels)
     threshold = float(np.median(scores))
-    segments = pipe(picture, labels, threshold=threshold)
+    segments = pipe(image, labels, threshold=threshold)
     assert np.array_equal(as_map(segments, labels), np.where(scores < threshold, 0, label_map))
 
 
@@ -342,60 +342,60 @@ def test_common_names_without_their_files_are_one_clear_line(pipe, tmp_path, mon
     monkeypatch.setattr(vocabulary, "_FOLDER", tmp_path)
     load_vocabulary.cache_clear()
     with pytest.raises(ValueError, match=r"^extend_labels='coco-all' needs .* install the package.*$"):
-        pipe(random_picture(), LABELS, extend_labels="coco-all")
-    pipe(random_picture(), LABELS, extend_labels="none")
+        pipe(random_image(), LABELS, extend_labels="coco-all")
+    pipe(random_image(), LABELS, extend_labels="none")
 
 
 # Text work
 
 
 def test_labels_are_encoded_once_for_a_call_and_not_again_for_the_next(pipe, text_calls):
-    pictures = [random_picture(40 + seed, seed=seed) for seed in range(4)]
-    first = pipe(pictures, LABELS, batch_size=2)
+    images = [random_image(40 + seed, seed=seed) for seed in range(4)]
+    first = pipe(images, LABELS, batch_size=2)
     assert len(text_calls) == 1
-    for result, other in zip(pipe(pictures, LABELS), first, strict=True):
+    for result, other in zip(pipe(images, LABELS), first, strict=True):
         assert_same(result, other)
-    list(pipe((picture for picture in pictures), [label.upper() for label in LABELS]))
+    list(pipe((image for image in images), [label.upper() for label in LABELS]))
     assert len(text_calls) == 1
 
 
 def test_other_labels_orders_and_templates_are_encoded_anew(pipe, text_calls):
-    picture = random_picture()
+    image = random_image()
     for count, (labels, templates) in enumerate(
         [(LABELS, None), (LABELS[::-1], None), (LABELS[:2], None), (LABELS, ["{}"]), (LABELS, ["a {}"])], start=1
     ):
-        pipe(picture, labels, templates=templates)
+        pipe(image, labels, templates=templates)
         assert len(text_calls) == count
     # The same templates by another way
-    pipe(picture, LABELS, templates={"name": None, "prompts": ["{}"]})
-    pipe(picture, LABELS, templates=pipe.processor.templates)
+    pipe(image, LABELS, templates={"name": None, "prompts": ["{}"]})
+    pipe(image, LABELS, templates=pipe.processor.templates)
     assert len(text_calls) == 5
 
 
 def test_the_least_recently_used_vocabulary_is_forgotten_first(pipe, text_calls):
-    picture = random_picture()
+    image = random_image()
     pipe.MAX_CACHED_VOCABULARIES = 2
-    pipe(picture, ["sky"])
-    pipe(picture, ["road"])
-    pipe(picture, ["sky"])
-    pipe(picture, ["car"])
+    pipe(image, ["sky"])
+    pipe(image, ["road"])
+    pipe(image, ["sky"])
+    pipe(image, ["car"])
     assert len(text_calls) == 3
-    pipe(picture, ["sky"])
+    pipe(image, ["sky"])
     assert len(text_calls) == 3
-    pipe(picture, ["road"])
+    pipe(image, ["road"])
     assert len(text_calls) == 4
 
 
 def test_the_labels_of_all_vocabularies_kept_are_bounded(pipe):
     pipe.MAX_LABELS = 6
     for labels in (["sky", "road"], ["car", "tree"], ["red", "truck"], ["sky", "road", "car", "tree", "red"]):
-        pipe(random_picture(), labels)
+        pipe(random_image(), labels)
         assert sum(len(entry) for entry in pipe._cache._entries.values()) <= 6
 
 
 def test_no_more_vocabularies_are_kept_than_the_class_says(pipe):
     for letter in "abcdefghijklmnopqrstuvwxyz":
-        pipe(random_picture(8, 8), [letter])
+        pipe(random_image(8, 8), [letter])
         assert len(pipe._cache) <= 16
 
 
@@ -411,20 +411,20 @@ def load_weights(model):
 
 @pytest.mark.parametrize("change", [change_weights, load_weights, nn.Module.bfloat16])
 def test_a_text_encoder_that_changed_encodes_anew(pipe, model, processor, text_calls, change):
-    picture = random_picture()
-    pipe(picture, LABELS)
+    image = random_image()
+    pipe(image, LABELS)
     change(model)
-    segments = pipe(picture, LABELS)
+    segments = pipe(image, LABELS)
     assert len(text_calls) == 2
-    assert_same(segments, OpenVocabularySegmentationPipeline(model=model, processor=processor)(picture, LABELS))
-    pipe(picture, LABELS)
+    assert_same(segments, OpenVocabularySegmentationPipeline(model=model, processor=processor)(image, LABELS))
+    pipe(image, LABELS)
     assert len(text_calls) == 3, "one for the fresh pipeline, none for the last call"
 
 
 def test_cached_embeddings_carry_no_gradients(make_model, processor):
     trainable = make_model(trainable_clip_parameters=["text_model", "text_projection"])
     pipe = OpenVocabularySegmentationPipeline(model=trainable, processor=processor)
-    pipe(random_picture(), LABELS)
+    pipe(random_image(), LABELS)
     [entry] = pipe._cache._entries.values()
     assert not entry.requires_grad
     assert entry.grad_fn is None
@@ -433,68 +433,68 @@ def test_cached_embeddings_carry_no_gradients(make_model, processor):
 def test_long_vocabularies_are_encoded_in_parts_to_the_same_embeddings(pipe, processor, monkeypatch):
     monkeypatch.setattr("modeling_san.processing.pipeline_san._LABELS_AT_ONCE", 3)
     labels = ["sky", "red truck", "a", "tree", "a photo of a car", "road", "red"]
-    pipe(random_picture(), labels)
+    pipe(random_image(), labels)
     [entry] = pipe._cache._entries.values()
     with torch.no_grad():
         torch.testing.assert_close(entry, pipe.model.get_class_embeds(**processor(text=labels)), atol=1e-6, rtol=0)
 
 
 def test_threads_that_share_a_pipeline_encode_once_and_get_their_own_answers(pipe, text_calls):
-    picture = random_picture()
+    image = random_image()
     pipe.MAX_CACHED_VOCABULARIES = 2
     with ThreadPoolExecutor(4) as threads:
-        results = list(threads.map(lambda _: pipe(picture, LABELS), range(8)))
+        results = list(threads.map(lambda _: pipe(image, LABELS), range(8)))
     assert len(text_calls) == 1
     for result in results[1:]:
         assert_same(result, results[0])
     vocabularies = [["sky", "road"], ["road", "sky"], ["car", "tree", "red"], ["truck"]]
-    expected = [pipe(picture, labels) for labels in vocabularies]
+    expected = [pipe(image, labels) for labels in vocabularies]
     with ThreadPoolExecutor(4) as threads:
-        results = list(threads.map(lambda index: pipe(picture, vocabularies[index % 4]), range(16)))
+        results = list(threads.map(lambda index: pipe(image, vocabularies[index % 4]), range(16)))
     for index, result in enumerate(results):
         assert_same(result, expected[index % 4])
 
 
 def test_copies_of_a_pipeline_work(pipe):
-    picture = random_picture()
-    expected = pipe(picture, LABELS)
+    image = random_image()
+    expected = pipe(image, LABELS)
     for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
-        assert_same(other(picture, LABELS), expected)
+        assert_same(other(image, LABELS), expected)
 
 
 # Labels and options that hold for all calls
 
 
 def test_stored_labels_are_used_without_any_text_work(pipe, model, processor, text_calls):
-    picture = random_picture()
-    expected = pipe(picture, LABELS)
+    image = random_image()
+    expected = pipe(image, LABELS)
     model.set_labels(LABELS, processor)
     count = len(text_calls)
-    assert_same(pipe(picture), expected)
+    assert_same(pipe(image), expected)
     assert len(text_calls) == count
-    assert_same(pipe(picture, templates=["{}"]), pipe(picture, LABELS, templates=["{}"]))
+    assert_same(pipe(image, templates=["{}"]), pipe(image, LABELS, templates=["{}"]))
 
 
 def test_without_any_labels_there_is_one_clear_line(pipe):
     with pytest.raises(ValueError, match=r"^there are no labels: pass some, .*model\.set_labels.*$"):
-        pipe(random_picture())
+        pipe(random_image())
 
 
 def test_options_given_with_the_pipeline_hold_until_a_call_says_otherwise(model, processor):
-    picture = random_picture()
+    image = random_image()
     options = {"candidate_labels": iter(LABELS), "threshold": 1.0, "other_label": "x", "templates": None}
     pipe = pipeline(TASK, model=model, processor=processor, **options)
-    assert [segment["label"] for segment in pipe(picture)] == ["x"]
-    assert [segment["label"] for segment in pipe(picture, other_label="y")] == ["y"]
+    assert [segment["label"] for segment in pipe(image)] == ["x"]
+    assert [segment["label"] for segment in pipe(image, other_label="y")] == ["y"]
     assert_same(
-        pipe(picture, threshold=0), OpenVocabularySegmentationPipeline(model, processor=processor)(picture, LABELS)
+        pipe(image, threshold=0), OpenVocabularySegmentationPipeline(model, processor=processor)(image, LABELS)
     )
-    assert {segment["label"] for segment in pipe(picture, ["sky"], threshold=0)} == {"sky"}
+    assert {segment["label"] for segment in pipe(image, ["sky"], threshold=0)} == {"sky"}
 
 
 def test_a_misspelled_option_is_refused(pipe):
     with pytest.raises(TypeError, match="treshold"):
-        pipe(random_picture(), LABELS, treshold=0.5)
+        pipe(random_image(), LABELS, treshold=0.5)
 
 
 # What cannot be used
@@ -507,41 +507,41 @@ def test_a_misspelled_option_is_refused(pipe):
         ([], "images is empty"),
         (np.zeros((0, 8, 8, 3), np.uint8), "images is empty"),
         ("there-is-no-such.png", "there is no file 'there-is-no-such.png'"),
-        (__file__, "cannot be opened as a picture"),
-        (7, "the picture is a int"),
-        (b"bytes", "the picture is a bytes"),
-        ([random_picture(), "nowhere.png"], "image 1: there is no file 'nowhere.png'"),
-        ([random_picture(), object()], "image 1 is a object"),
-        ([[random_picture()]], "image 0 is a list"),
-        ({"image": random_picture()}, "column"),
-        ([{"image": random_picture()}], "column"),
+        (__file__, "cannot be opened as an image"),
+        (7, "the image is a int"),
+        (b"bytes", "the image is a bytes"),
+        ([random_image(), "nowhere.png"], "image 1: there is no file 'nowhere.png'"),
+        ([random_image(), object()], "image 1 is a object"),
+        ([[random_image()]], "image 0 is a list"),
+        ({"image": random_image()}, "column"),
+        ([{"image": random_image()}], "column"),
         (io.BytesIO(b"x"), "an open file"),
         (np.zeros((9, 9, 7)), "7 channels"),
         (np.zeros(4), "shape 4"),
         (np.full((4, 4, 3), np.nan), "NaN"),
         (np.full((4, 4, 3), 300.0), "from 300 to 300"),
-        ("data:image/png;base64,AAAA", "an address with data gave no picture"),
+        ("data:image/png;base64,AAAA", "an address with data gave no image"),
     ],
 )
-def test_what_is_no_picture_is_one_clear_line(pipe, images, message):
+def test_what_is_no_image_is_one_clear_line(pipe, images, message):
     with pytest.raises(ValueError, match=message) as caught:
         pipe(images, LABELS)
     assert "\n" not in str(caught.value)
 
 
-def test_a_bad_picture_in_a_stream_is_named(pipe):
-    results = pipe((image for image in [random_picture(), "nowhere.png"]), LABELS)
+def test_a_bad_image_in_a_stream_is_named(pipe):
+    results = pipe((image for image in [random_image(), "nowhere.png"]), LABELS)
     next(results)
     with pytest.raises(ValueError, match=r"^image 1: there is no file .nowhere\.png."):
         next(results)
 
 
-def test_an_address_without_a_picture_is_one_clear_line_that_shows_no_secret(pipe, tmp_path, server):
-    (tmp_path / "page.html").write_text("<html>no picture</html>")
+def test_an_address_without_a_image_is_one_clear_line_that_shows_no_secret(pipe, tmp_path, server):
+    (tmp_path / "page.html").write_text("<html>no image</html>")
     unused = server.rpartition(":")[0] + ":9"
     for address in (f"{server}/page.html", f"{server}/missing.png", f"{unused}/a.png", "http://"):
         host = address.partition("://")[2]
-        with pytest.raises(ValueError, match="gave no picture") as caught:
+        with pytest.raises(ValueError, match="gave no image") as caught:
             pipe(f"http://user:hush@{host}?signature=hush#hush", LABELS, timeout=5)
         message = str(caught.value)
         assert "\n" not in message
@@ -572,7 +572,7 @@ def test_an_address_without_a_picture_is_one_clear_line_that_shows_no_secret(pip
 )
 def test_labels_that_cannot_be_used_are_one_clear_line(pipe, labels, message):
     with pytest.raises(ValueError, match=message) as caught:
-        pipe(random_picture(), labels)
+        pipe(random_image(), labels)
     assert "\n" not in str(caught.value)
 
 
@@ -590,7 +590,7 @@ def test_labels_that_cannot_be_used_are_one_clear_line(pipe, labels, message):
 )
 def test_options_out_of_range_are_one_clear_line(pipe, options, message):
     with pytest.raises(ValueError, match=message) as caught:
-        pipe(random_picture(), LABELS, **options)
+        pipe(random_image(), LABELS, **options)
     assert "\n" not in str(caught.value)
 
 
@@ -616,14 +616,14 @@ def test_a_saved_pipeline_loads_with_its_templates_and_gives_the_same(pipe, save
     loaded = pipeline(TASK, model=saved, device="cpu")
     assert type(loaded) is OpenVocabularySegmentationPipeline
     assert loaded.processor.templates == ["a photo of a {}.", "{}"]
-    assert_same(loaded(random_picture(), LABELS[::-1]), pipe(random_picture(), LABELS[::-1]))
-    assert_same(loaded(random_picture()), pipe(random_picture()))
+    assert_same(loaded(random_image(), LABELS[::-1]), pipe(random_image(), LABELS[::-1]))
+    assert_same(loaded(random_image()), pipe(random_image()))
 
 
 def test_it_loads_in_half_precision(saved):
     loaded = pipeline(TASK, model=saved, device="cpu", dtype=torch.bfloat16)
     assert loaded.model.dtype == torch.bfloat16
-    assert_partition(loaded(random_picture(), LABELS))
+    assert_partition(loaded(random_image(), LABELS))
 
 
 def test_a_saved_folder_names_the_pipeline_and_carries_its_code(saved, tmp_path):
@@ -638,7 +638,7 @@ def test_a_saved_folder_names_the_pipeline_and_carries_its_code(saved, tmp_path)
 def test_a_saved_pipeline_can_be_saved_and_loaded_again(saved, tmp_path):
     pipeline(TASK, model=saved, device="cpu").save_pretrained(tmp_path / "again")
     loaded = pipeline(TASK, model=str(tmp_path / "again"), device="cpu")
-    assert_same(loaded(random_picture()), pipeline(TASK, model=saved, device="cpu")(random_picture()))
+    assert_same(loaded(random_image()), pipeline(TASK, model=saved, device="cpu")(random_image()))
 
 
 def test_saving_to_a_file_is_refused(pipe, tmp_path):
@@ -656,15 +656,15 @@ import torch
 from transformers import pipeline
 
 torch.set_num_threads(1)
-folder, picture, labels = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+folder, image, labels = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 results = {}
 for task in ("image-segmentation", "open-vocabulary-segmentation"):
     pipe = pipeline(task, model=folder, trust_remote_code=True, device="cpu")
     assert type(pipe.model).__module__.startswith("transformers_modules.")
-    results[task] = [[segment["label"], np.array(segment["mask"]).tolist()] for segment in pipe(picture)]
-results["labels"] = [[s["label"], np.array(s["mask"]).tolist()] for s in pipe(picture, candidate_labels=labels)]
+    results[task] = [[segment["label"], np.array(segment["mask"]).tolist()] for segment in pipe(image)]
+results["labels"] = [[s["label"], np.array(s["mask"]).tolist()] for s in pipe(image, candidate_labels=labels)]
 try:
-    pipe(picture, labels, extend_labels="coco-stuff")
+    pipe(image, labels, extend_labels="coco-stuff")
 except ValueError as error:
     results["error"] = str(error)
 pipe.save_pretrained(sys.argv[4])
@@ -673,8 +673,8 @@ print(json.dumps(results))
 
 
 def test_a_saved_folder_brings_both_pipelines_to_those_without_the_package(pipe, saved, tmp_path, one_thread):
-    path, again = str(tmp_path / "picture.png"), str(tmp_path / "again")
-    random_picture().save(path)
+    path, again = str(tmp_path / "image.png"), str(tmp_path / "again")
+    random_image().save(path)
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-c", WITHOUT_PACKAGE, saved, path, json.dumps(LABELS[::-1]), again]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -707,9 +707,9 @@ def errors(monkeypatch):
 def test_the_stock_pipeline_segments_with_the_stored_labels(saved, directly, errors):
     stock = pipeline("image-segmentation", model=saved, device="cpu")
     assert type(stock.model) is SANForSemanticSegmentation
-    picture = random_picture(61, 37)
-    segments = stock(picture)
-    label_map, _ = directly(picture, LABELS)
+    image = random_image(61, 37)
+    segments = stock(image)
+    label_map, _ = directly(image, LABELS)
     assert [segment["label"] for segment in segments] == [LABELS[index] for index in np.unique(label_map)]
     assert np.array_equal(as_map(segments, LABELS), label_map)
     assert_partition(segments)
@@ -720,10 +720,10 @@ def test_the_stock_pipeline_segments_with_the_stored_labels(saved, directly, err
 
 def test_the_stock_pipeline_gives_in_a_batch_what_it_gives_alone(saved):
     stock = pipeline("image-segmentation", model=saved, device="cpu")
-    pictures = [random_picture(seed=seed) for seed in range(len(LABELS) + 3)]
-    batched = stock(pictures, batch_size=len(pictures))
-    for segments, picture in zip(batched, pictures, strict=True):
-        alone = stock(picture)
+    images = [random_image(seed=seed) for seed in range(len(LABELS) + 3)]
+    batched = stock(images, batch_size=len(images))
+    for segments, image in zip(batched, images, strict=True):
+        alone = stock(image)
         assert [segment["label"] for segment in segments] == [segment["label"] for segment in alone]
         assert np.array_equal(as_map(segments, LABELS), as_map(alone, LABELS))
 
@@ -731,10 +731,10 @@ def test_the_stock_pipeline_gives_in_a_batch_what_it_gives_alone(saved):
 def test_both_pipelines_find_the_same_regions(saved):
     stock = pipeline("image-segmentation", model=saved, device="cpu")
     ours = pipeline(TASK, model=saved, device="cpu")
-    assert np.array_equal(as_map(stock(random_picture()), LABELS), as_map(ours(random_picture()), LABELS))
+    assert np.array_equal(as_map(stock(random_image()), LABELS), as_map(ours(random_image()), LABELS))
     # The model of the one in the other
     mixed = pipeline(TASK, model=stock.model, processor=ours.processor, device="cpu")
-    assert_same(mixed(random_picture()), ours(random_picture()))
+    assert_same(mixed(random_image()), ours(random_image()))
 
 
 def test_the_built_in_model_names_what_was_drawn(builtin):

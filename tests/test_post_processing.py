@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from modeling_san.processing import SANImageProcessor, post_processing
-from modeling_san.processing.post_processing import MaskGeometry, score_map, segment
+from modeling_san.processing.post_processing_san import MaskGeometry, score_map, segment
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 
@@ -71,7 +71,7 @@ def test_without_target_sizes_a_map_has_the_size_the_network_saw():
     assert [tuple(map_.shape) for map_ in maps] == [(90, 120), (64, 97)]
 
 
-def test_without_image_sizes_the_whole_map_is_picture():
+def test_without_image_sizes_the_whole_map_is_image():
     outputs = make_outputs([(96, 128)])
     expected = SANImageProcessor().post_process_semantic_segmentation(outputs)[0]
     outputs.image_sizes = None
@@ -113,7 +113,7 @@ def test_one_class_wins_everywhere():
 @pytest.mark.parametrize(
     ("targets", "sentence"),
     [
-        ([(4, 4), (4, 4)], "2 sizes for 1 pictures"),
+        ([(4, 4), (4, 4)], "2 sizes for 1 images"),
         ([(4, 4, 3)], "expected \\(height, width\\)"),
         ([(0, 4)], "at least 1"),
     ],
@@ -123,7 +123,7 @@ def test_target_sizes_that_do_not_fit_are_refused(targets, sentence):
         SANImageProcessor().post_process_semantic_segmentation(make_outputs([(90, 120)]), targets)
 
 
-def test_pictures_larger_than_their_masks_are_refused():
+def test_images_larger_than_their_masks_are_refused():
     with pytest.raises(ValueError, match="needs masks of 14 x 8 cells"):
         SANImageProcessor().post_process_semantic_segmentation(make_outputs([(200, 120)]))
 
@@ -157,9 +157,9 @@ def assert_equal_where_clear(scores, processor, outputs, size, expected):
     assert torch.equal(segmentation[clear], expected.reshape(size)[clear].long())
 
 
-def geometry(own, padded=None, picture=None, target=None):
+def geometry(own, padded=None, image=None, target=None):
     padded = padded or tuple(16 * cells for cells in own)
-    return MaskGeometry(own, padded, picture or padded, target or picture or padded)
+    return MaskGeometry(own, padded, image or padded, target or image or padded)
 
 
 def blobs(queries, size, cells=5, seed=0):
@@ -177,11 +177,11 @@ def opinions(queries, classes, spread=5.0, seed=1):
 def exact_scores(masks, class_logits, geometry):
     """The recipe in whole float64 tensors; interpolation weights are PyTorch's own, which are of float32."""
 
-    def lines(own, padded, picture, target):
-        shares = F.interpolate(torch.eye(own)[None], padded, mode="linear", align_corners=False)[..., :picture]
+    def lines(own, padded, image, target):
+        shares = F.interpolate(torch.eye(own)[None], padded, mode="linear", align_corners=False)[..., :image]
         return F.interpolate(shares, target, mode="linear", align_corners=False)[0].double()
 
-    sides = zip(geometry.own, geometry.padded, geometry.picture, geometry.target, strict=True)
+    sides = zip(geometry.own, geometry.padded, geometry.image, geometry.target, strict=True)
     rows, columns = (lines(*lengths) for lengths in sides)
     own = masks[:, : geometry.own[0], : geometry.own[1]].double()
     probabilities = class_logits.double().softmax(-1)[:, :-1]
@@ -218,8 +218,8 @@ CASES = {
     "one pixel": (blobs(20, (12, 12)), opinions(20, 70), geometry((12, 12), target=(1, 1))),
     "reduced": (blobs(20, (40, 30)), opinions(20, 70), geometry((40, 30), target=(23, 91))),
     "enlarged": (blobs(20, (3, 4)), opinions(20, 70), geometry((3, 4), target=(401, 307))),
-    "padded": (blobs(20, (14, 16)), opinions(20, 70), geometry((10, 14), picture=(147, 209), target=(211, 299))),
-    "padded by a row of cells": (blobs(20, (14, 14)), opinions(20, 70), geometry((14, 14), picture=(193, 222))),
+    "padded": (blobs(20, (14, 16)), opinions(20, 70), geometry((10, 14), image=(147, 209), target=(211, 299))),
+    "padded by a row of cells": (blobs(20, (14, 14)), opinions(20, 70), geometry((14, 14), image=(193, 222))),
     "stride 8": (blobs(20, (12, 12)), opinions(20, 70), geometry((12, 12), padded=(96, 96), target=(355, 301))),
     "bfloat16": (blobs(20, (12, 12)).bfloat16(), opinions(20, 70).bfloat16(), geometry((12, 12))),
 }

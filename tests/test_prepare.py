@@ -18,9 +18,9 @@ from PIL import Image, ImageOps
 from scipy.io import savemat
 
 from modeling_san.commands.main import main, make_parser
-from modeling_san.processing.vocabulary import load_vocabulary, vocabulary_names
+from modeling_san.processing.vocabulary_san import load_vocabulary, vocabulary_names
 from modeling_san.training import prepare as prepare_module
-from modeling_san.training.data import load_pictures
+from modeling_san.training.data import load_images
 from modeling_san.training.label_sets import load_label_set
 from modeling_san.training.prepare import prepare
 from modeling_san.training.presets import load_preset
@@ -29,8 +29,8 @@ from modeling_san.training.presets import load_preset
 PALETTE = [value for index in range(256) for value in (index, 255 - index, 7 * index % 256)]
 
 
-def save_picture(path, size=(5, 1), seed=0):
-    """A picture of `size`, width first."""
+def save_image(path, size=(5, 1), seed=0):
+    """An image of `size`, width first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path, format="JPEG")
@@ -56,10 +56,10 @@ def save_text(path, text):
 
 
 def make_ade(root, numbers=range(3), split="training", size=(5, 1)):
-    """An ADE20K-150 folder whose picture `n` is labelled with class n + 1 all over."""
+    """An ADE20K-150 folder whose image `n` is labelled with class n + 1 all over."""
     for number in numbers:
         name = f"ADE_{'train' if split == 'training' else 'val'}_{number:08d}"
-        save_picture(root / "images" / split / f"{name}.jpg", size, seed=number)
+        save_image(root / "images" / split / f"{name}.jpg", size, seed=number)
         save_map(root / "annotations" / split / f"{name}.png", np.full(size[::-1], number + 1))
     return root
 
@@ -71,7 +71,7 @@ def run(preset, source, output, split="train", **options):
 
 
 def label_maps(output, split="train"):
-    """Label maps by the names of their pictures, in the order of the shards."""
+    """Label maps by the names of their images, in the order of the shards."""
     maps = {}
     for path in sorted(output.glob(f"{split}-*.parquet")):
         for row in pq.read_table(path).to_pylist():
@@ -91,7 +91,7 @@ def only_map(output, split="train"):
 
 
 @pytest.mark.parametrize(
-    ("pictures", "maps"),
+    ("images", "maps"),
     [
         ("train2017", "stuffthingmaps/train2017"),
         ("images/train2017", "annotations/train2017"),
@@ -100,8 +100,8 @@ def only_map(output, split="train"):
         ("coco/train2017", "coco/stuffthingmaps/train2017"),
     ],
 )
-def test_coco_stuff_counts_source_ids_from_0_and_255_is_no_label(tmp_path, pictures, maps):
-    save_picture(tmp_path / "in" / pictures / "000000000009.jpg")
+def test_coco_stuff_counts_source_ids_from_0_and_255_is_no_label(tmp_path, images, maps):
+    save_image(tmp_path / "in" / images / "000000000009.jpg")
     # person (id 1), stop sign (13), banner (92), wood (182)
     save_map(tmp_path / "in" / maps / "000000000009.png", [[0, 12, 91, 181, 255]])
     run("coco_stuff_171", tmp_path / "in", tmp_path / "out")
@@ -113,18 +113,18 @@ def test_coco_stuff_counts_source_ids_from_0_and_255_is_no_label(tmp_path, pictu
 
 
 def test_coco_maps_that_another_tool_wrote_beside_are_passed_over(tmp_path):
-    save_picture(tmp_path / "in/images/val2017/000000000139.jpg", (1, 1))
+    save_image(tmp_path / "in/images/val2017/000000000139.jpg", (1, 1))
     save_map(tmp_path / "in/annotations/val2017/000000000139.png", [[181]])
     save_map(tmp_path / "in/annotations/val2017/000000000139_labelTrainIds.png", [[170]])
     warnings = []
     run("coco_stuff_171", tmp_path / "in", tmp_path / "out", "validation", warn=warnings.append)
-    assert warnings == ["validation: found 1 of 5000 pictures with label maps"]
+    assert warnings == ["validation: found 1 of 5000 images with label maps"]
     assert only_map(tmp_path / "out", "validation").tolist() == [[170]]
 
 
 @pytest.mark.parametrize("root", ["in", "in/ADEChallengeData2016"])
 def test_ade_150_is_shifted_by_one_and_0_is_no_label(tmp_path, root):
-    save_picture(tmp_path / root / "images/validation/ADE_val_00000001.jpg", (3, 2))
+    save_image(tmp_path / root / "images/validation/ADE_val_00000001.jpg", (3, 2))
     save_map(tmp_path / root / "annotations/validation/ADE_val_00000001.png", [[0, 1, 2], [150, 150, 0]])
     run("ade20k_150", tmp_path / "in", tmp_path / "out", "validation")
     assert only_map(tmp_path / "out", "validation").tolist() == [[255, 0, 1], [149, 149, 255]]
@@ -132,7 +132,7 @@ def test_ade_150_is_shifted_by_one_and_0_is_no_label(tmp_path, root):
 
 def test_ade_847_reads_ids_from_red_and_green(tmp_path):
     folder = tmp_path / "in/images/ADE/training/urban/street"
-    save_picture(folder / "ADE_train_00000001.jpg", (7, 1))
+    save_image(folder / "ADE_train_00000001.jpg", (7, 1))
     # wall (2978 = 11 * 256 + 162) twice, building (312), airplane (14), adding machine (3148), none, one of the others
     colors = [(110, 162, 9), (119, 162, 0), (10, 56, 200), (0, 14, 0), (120, 76, 1), (0, 0, 0), (0, 1, 3)]
     Image.fromarray(np.array([colors], dtype=np.uint8)).save(folder / "ADE_train_00000001_seg.png")
@@ -143,17 +143,17 @@ def test_ade_847_reads_ids_from_red_and_green(tmp_path):
     assert values.tolist() == [[0, 0, 1, 94, 846, 65535, 65535]]
 
 
-def test_ade_847_keeps_pictures_without_any_of_the_classes(tmp_path):
+def test_ade_847_keeps_images_without_any_of_the_classes(tmp_path):
     folder = tmp_path / "in/images/ADE/validation/urban/street"
-    save_picture(folder / "ADE_val_00000001.jpg", (2, 1))
+    save_image(folder / "ADE_val_00000001.jpg", (2, 1))
     Image.fromarray(np.zeros((1, 2, 3), dtype=np.uint8)).save(folder / "ADE_val_00000001_seg.png")
     run("ade20k_847", tmp_path / "in", tmp_path / "out", "validation")
     assert only_map(tmp_path / "out", "validation").tolist() == [[65535, 65535]]
 
 
 def make_context(root, folder, save, ending, values, lists="ImageSets/SegmentationContext"):
-    save_picture(root / "JPEGImages/2008_000002.jpg", (len(values[0]), len(values)))
-    save_picture(root / "JPEGImages/2008_000003.jpg")
+    save_image(root / "JPEGImages/2008_000002.jpg", (len(values[0]), len(values)))
+    save_image(root / "JPEGImages/2008_000003.jpg")
     save(root / folder / f"2008_000002{ending}", values)
     save_text(root / lists / "train.txt", "2008_000002\n\n")
     return root
@@ -225,13 +225,13 @@ def test_context_59_goes_by_the_names_of_59_labels_txt(tmp_path):
 def test_context_takes_other_lists_of_the_split(tmp_path, name):
     make_context(tmp_path / "in", "trainval", save_matlab, ".mat", [[1]], lists="elsewhere")
     save_text(tmp_path / "in" / name, "JPEGImages/2008_000002.jpg GroundTruth_trainval_png/2008_000002.png\n")
-    assert run("pascal_context_459", tmp_path / "in", tmp_path / "out")["train"].pictures == 1
+    assert run("pascal_context_459", tmp_path / "in", tmp_path / "out")["train"].images == 1
 
 
 @pytest.mark.parametrize("root", ["in", "in/VOCdevkit/VOC2012"])
 def test_voc_takes_palette_indices_and_ignores_background_and_borders(tmp_path, root):
-    save_picture(tmp_path / root / "JPEGImages/2007_000032.jpg", (4, 1))
-    save_picture(tmp_path / root / "JPEGImages/2007_000033.jpg", (4, 1))
+    save_image(tmp_path / root / "JPEGImages/2007_000032.jpg", (4, 1))
+    save_image(tmp_path / root / "JPEGImages/2007_000033.jpg", (4, 1))
     save_map(tmp_path / root / "SegmentationClass/2007_000032.png", [[0, 1, 20, 255]], palette=True)
     save_text(tmp_path / root / "ImageSets/Segmentation/train.txt", "2007_000032\n")
     run("pascal_voc_20", tmp_path / "in", tmp_path / "out")
@@ -240,7 +240,7 @@ def test_voc_takes_palette_indices_and_ignores_background_and_borders(tmp_path, 
 
 def test_voc_takes_augmented_label_maps_for_train_aug_alone(tmp_path):
     root = tmp_path / "in"
-    save_picture(root / "JPEGImages/2007_000032.jpg", (1, 1))
+    save_image(root / "JPEGImages/2007_000032.jpg", (1, 1))
     save_map(root / "SegmentationClass/2007_000032.png", [[5]], palette=True)
     save_map(root / "SegmentationClassAug/2007_000032.png", [[7]])
     save_text(root / "ImageSets/Segmentation/train.txt", "2007_000032\n")
@@ -266,11 +266,11 @@ def test_every_label_set_has_a_preset():
 # ---------------------------------------------------------------------------------------------------- what is written
 
 
-def test_pictures_are_copied_byte_for_byte_and_datasets_reads_them(tmp_path):
+def test_images_are_copied_byte_for_byte_and_datasets_reads_them(tmp_path):
     source = make_ade(tmp_path / "in", range(5))
     make_ade(tmp_path / "in", range(2), "validation")
-    prepared = run("ade20k_150", source, tmp_path / "out", "all", pictures_per_shard=2, workers=3)
-    assert [(name, split.pictures, split.shards) for name, split in prepared.items()] == [
+    prepared = run("ade20k_150", source, tmp_path / "out", "all", images_per_shard=2, workers=3)
+    assert [(name, split.images, split.shards) for name, split in prepared.items()] == [
         ("train", 5, 3),
         ("validation", 2, 1),
     ]
@@ -292,10 +292,10 @@ def test_pictures_are_copied_byte_for_byte_and_datasets_reads_them(tmp_path):
 
 def test_the_result_is_what_training_reads(tmp_path):
     folder = tmp_path / "in/images/ADE/training/urban/street"
-    save_picture(folder / "ADE_train_00000001.jpg", (2, 1))
+    save_image(folder / "ADE_train_00000001.jpg", (2, 1))
     Image.fromarray(np.array([[(110, 162, 9), (0, 0, 0)]], np.uint8)).save(folder / "ADE_train_00000001_seg.png")
     run("ade20k_847", tmp_path / "in", tmp_path / "out")
-    [example] = load_pictures(tmp_path / "out", "train")
+    [example] = load_images(tmp_path / "out", "train")
     for labels in ("ade20k_847", tmp_path / "out/label_set.json"):
         label_set = load_label_set(labels)
         assert (len(label_set.names), label_set.ignore_index) == (847, 65535)
@@ -319,17 +319,17 @@ def test_the_card_says_what_is_there_and_nothing_of_this_machine(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_label_maps_are_turned_as_readers_turn_pictures(tmp_path, orientation):
+def test_label_maps_are_turned_as_readers_turn_images(tmp_path, orientation):
     bright = np.zeros((16, 32), dtype=bool)
     bright[:8, :16] = True
     exif = Image.Exif()
     exif[0x0112] = orientation
-    picture = tmp_path / "in/images/training/ADE_train_00000001.jpg"
-    picture.parent.mkdir(parents=True)
-    Image.fromarray(bright.astype(np.uint8) * 255).convert("RGB").save(picture, exif=exif)
+    image = tmp_path / "in/images/training/ADE_train_00000001.jpg"
+    image.parent.mkdir(parents=True)
+    Image.fromarray(bright.astype(np.uint8) * 255).convert("RGB").save(image, exif=exif)
     save_map(tmp_path / "in/annotations/training/ADE_train_00000001.png", bright + 1)
     run("ade20k_150", tmp_path / "in", tmp_path / "out")
-    with Image.open(picture) as image:
+    with Image.open(image) as image:
         upright = np.asarray(ImageOps.exif_transpose(image).convert("L")) > 127
     np.testing.assert_array_equal(only_map(tmp_path / "out"), upright.astype(np.uint8))
 
@@ -351,11 +351,11 @@ for line in sys.stdin:
     process = os.fork()
     if process == 0:
         def read_row(pair, reader):
-            return die() if pair.picture.stem.endswith(at) else read(pair, reader)
+            return die() if pair.image.stem.endswith(at) else read(pair, reader)
         def replace_file(before, after):
             return die() if str(after).endswith(at) else replace(before, after)
         module._read_row, os.replace = read_row, replace_file
-        module.prepare("ade20k_150", source, output, split="train", workers=2, pictures_per_shard=4,
+        module.prepare("ade20k_150", source, output, split="train", workers=2, images_per_shard=4,
                        allow_incomplete=True, progress=False, warn=lambda message: None)
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
@@ -394,9 +394,9 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch, kill_at):
 
     read, opened = prepare_module._read_row, []
     monkeypatch.setattr(
-        prepare_module, "_read_row", lambda pair, reader: opened.append(pair.picture.stem) or read(pair, reader)
+        prepare_module, "_read_row", lambda pair, reader: opened.append(pair.image.stem) or read(pair, reader)
     )
-    assert run("ade20k_150", source, output, pictures_per_shard=4)["train"].pictures == 30
+    assert run("ade20k_150", source, output, images_per_shard=4)["train"].images == 30
     assert opened == []
     assert {name: (output / name).stat().st_mtime_ns for name in stamps} == stamps
     maps = label_maps(output)
@@ -415,18 +415,18 @@ def test_finished_shards_are_not_read_again_after_an_error(tmp_path, monkeypatch
     broken = source / "images/training/ADE_train_00000003.jpg"
     good = broken.read_bytes()
     broken.write_bytes(good[:200])
-    with pytest.raises(ValueError, match=r"ADE_train_00000003\.jpg cannot be read as a picture"):
-        run("ade20k_150", source, output, pictures_per_shard=2)
+    with pytest.raises(ValueError, match=r"ADE_train_00000003\.jpg cannot be read as an image"):
+        run("ade20k_150", source, output, images_per_shard=2)
     broken.write_bytes(good)
     read, opened = prepare_module._read_row, []
     monkeypatch.setattr(
-        prepare_module, "_read_row", lambda pair, reader: opened.append(pair.picture.stem[-1]) or read(pair, reader)
+        prepare_module, "_read_row", lambda pair, reader: opened.append(pair.image.stem[-1]) or read(pair, reader)
     )
-    run("ade20k_150", source, output, pictures_per_shard=2, workers=1)
+    run("ade20k_150", source, output, images_per_shard=2, workers=1)
     assert opened == ["2", "3", "4", "5"]
     assert len(label_maps(output)) == 6
     opened.clear()
-    run("ade20k_150", source, output, pictures_per_shard=2)
+    run("ade20k_150", source, output, images_per_shard=2)
     assert opened == []
 
 
@@ -444,39 +444,39 @@ def test_a_full_disk_is_said_in_one_line_and_finished_shards_stay(tmp_path, monk
 
     monkeypatch.setattr(prepare_module, "replacing_file", full_disk)
     with pytest.raises(OSError, match=r"no space is left on the disk of .*out: finished shards stay") as raised:
-        run("ade20k_150", source, output, pictures_per_shard=2)
+        run("ade20k_150", source, output, images_per_shard=2)
     assert "\n" not in str(raised.value)
     monkeypatch.setattr(prepare_module, "replacing_file", replacing)
     assert len(list((output / ".unfinished/train").glob("*.parquet"))) == 2
-    run("ade20k_150", source, output, pictures_per_shard=2)
+    run("ade20k_150", source, output, images_per_shard=2)
     assert len(label_maps(output)) == 6
 
 
-def test_other_pictures_or_shards_do_not_mix_with_those_of_before(tmp_path):
+def test_other_images_or_shards_do_not_mix_with_those_of_before(tmp_path):
     source, output = make_ade(tmp_path / "in", range(4)), tmp_path / "out"
-    run("ade20k_150", source, output, pictures_per_shard=2)
+    run("ade20k_150", source, output, images_per_shard=2)
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     make_ade(source, range(4, 6))
-    for options in ({"pictures_per_shard": 2}, {"pictures_per_shard": 3}):
-        with pytest.raises(ValueError, match="holds train already, of other pictures or other shards"):
+    for options in ({"images_per_shard": 2}, {"images_per_shard": 3}):
+        with pytest.raises(ValueError, match="holds train already, of other images or other shards"):
             run("ade20k_150", source, output, **options)
-    save_picture(tmp_path / "coco/train2017/1.jpg", (1, 1))
+    save_image(tmp_path / "coco/train2017/1.jpg", (1, 1))
     save_map(tmp_path / "coco/stuffthingmaps/train2017/1.png", [[0]])
     with pytest.raises(ValueError, match="holds ade20k_150, not coco_stuff_171"):
         run("coco_stuff_171", tmp_path / "coco", output)
     assert {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()} == before
 
 
-def test_an_unfinished_run_does_not_go_on_with_other_pictures(tmp_path):
+def test_an_unfinished_run_does_not_go_on_with_other_images(tmp_path):
     source, output = make_ade(tmp_path / "in", range(4)), tmp_path / "out"
-    (source / "images/training/ADE_train_00000003.jpg").write_bytes(b"no picture")
+    (source / "images/training/ADE_train_00000003.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match="cannot be read"):
-        run("ade20k_150", source, output, pictures_per_shard=2)
+        run("ade20k_150", source, output, images_per_shard=2)
     make_ade(source, range(4, 6))
     with pytest.raises(
-        ValueError, match="an unfinished run over 4 pictures of train in 2 shards, and this one is over 6"
+        ValueError, match="an unfinished run over 4 images of train in 2 shards, and this one is over 6"
     ):
-        run("ade20k_150", source, output, pictures_per_shard=2)
+        run("ade20k_150", source, output, images_per_shard=2)
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
@@ -495,18 +495,18 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
 
 def test_an_incomplete_copy_stops_unless_it_is_meant(tmp_path):
     source, output = make_ade(tmp_path / "in"), tmp_path / "out"
-    save_picture(source / "images/training/ADE_train_00000007.jpg")
+    save_image(source / "images/training/ADE_train_00000007.jpg")
     save_map(source / "annotations/training/ADE_train_00000008.png", [[1]])
-    with pytest.raises(ValueError, match="found 3 of 20210 pictures") as raised:
+    with pytest.raises(ValueError, match="found 3 of 20210 images") as raised:
         run("ade20k_150", source, output, allow_incomplete=False)
     assert "1 without label map: ADE_train_00000007" in str(raised.value)
-    assert "1 without picture: ADE_train_00000008" in str(raised.value)
+    assert "1 without image: ADE_train_00000008" in str(raised.value)
     assert "--allow-incomplete" in str(raised.value)
     assert not output.exists()
     warnings = []
     run("ade20k_150", source, output, warn=warnings.append)
     assert len(warnings) == 1
-    assert warnings[0].startswith("train: found 3 of 20210 pictures")
+    assert warnings[0].startswith("train: found 3 of 20210 images")
     assert len(label_maps(output)) == 3
 
 
@@ -535,8 +535,8 @@ def test_a_list_entry_without_files_is_counted(tmp_path):
     warnings = []
     run("pascal_context_459", tmp_path / "in", tmp_path / "out", warn=warnings.append)
     assert warnings == [
-        "train: found 1 of 4998 or 4996 pictures with label maps; 1 without label map: 2008_000003; 1 without "
-        "picture: 2008_000004"
+        "train: found 1 of 4998 or 4996 images with label maps; 1 without label map: 2008_000003; 1 without "
+        "image: 2008_000004"
     ]
     assert list(label_maps(tmp_path / "out")) == ["2008_000002.jpg"]
 
@@ -552,10 +552,10 @@ def test_a_wrong_folder_is_told_what_was_looked_for_and_what_is_there(tmp_path, 
         run(name, tmp_path / "nowhere", tmp_path / "out")
 
 
-def damage_picture(source):
+def damage_image(source):
     path = source / "images/training/ADE_train_00000001.jpg"
     path.write_bytes(path.read_bytes()[:-80])
-    return "cannot be read as a picture"
+    return "cannot be read as an image"
 
 
 def damage_map(source):
@@ -570,10 +570,10 @@ def color_map(source):
 
 def shrink_map(source):
     save_map(source / "annotations/training/ADE_train_00000001.png", [[1, 2]])
-    return "is 2 x 1 pixels and its picture 60 x 40"
+    return "is 2 x 1 pixels and its image 60 x 40"
 
 
-@pytest.mark.parametrize("damage", [damage_picture, damage_map, color_map, shrink_map])
+@pytest.mark.parametrize("damage", [damage_image, damage_map, color_map, shrink_map])
 def test_damaged_files_stop_the_run_or_are_skipped_and_counted(tmp_path, damage):
     source = make_ade(tmp_path / "in", size=(60, 40))
     reason = damage(source)
@@ -581,7 +581,7 @@ def test_damaged_files_stop_the_run_or_are_skipped_and_counted(tmp_path, damage)
         run("ade20k_150", source, tmp_path / "out")
     warnings = []
     prepared = run("ade20k_150", source, tmp_path / "out", skip_unreadable=True, warn=warnings.append)["train"]
-    assert (prepared.pictures, len(prepared.skipped)) == (2, 1)
+    assert (prepared.images, len(prepared.skipped)) == (2, 1)
     assert reason in prepared.skipped[0]
     assert "train: skipped 1:" in warnings[-1]
     assert list(label_maps(tmp_path / "out")) == ["ADE_train_00000000.jpg", "ADE_train_00000002.jpg"]
@@ -600,11 +600,11 @@ def test_a_damaged_matlab_file_is_named(tmp_path):
     ("preset", "value"), [("ade20k_150", 151), ("ade20k_150", 255), ("coco_stuff_171", 11), ("coco_stuff_171", 182)]
 )
 def test_values_that_the_data_set_does_not_define_stop_the_run(tmp_path, preset, value):
-    pictures, maps = {
+    images, maps = {
         "ade20k_150": ("images/training", "annotations/training"),
         "coco_stuff_171": ("train2017", "stuffthingmaps/train2017"),
     }[preset]
-    save_picture(tmp_path / "in" / pictures / "1.jpg", (2, 1))
+    save_image(tmp_path / "in" / images / "1.jpg", (2, 1))
     save_map(tmp_path / "in" / maps / "1.png", [[1, value]])
     with pytest.raises(ValueError, match=rf"1\.png holds the value {value}, to which"):
         # A wrong release is no damaged file
@@ -613,7 +613,7 @@ def test_values_that_the_data_set_does_not_define_stop_the_run(tmp_path, preset,
 
 def test_ids_beyond_the_full_list_of_ade_stop_the_run(tmp_path):
     folder = tmp_path / "in/images/ADE/training/urban/street"
-    save_picture(folder / "ADE_train_00000001.jpg", (2, 1))
+    save_image(folder / "ADE_train_00000001.jpg", (2, 1))
     # The last id, 3688 = 14 * 256 + 104, and the one behind it
     for green, fails in ((104, False), (105, True)):
         colors = np.array([[(140, green, 0), (0, 0, 0)]], dtype=np.uint8)
@@ -657,8 +657,8 @@ def test_the_command_prepares_and_says_what_it_did(tmp_path, capsys):
     arguments = ["prepare", "ade20k_150", source, tmp_path / "out", "--split", "train", "--shard-size", 2]
     assert main([*map(str, arguments), "--workers", "2", "--allow-incomplete"]) == 0
     written = capsys.readouterr()
-    assert written.out.splitlines()[0] == "train: 3 pictures in 2 files"
-    assert "san: warning: train: found 3 of 20210 pictures with label maps" in written.err
+    assert written.out.splitlines()[0] == "train: 3 images in 2 files"
+    assert "san: warning: train: found 3 of 20210 images with label maps" in written.err
     assert len(label_maps(tmp_path / "out")) == 3
 
 
@@ -666,7 +666,7 @@ def test_the_command_prepares_and_says_what_it_did(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["ade20k", "in", "out"], "there is no preset 'ade20k': choose one of ade20k_150, ade20k_847"),
-        (["ade20k_150", "in", "out"], "found 3 of 20210 pictures with label maps"),
+        (["ade20k_150", "in", "out"], "found 3 of 20210 images with label maps"),
         (["ade20k_150", "in", "out", "--split", "test"], "has no split 'test': choose one of all, train, validation"),
         (["ade20k_150", "nowhere", "out"], "nowhere does not exist"),
         (["ade20k_150", "in/images/training/ADE_train_00000000.jpg", "out"], "is a file: pass the folder"),

@@ -25,7 +25,7 @@ def test_the_tiny_clip_has_about_two_million_parameters(clip):
 
 
 @torch.no_grad()
-def test_a_region_that_is_the_whole_picture_is_embedded_as_the_picture(clip):
+def test_a_region_that_is_the_whole_image_is_embedded_as_the_image(clip):
     pixel_values = torch.randn(2, 3, 64, 64)
     regions = embed_regions(clip, pixel_values, torch.ones(2, 3, 8, 8, dtype=torch.bool), first_layer=3)
     torch.testing.assert_close(regions, embed_images(clip, pixel_values)[:, None].expand(-1, 3, -1))
@@ -41,8 +41,8 @@ def test_patches_of_a_region_are_those_it_touches_or_those_it_fills():
     assert touched[0, 1].sum() == filled[0, 1].sum() == 1
 
 
-def test_a_true_caption_of_another_picture_is_not_held_against_the_model():
-    # Both captions are true of both pictures: equal logits are perfect, up to the entropy of the target.
+def test_a_true_caption_of_another_image_is_not_held_against_the_model():
+    # Both captions are true of both images: equal logits are perfect, up to the entropy of the target.
     loss = contrastive_loss(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool))
     assert loss.item() == pytest.approx(torch.log(torch.tensor(2.0)).item())
     own = contrastive_loss(20 * torch.eye(2), torch.eye(2, dtype=torch.bool))
@@ -57,7 +57,7 @@ def test_the_pool_is_the_same_however_many_processes_draw_it():
 
 
 def test_pre_training_saves_a_model_and_its_tokenizer(tmp_path):
-    options = {"steps": 2, "batch_size": 4, "num_pictures": 8, "workers": 0, "progress": False, "device": "cpu"}
+    options = {"steps": 2, "batch_size": 4, "num_images": 8, "workers": 0, "progress": False, "device": "cpu"}
     model = pretrain_clip(tmp_path, **options)
     loaded, tokenizer = CLIPModel.from_pretrained(tmp_path), CLIPTokenizer.from_pretrained(tmp_path)
     assert loaded.config.text_config.eos_token_id == tokenizer.eos_token_id
@@ -67,5 +67,5 @@ def test_pre_training_saves_a_model_and_its_tokenizer(tmp_path):
 
 
 def test_a_pool_smaller_than_a_batch_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="num_pictures=4"):
-        pretrain_clip(tmp_path, batch_size=8, num_pictures=4)
+    with pytest.raises(ValueError, match="num_images=4"):
+        pretrain_clip(tmp_path, batch_size=8, num_images=4)

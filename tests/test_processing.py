@@ -1,4 +1,4 @@
-"""Pictures and labels in: every kind of input gives the tensors it should, or one clear sentence."""
+"""Images and labels in: every kind of input gives the tensors it should, or one clear sentence."""
 
 import json
 import string
@@ -27,13 +27,13 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 AS_IS = {"do_resize": False, "return_tensors": "pt"}
 
 
-def random_picture(height=40, width=50, seed=0):
+def random_image(height=40, width=50, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def normalized(picture):
+def normalized(image):
     """(height, width, 3) bytes as CLIP wants them, (3, height, width)."""
-    return (torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 - MEAN) / STD
+    return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - MEAN) / STD
 
 
 def own_part(inputs, index=0):
@@ -70,58 +70,58 @@ def test_sizes_are_those_of_the_reference(image_processor):
         assert list(image_processor.resized_size(height, width)) == resized
 
 
-def test_no_picture_is_so_thin_that_it_vanishes(image_processor):
+def test_no_image_is_so_thin_that_it_vanishes(image_processor):
     assert image_processor.resized_size(1, 100_000) == (1, 2560)
 
 
 def test_resizing_is_pils_bilinear_filter(image_processor):
-    picture = random_picture(100, 130)
-    inputs = image_processor(picture, size={"height": 64, "width": 96}, return_tensors="pt")
-    expected = normalized(Image.fromarray(picture).resize((96, 64), Image.Resampling.BILINEAR))
+    image = random_image(100, 130)
+    inputs = image_processor(image, size={"height": 64, "width": 96}, return_tensors="pt")
+    expected = normalized(Image.fromarray(image).resize((96, 64), Image.Resampling.BILINEAR))
     torch.testing.assert_close(own_part(inputs), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("suffix", "mode"), [(".jpg", "RGB"), (".jpg", "L"), (".jpg", "CMYK"), (".png", "RGBA")])
 def test_files_and_their_open_images_are_resized_to_the_very_bytes_of_pil(image_processor, suffix, mode, tmp_path):
-    path = tmp_path / f"picture{suffix}"
-    Image.fromarray(random_picture(100, 130)).convert(mode).save(path)
+    path = tmp_path / f"image{suffix}"
+    Image.fromarray(random_image(100, 130)).convert(mode).save(path)
     with Image.open(path) as image:
         expected = np.asarray(image.convert("RGB").resize((96, 64), Image.Resampling.BILINEAR))
     options = {"size": {"height": 64, "width": 96}, "do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
-    for picture in (path, Image.open(path), np.asarray(Image.open(path).convert("RGB"))):
-        inputs = image_processor(picture, **options)
+    for image in (path, Image.open(path), np.asarray(Image.open(path).convert("RGB"))):
+        inputs = image_processor(image, **options)
         assert torch.equal(own_part(inputs), torch.from_numpy(expected.copy()).permute(2, 0, 1).float())
 
 
 def test_padding_is_zero_after_normalisation_at_the_right_and_below(image_processor):
-    inputs = image_processor(random_picture(40, 50), **AS_IS)
+    inputs = image_processor(random_image(40, 50), **AS_IS)
     assert inputs["pixel_values"].shape == (1, 3, 64, 64)
     assert inputs["pixel_values"].dtype == torch.float32
     assert inputs["image_sizes"].tolist() == [[40, 50]]
     assert inputs["image_sizes"].dtype == torch.int64
-    torch.testing.assert_close(own_part(inputs), normalized(random_picture(40, 50)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(own_part(inputs), normalized(random_image(40, 50)), atol=1e-5, rtol=0)
     assert not inputs["pixel_values"][:, :, 40:].any()
     assert not inputs["pixel_values"][:, :, :, 50:].any()
 
 
-def test_pictures_of_a_batch_are_what_they_are_alone(image_processor):
-    pictures = [random_picture(40, 50), random_picture(70, 30, seed=1)]
-    inputs = image_processor(pictures, **AS_IS)
+def test_images_of_a_batch_are_what_they_are_alone(image_processor):
+    images = [random_image(40, 50), random_image(70, 30, seed=1)]
+    inputs = image_processor(images, **AS_IS)
     assert inputs["pixel_values"].shape == (2, 3, 96, 64)
-    for index, picture in enumerate(pictures):
-        assert torch.equal(own_part(inputs, index), own_part(image_processor(picture, **AS_IS)))
+    for index, image in enumerate(images):
+        assert torch.equal(own_part(inputs, index), own_part(image_processor(image, **AS_IS)))
 
 
 def test_options_can_be_overridden_in_a_call(image_processor):
-    picture = random_picture(40, 50)
-    assert image_processor(picture, size=64, return_tensors="pt")["image_sizes"].tolist() == [[64, 80]]
-    assert image_processor(picture, size_divisor=16, **AS_IS)["pixel_values"].shape == (1, 3, 48, 64)
-    assert image_processor(picture, do_pad=False, **AS_IS)["pixel_values"].shape == (1, 3, 40, 50)
-    larger = image_processor(picture, pad_size={"height": 128, "width": 96}, **AS_IS)
+    image = random_image(40, 50)
+    assert image_processor(image, size=64, return_tensors="pt")["image_sizes"].tolist() == [[64, 80]]
+    assert image_processor(image, size_divisor=16, **AS_IS)["pixel_values"].shape == (1, 3, 48, 64)
+    assert image_processor(image, do_pad=False, **AS_IS)["pixel_values"].shape == (1, 3, 40, 50)
+    larger = image_processor(image, pad_size={"height": 128, "width": 96}, **AS_IS)
     assert larger["pixel_values"].shape == (1, 3, 128, 96)
-    raw = image_processor(picture, do_rescale=False, do_normalize=False, **AS_IS)
-    assert torch.equal(own_part(raw), torch.from_numpy(picture).permute(2, 0, 1).float())
-    assert isinstance(image_processor(picture, do_resize=False)["pixel_values"], np.ndarray)
+    raw = image_processor(image, do_rescale=False, do_normalize=False, **AS_IS)
+    assert torch.equal(own_part(raw), torch.from_numpy(image).permute(2, 0, 1).float())
+    assert isinstance(image_processor(image, do_resize=False)["pixel_values"], np.ndarray)
 
 
 @pytest.mark.parametrize(
@@ -138,44 +138,44 @@ def test_options_can_be_overridden_in_a_call(image_processor):
 )
 def test_options_that_cannot_be_met_are_refused(image_processor, options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        image_processor([random_picture(40, 50), random_picture(70, 30)], **{**AS_IS, **options})
+        image_processor([random_image(40, 50), random_image(70, 30)], **{**AS_IS, **options})
 
 
-# Kinds of pictures
+# Kinds of images
 
 
-def test_arrays_tensors_files_and_pil_images_of_one_picture_agree(image_processor, tmp_path):
-    picture = random_picture()
-    Image.fromarray(picture).save(tmp_path / "picture.png")
-    expected = normalized(picture)
+def test_arrays_tensors_files_and_pil_images_of_one_image_agree(image_processor, tmp_path):
+    image = random_image()
+    Image.fromarray(image).save(tmp_path / "image.png")
+    expected = normalized(image)
     same = [
-        Image.fromarray(picture),
-        str(tmp_path / "picture.png"),
-        tmp_path / "picture.png",
-        picture.transpose(2, 0, 1),
-        picture.astype(np.int64),
-        picture.astype(np.float32) / 255,
-        picture.astype(np.float64),
-        torch.from_numpy(picture),
-        torch.from_numpy(picture).permute(2, 0, 1),
-        torch.from_numpy(picture).permute(2, 0, 1).double() / 255,
-        np.dstack([picture, random_picture()[..., :1]]),
-        Image.fromarray(np.dstack([picture, random_picture()[..., :1]])),
+        Image.fromarray(image),
+        str(tmp_path / "image.png"),
+        tmp_path / "image.png",
+        image.transpose(2, 0, 1),
+        image.astype(np.int64),
+        image.astype(np.float32) / 255,
+        image.astype(np.float64),
+        torch.from_numpy(image),
+        torch.from_numpy(image).permute(2, 0, 1),
+        torch.from_numpy(image).permute(2, 0, 1).double() / 255,
+        np.dstack([image, random_image()[..., :1]]),
+        Image.fromarray(np.dstack([image, random_image()[..., :1]])),
     ]
     for item in same:
         torch.testing.assert_close(own_part(image_processor(item, **AS_IS)), expected, atol=1e-4, rtol=0)
 
 
 def test_batches_may_be_lists_of_lists_or_arrays_of_four_axes(image_processor):
-    pictures = np.stack([random_picture(), random_picture(seed=1)])
-    expected = image_processor(list(pictures), **AS_IS)["pixel_values"]
-    for batch in (pictures, torch.from_numpy(pictures).permute(0, 3, 1, 2), [[pictures[0]], [pictures[1]]]):
+    images = np.stack([random_image(), random_image(seed=1)])
+    expected = image_processor(list(images), **AS_IS)["pixel_values"]
+    for batch in (images, torch.from_numpy(images).permute(0, 3, 1, 2), [[images[0]], [images[1]]]):
         assert torch.equal(image_processor(batch, **AS_IS)["pixel_values"], expected)
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "CMYK", "YCbCr"])
 def test_other_modes_give_what_pil_converts_them_to(image_processor, mode):
-    image = Image.fromarray(random_picture()).convert(mode)
+    image = Image.fromarray(random_image()).convert(mode)
     inputs = image_processor(image, **AS_IS)
     torch.testing.assert_close(own_part(inputs), normalized(image.convert("RGB")), atol=1e-5, rtol=0)
 
@@ -191,11 +191,11 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(image_processor, as_file, tm
 
 
 def test_rotated_files_are_turned_upright_and_their_maps_are_not(image_processor, tmp_path):
-    picture = random_picture(40, 60)
+    image = random_image(40, 60)
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its left side
-    Image.fromarray(picture).save(tmp_path / "rotated.png", exif=exif)
-    upright = np.rot90(picture, -1)
+    Image.fromarray(image).save(tmp_path / "rotated.png", exif=exif)
+    upright = np.rot90(image, -1)
     label_map = np.zeros((60, 40), dtype=np.uint8)
     label_map[:10] = 3
     inputs = image_processor(Image.open(tmp_path / "rotated.png"), label_map, **AS_IS)
@@ -212,7 +212,7 @@ def test_floats_keep_their_precision_through_resizing(image_processor):
 
 
 @pytest.mark.parametrize(
-    ("picture", "sentence"),
+    ("image", "sentence"),
     [
         ([], "images is empty"),
         (np.zeros((8, 9, 2), np.uint8), "image 0 has 2 channels .*expected 1 .*3 .*4"),
@@ -227,31 +227,31 @@ def test_floats_keep_their_precision_through_resizing(image_processor):
         (Path("no/such/file.png"), "there is no file"),
     ],
 )
-def test_what_is_no_picture_is_refused_in_one_sentence(image_processor, picture, sentence):
+def test_what_is_no_image_is_refused_in_one_sentence(image_processor, image, sentence):
     with pytest.raises(ValueError, match=sentence):
-        image_processor(picture, **AS_IS)
+        image_processor(image, **AS_IS)
 
 
 def test_damaged_files_are_refused_in_one_sentence(image_processor, tmp_path):
-    Image.fromarray(random_picture(200, 200)).save(tmp_path / "whole.png")
+    Image.fromarray(random_image(200, 200)).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:5000])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     with pytest.raises(ValueError, match=r"image 0 cannot be decoded .* damaged or cut off"):
         image_processor(tmp_path / "cut.png", **AS_IS)
-    with pytest.raises(ValueError, match="cannot be opened as a picture"):
+    with pytest.raises(ValueError, match="cannot be opened as an image"):
         image_processor(tmp_path / "text.png", **AS_IS)
 
 
 @pytest.mark.parametrize("do_draft", [False, True])
 def test_closed_images_are_refused_in_one_sentence(image_processor, do_draft, tmp_path):
-    Image.fromarray(random_picture()).save(tmp_path / "picture.jpg")
-    with Image.open(tmp_path / "picture.jpg") as image:
+    Image.fromarray(random_image()).save(tmp_path / "image.jpg")
+    with Image.open(tmp_path / "image.jpg") as image:
         pass
     with pytest.raises(ValueError, match="image 0 was closed before it was decoded: pass it inside"):
         image_processor(image, do_draft=do_draft)
 
 
-# Several pictures at once
+# Several images at once
 
 
 @pytest.fixture(params=[1, 4])
@@ -260,16 +260,16 @@ def threads(request, monkeypatch):
 
 
 def test_a_batch_keeps_its_order(image_processor, threads, tmp_path):
-    pictures = [random_picture(20 + 40 * (index % 3), 30, seed=index) for index in range(8)]
-    for index, picture in enumerate(pictures):
-        Image.fromarray(picture).save(tmp_path / f"{index}.png")
+    images = [random_image(20 + 40 * (index % 3), 30, seed=index) for index in range(8)]
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{index}.png")
     inputs = image_processor([tmp_path / f"{index}.png" for index in range(8)], **AS_IS)
-    for index, picture in enumerate(pictures):
-        torch.testing.assert_close(own_part(inputs, index), normalized(picture), atol=1e-5, rtol=0)
+    for index, image in enumerate(images):
+        torch.testing.assert_close(own_part(inputs, index), normalized(image), atol=1e-5, rtol=0)
 
 
-def test_the_first_bad_picture_of_a_batch_is_the_one_named(image_processor, threads, tmp_path):
-    Image.fromarray(random_picture(300, 300)).save(tmp_path / "whole.png")
+def test_the_first_bad_image_of_a_batch_is_the_one_named(image_processor, threads, tmp_path):
+    Image.fromarray(random_image(300, 300)).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:200_000])
     for _ in range(5):
         with pytest.raises(ValueError, match="image 2 cannot be decoded"):
@@ -279,13 +279,13 @@ def test_the_first_bad_picture_of_a_batch_is_the_one_named(image_processor, thre
 
 
 def test_one_undecoded_image_may_be_many_times_in_a_batch(image_processor, threads, tmp_path):
-    picture = random_picture(300, 300)
-    Image.fromarray(picture).save(tmp_path / "picture.png")
-    with (tmp_path / "picture.png").open("rb") as file:
+    image = random_image(300, 300)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    with (tmp_path / "image.png").open("rb") as file:
         image, same_file = Image.open(file), Image.open(file)
         inputs = image_processor([image, same_file] * 4, **AS_IS)
     for index in range(8):
-        torch.testing.assert_close(own_part(inputs, index), normalized(picture), atol=1e-5, rtol=0)
+        torch.testing.assert_close(own_part(inputs, index), normalized(image), atol=1e-5, rtol=0)
 
 
 # Draft mode
@@ -294,7 +294,7 @@ def test_one_undecoded_image_may_be_many_times_in_a_batch(image_processor, threa
 @pytest.fixture
 def photo(tmp_path):
     """A JPEG file of 481 x 601 pixels, that is stored upright."""
-    smooth = Image.fromarray(random_picture(8, 10)).resize((601, 481), Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(random_image(8, 10)).resize((601, 481), Image.Resampling.BICUBIC)
     smooth.save(tmp_path / "photo.jpg", quality=95)
     return tmp_path / "photo.jpg"
 
@@ -343,15 +343,15 @@ def test_draft_mode_leaves_alone_what_is_decoded_or_small_or_no_jpeg(image_proce
     decoded.load()
     decoded.save(tmp_path / "photo.png")
     expected = image_processor(photo, **SMALL)["pixel_values"]
-    for picture in (decoded, np.asarray(decoded), tmp_path / "photo.png", Image.open(tmp_path / "photo.png")):
-        assert torch.equal(image_processor(picture, do_draft=True, **SMALL)["pixel_values"], expected)
-    for picture in (photo, Image.open(photo)):
-        plain, drafted = (image_processor(picture, do_draft=draft, size=400) for draft in (False, True))
+    for image in (decoded, np.asarray(decoded), tmp_path / "photo.png", Image.open(tmp_path / "photo.png")):
+        assert torch.equal(image_processor(image, do_draft=True, **SMALL)["pixel_values"], expected)
+    for image in (photo, Image.open(photo)):
+        plain, drafted = (image_processor(image, do_draft=draft, size=400) for draft in (False, True))
         assert np.array_equal(drafted["pixel_values"], plain["pixel_values"])
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_drafted_pictures_and_their_maps_keep_the_full_upright_size(image_processor, photo, orientation):
+def test_drafted_images_and_their_maps_keep_the_full_upright_size(image_processor, photo, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     with Image.open(photo) as image:
@@ -370,9 +370,9 @@ def test_drafted_pictures_and_their_maps_keep_the_full_upright_size(image_proces
 
 def test_damaged_files_are_refused_in_draft_mode_too(image_processor, photo):
     photo.write_bytes(photo.read_bytes()[:2000])
-    for picture in (photo, Image.open(photo)):
+    for image in (photo, Image.open(photo)):
         with pytest.raises(ValueError, match=r"image 0 cannot be decoded .* damaged or cut off"):
-            image_processor(picture, do_draft=True, **SMALL)
+            image_processor(image, do_draft=True, **SMALL)
     with pytest.raises(ValueError, match="there is no file"):
         image_processor(photo.with_name("none.jpg"), do_draft=True)
 
@@ -392,10 +392,10 @@ def test_draft_mode_is_saved_with_the_processor(image_processor, photo, tmp_path
 
 def test_the_image_processor_alone_gives_the_maps_themselves(image_processor):
     label_map = np.array([[0, 1, 2, 255]], dtype=np.uint8)
-    pictures = [random_picture(1, 4), random_picture(40, 50)]
+    images = [random_image(1, 4), random_image(40, 50)]
     for reduced, row in ((False, [0, 1, 2, 255]), (True, [255, 0, 1, 255])):
         maps = [label_map, np.full((40, 50), 7, np.uint8)]
-        labels = image_processor(pictures, maps, do_reduce_labels=reduced, **AS_IS)["labels"]
+        labels = image_processor(images, maps, do_reduce_labels=reduced, **AS_IS)["labels"]
         assert labels.shape == (2, 64, 64)
         assert labels.dtype == torch.int64
         assert labels[0, 0, :4].tolist() == row
@@ -406,7 +406,7 @@ def test_the_image_processor_alone_gives_the_maps_themselves(image_processor):
 def test_maps_become_one_mask_for_each_class_present(processor):
     label_map = np.full((40, 50), 255, dtype=np.uint8)
     label_map[:10], label_map[20:30, :25] = 7, 2
-    inputs = processor(random_picture(), segmentation_maps=label_map, **AS_IS)
+    inputs = processor(random_image(), segmentation_maps=label_map, **AS_IS)
     assert inputs["class_labels"][0].tolist() == [2, 7]
     assert inputs["class_labels"][0].dtype == torch.int64
     masks = inputs["mask_labels"][0]
@@ -420,7 +420,7 @@ def test_maps_become_one_mask_for_each_class_present(processor):
 def test_maps_are_resized_by_picking_pixels(processor):
     label_map = np.arange(4, dtype=np.uint8).reshape(2, 2)
     inputs = processor(
-        random_picture(2, 2), segmentation_maps=label_map, size={"height": 32, "width": 32}, return_tensors="pt"
+        random_image(2, 2), segmentation_maps=label_map, size={"height": 32, "width": 32}, return_tensors="pt"
     )
     assert inputs["class_labels"][0].tolist() == [0, 1, 2, 3]
     assert inputs["mask_labels"][0].sum(dim=(1, 2)).tolist() == [256] * 4
@@ -429,14 +429,14 @@ def test_maps_are_resized_by_picking_pixels(processor):
 
 def test_a_map_without_any_class_gives_no_masks(processor):
     label_map = np.full((40, 50), 255, dtype=np.uint8)
-    inputs = processor(random_picture(), segmentation_maps=label_map, **AS_IS)
+    inputs = processor(random_image(), segmentation_maps=label_map, **AS_IS)
     assert inputs["mask_labels"][0].shape == (0, 64, 64)
     assert inputs["class_labels"][0].shape == (0,)
 
 
 def test_reduced_labels_count_from_one_and_ignore_zero(processor):
     label_map = np.array([[0, 1, 2, 255]], dtype=np.uint8)
-    inputs = processor(random_picture(1, 4), segmentation_maps=label_map, do_reduce_labels=True, **AS_IS)
+    inputs = processor(random_image(1, 4), segmentation_maps=label_map, do_reduce_labels=True, **AS_IS)
     assert inputs["class_labels"][0].tolist() == [0, 1]
     assert inputs["mask_labels"][0][:, 0, :4].tolist() == [[0, 1, 0, 0], [0, 0, 1, 0]]
 
@@ -446,15 +446,15 @@ def test_maps_of_many_kinds_agree(processor):
     palette_image = Image.fromarray(label_map)
     palette_image.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200])
     assert palette_image.mode == "P"
-    expected = processor(random_picture(), segmentation_maps=label_map, **AS_IS)["mask_labels"][0]
+    expected = processor(random_image(), segmentation_maps=label_map, **AS_IS)["mask_labels"][0]
     tensor = torch.from_numpy(label_map)
     for same in (palette_image, [label_map], tensor.long(), tensor[None], label_map[..., None], label_map / 1.0):
-        assert torch.equal(processor(random_picture(), segmentation_maps=same, **AS_IS)["mask_labels"][0], expected)
+        assert torch.equal(processor(random_image(), segmentation_maps=same, **AS_IS)["mask_labels"][0], expected)
 
 
 def test_ids_beyond_255_survive(processor):
     label_map = np.array([[300, 65535], [846, 300]], dtype=np.uint16)
-    inputs = processor(random_picture(2, 2), segmentation_maps=Image.fromarray(label_map), ignore_index=65535, **AS_IS)
+    inputs = processor(random_image(2, 2), segmentation_maps=Image.fromarray(label_map), ignore_index=65535, **AS_IS)
     assert inputs["class_labels"][0].tolist() == [300, 846]
 
 
@@ -470,7 +470,7 @@ def test_ids_beyond_255_survive(processor):
 )
 def test_maps_that_do_not_fit_are_refused(image_processor, label_map, sentence):
     with pytest.raises(ValueError, match=sentence):
-        image_processor(random_picture(), label_map, **AS_IS)
+        image_processor(random_image(), label_map, **AS_IS)
 
 
 # Labels and prompts
@@ -560,8 +560,8 @@ def test_the_default_templates_are_the_fourteen_of_the_released_models(processor
     assert processor(text="sky")["input_ids"].shape[:2] == (1, 14)
 
 
-def test_pictures_and_labels_come_together(processor):
-    inputs = processor(images=random_picture(), text=["sky", "road"], segmentation_maps=np.ones((40, 50)), size=64)
+def test_images_and_labels_come_together(processor):
+    inputs = processor(images=random_image(), text=["sky", "road"], segmentation_maps=np.ones((40, 50)), size=64)
     assert set(inputs) == {*processor.model_input_names, "mask_labels", "class_labels"}
     assert all(isinstance(inputs[name], torch.Tensor) for name in processor.model_input_names)
 
@@ -601,7 +601,7 @@ def test_a_saved_processor_loads_exactly(tokenizer, tmp_path):
     assert loaded.templates == processor.templates
     assert loaded.image_processor.to_dict() == image_processor.to_dict()
     assert loaded.image_processor.mask_stride == 8
-    arguments = {"images": random_picture(), "text": ["sky", "red car|van"]}
+    arguments = {"images": random_image(), "text": ["sky", "red car|van"]}
     first, second = processor(**arguments), loaded(**arguments)
     assert all(torch.equal(first[name], second[name]) for name in processor.model_input_names)
     loaded.save_pretrained(tmp_path / "again")
@@ -620,7 +620,7 @@ def test_templates_of_ones_own_are_saved_word_for_word(image_processor, tokenize
 
 def test_a_saved_folder_needs_no_data_files(processor, tmp_path, monkeypatch):
     processor.save_pretrained(tmp_path)
-    monkeypatch.setattr("modeling_san.processing.vocabulary._FOLDER", tmp_path / "nowhere")
+    monkeypatch.setattr("modeling_san.processing.vocabulary_san._FOLDER", tmp_path / "nowhere")
     assert SANProcessor.from_pretrained(tmp_path).templates == processor.templates
 
 

@@ -462,7 +462,7 @@ def test_results_that_name_files_on_a_disk_stay_there(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     results = {
         **dict.fromkeys(("mean_iou", "mean_accuracy", "overall_accuracy", "frequency_weighted_iou"), 0.5),
-        **{"pictures": 3, "unlabelled_pictures": 0, "subsets": {}},
+        **{"images": 3, "unlabelled_images": 0, "subsets": {}},
         **{"per_class_iou": {"sky": 0.5, "road": 0.5}, "per_class_accuracy": {"sky": 0.5, "road": 0.5}},
         **{"model": "my-model", "dataset": "/home/me/val.parquet", "split": "validation", "tta": False, "limit": None},
     }

@@ -1,6 +1,6 @@
 """Every stage equals the reference implementation's, from pixels to label maps and to gradients.
 
-The reference's weights are made from names and shapes, converted, and run on the reference's pictures; what is
+The reference's weights are made from names and shapes, converted, and run on the reference's images; what is
 compared was computed by the reference itself.
 """
 
@@ -28,7 +28,7 @@ def convert(weights, folder, name, rename=None):
 
 
 class Case:
-    """One picture of the reference, and the same picture's way through the converted model."""
+    """One image of the reference, and the same image's way through the converted model."""
 
     def __init__(self, name, model, folder, weights, processor):
         facts = json.loads((folder / f"{name}.json").read_text())
@@ -36,8 +36,8 @@ class Case:
         self.expected = load_file(folder / f"{name}.safetensors")
         self.whole = facts["stored"] == "whole"
         self.size = (facts["image"]["height"], facts["image"]["width"])
-        picture = weights.make_image(**facts["image"])
-        self.inputs = processor(images=picture, text=facts["vocabulary"], do_resize=False)
+        image = weights.make_image(**facts["image"])
+        self.inputs = processor(images=image, text=facts["vocabulary"], do_resize=False)
         self.side_tokens = []
         hook = model.side_adapter.layers[-1].register_forward_hook(lambda *call: self.side_tokens.append(call[-1]))
         with torch.no_grad():
@@ -161,8 +161,8 @@ class Step:
         self.expected = load_file(folder / "tiny_loss.safetensors")
         self.model = model.train()
         image = self.facts["image"]
-        pictures = [weights.make_image(image["height"], image["width"], seed) for seed in image["seeds"]]
-        inputs = processor(images=pictures, text=self.facts["vocabulary"], do_resize=False)
+        images = [weights.make_image(image["height"], image["width"], seed) for seed in image["seeds"]]
+        inputs = processor(images=images, text=self.facts["vocabulary"], do_resize=False)
         self.matches = []
         match = Mask2FormerHungarianMatcher.forward
 
@@ -188,10 +188,10 @@ def step(reference, reference_weights, clip_processor):
 
 
 @pytest.mark.parametrize("output", [0, 1])
-@pytest.mark.parametrize("picture", [0, 1])
-def test_matching_pairs_are_the_references(step, output, picture):
-    queries, targets = step.matches[output][picture]
-    stored = [step.expected[f"match_{output}_{picture}_{side}"].tolist() for side in ("queries", "targets")]
+@pytest.mark.parametrize("image", [0, 1])
+def test_matching_pairs_are_the_references(step, output, image):
+    queries, targets = step.matches[output][image]
+    stored = [step.expected[f"match_{output}_{image}_{side}"].tolist() for side in ("queries", "targets")]
     assert set(zip(queries.tolist(), targets.tolist(), strict=True)) == set(zip(*stored, strict=True))
     assert len(queries) == len(stored[0])
 

@@ -25,14 +25,14 @@ from modeling_san import SANImageProcessor, SANProcessor
 from modeling_san.commands.main import main
 from modeling_san.training.label_sets import load_label_set
 from modeling_san.training.segment_dataset import Labeler, Options, Part, open_rows, segment_dataset
-from modeling_san.training.sources import load_pictures
+from modeling_san.training.sources import load_images
 
 LABELS = ("sky", "road", "red truck")
 SIZES = ((90, 60), (60, 90), (70, 70), (90, 60))
 
 
 def encoded(seed, size=(90, 60), form="PNG", **options):
-    """A file with a picture of random coarse colours; size is width and height."""
+    """A file with an image of random coarse colours; size is width and height."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(coarse).resize(size).save(buffer, form, **options)
@@ -78,10 +78,10 @@ def model_folder(tiny_model, tiny_processor, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory):
-    """A data set of 22 pictures of three sizes with names."""
+    """A data set of 22 images of three sizes with names."""
     files = [encoded(seed, SIZES[seed % 4]) for seed in range(22)]
-    path = tmp_path_factory.mktemp("data") / "pictures.parquet"
-    return write_dataset(path, files, name=[f"picture {number}" for number in range(22)])
+    path = tmp_path_factory.mktemp("data") / "images.parquet"
+    return write_dataset(path, files, name=[f"image {number}" for number in range(22)])
 
 
 @pytest.fixture
@@ -128,16 +128,16 @@ def loaded(folder):
 # --------------------------------------------------------------------------------------------------- what is written
 
 
-def test_each_picture_gets_the_label_map_it_gets_alone(label, labeler, source, tmp_path):
+def test_each_image_gets_the_label_map_it_gets_alone(label, labeler, source, tmp_path):
     label()
     rows = loaded(tmp_path / "out")
     assert rows["row"][:] == list(range(22))
     for row, original in zip(rows, load_dataset("parquet", data_files=str(source), split="train"), strict=True):
-        picture = original["image"]
-        inputs = labeler.processor(images=picture, return_tensors="pt")
+        image = original["image"]
+        inputs = labeler.processor(images=image, return_tensors="pt")
         with torch.inference_mode():
             outputs = labeler.model(**inputs, class_embeds=labeler.class_embeds)
-        [expected] = labeler.processor.post_process_semantic_segmentation(outputs, [picture.size[::-1]])
+        [expected] = labeler.processor.post_process_semantic_segmentation(outputs, [image.size[::-1]])
         assert np.array_equal(np.asarray(row["annotation"]), expected.numpy())
 
 
@@ -153,7 +153,7 @@ def test_segments_name_what_the_label_map_holds(label, tmp_path):
             assert segment["mean_score"] == pytest.approx(scores[inside].mean(), abs=6e-4)
 
 
-def test_pictures_and_columns_are_stored_as_they_came(label, source, tmp_path):
+def test_images_and_columns_are_stored_as_they_came(label, source, tmp_path):
     label(with_images=True, keep_columns=("name",))
     originals = pq.read_table(source).to_pylist()
     rows = stored(tmp_path / "out")
@@ -163,11 +163,11 @@ def test_pictures_and_columns_are_stored_as_they_came(label, source, tmp_path):
 
 def test_the_result_is_a_data_set_to_train_on(label, tmp_path):
     label(with_images=True)
-    pictures = load_pictures(tmp_path / "out")
-    labels = load_label_set(None, dataset=pictures, source=tmp_path / "out")
+    images = load_images(tmp_path / "out")
+    labels = load_label_set(None, dataset=images, source=tmp_path / "out")
     assert labels.names == LABELS
-    assert len(pictures) == 22
-    assert labels.read(pictures[1]["annotation"]).shape == pictures[1]["image"].size[::-1]
+    assert len(images) == 22
+    assert labels.read(images[1]["annotation"]).shape == images[1]["image"].size[::-1]
 
 
 def test_a_turned_photograph_gets_an_upright_label_map(label, tmp_path):
@@ -208,7 +208,7 @@ def test_the_number_of_processes_changes_nothing(label, tmp_path, count):
     label("one")
     reports = [label("many", part=Part(index, count)) for index in range(count)]
     assert stored(tmp_path / "many") == stored(tmp_path / "one")
-    assert sum(report.pictures for report in reports) == 22
+    assert sum(report.images for report in reports) == 22
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -250,7 +250,7 @@ def test_a_killed_run_goes_on_without_a_row_twice_or_missing(model_folder, label
     )
     assert cut == uncut
     assert scores == pytest.approx(expected, rel=1e-5)
-    assert sum(report.pictures for report in reports) == 80 - done
+    assert sum(report.images for report in reports) == 80 - done
     assert not list((tmp_path / "cut").glob("*unfinished*"))
 
 
@@ -258,7 +258,7 @@ def test_a_finished_run_does_nothing_more(label, tmp_path):
     label()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     report = label()
-    assert (report.pictures, report.total, report.parts, report.expected_parts) == (0, 22, 5, 5)
+    assert (report.images, report.total, report.parts, report.expected_parts) == (0, 22, 5, 5)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
@@ -267,7 +267,7 @@ def test_a_damaged_part_file_is_made_anew(label, tmp_path):
     expected = stored(tmp_path / "out")
     path = tmp_path / "out" / "part-000002.parquet"
     path.write_bytes(path.read_bytes()[:-20])
-    assert label().pictures == 5
+    assert label().images == 5
     assert stored(tmp_path / "out") == expected
 
 
@@ -355,7 +355,7 @@ def test_batches_of_one_and_of_many_agree(label, tmp_path):
         assert np.mean(np.asarray(one["annotation"]) == np.asarray(many["annotation"])) > 0.999
 
 
-def test_a_batch_too_large_for_the_memory_is_run_picture_by_picture(label, labeler, tmp_path):
+def test_a_batch_too_large_for_the_memory_is_run_image_by_image(label, labeler, tmp_path):
     class Small(Labeler):
         def segment(self, pixel_values, *arguments):
             if len(pixel_values) > 1:
@@ -380,17 +380,17 @@ def test_a_stream_gives_what_the_stored_data_set_gives(label, tmp_path):
 def test_a_finished_stream_does_nothing_more_and_a_cut_one_goes_on(label, tmp_path):
     label(streaming=True)
     expected = stored(tmp_path / "out")
-    assert label(streaming=True).pictures == 0
+    assert label(streaming=True).images == 0
     (tmp_path / "out" / "part-000001.parquet").unlink()
     (tmp_path / "out" / "part-000004.parquet").unlink()
-    assert label(streaming=True).pictures == 7
+    assert label(streaming=True).images == 7
     assert stored(tmp_path / "out") == expected
 
 
 def test_a_stream_that_ends_with_a_block_makes_no_empty_file(label, tmp_path):
     data = write_dataset(tmp_path / "ten.parquet", [encoded(seed) for seed in range(10)])
     assert label(data=data, streaming=True).parts == 2
-    assert label(data=data, streaming=True).pictures == 0
+    assert label(data=data, streaming=True).images == 0
 
 
 def test_a_stream_that_breaks_off_loses_nothing_that_was_done(labeler, tmp_path):
@@ -409,54 +409,54 @@ def test_a_stream_that_breaks_off_loses_nothing_that_was_done(labeler, tmp_path)
         segment_dataset(labeler, rows, tmp_path / "out", options, progress=False)
     assert [row["row"] for row in stored(tmp_path / "out")] == list(range(6))
     broken.clear()
-    assert segment_dataset(labeler, rows, tmp_path / "out", options, progress=False).pictures == 7
+    assert segment_dataset(labeler, rows, tmp_path / "out", options, progress=False).images == 7
     assert [row["row"] for row in stored(tmp_path / "out")] == list(range(13))
 
 
-# ------------------------------------------------------------------------------------------------- pictures gone bad
+# ------------------------------------------------------------------------------------------------- images gone bad
 
 
 @pytest.fixture
 def partly_damaged(tmp_path):
-    """Nine pictures, of which number 2 is cut off, number 4 no picture, and number 7 missing."""
+    """Nine images, of which number 2 is cut off, number 4 no image, and number 7 missing."""
     files = [encoded(seed) for seed in range(9)]
-    files[2], files[4], files[7] = files[2][:200], b"no picture", None
+    files[2], files[4], files[7] = files[2][:200], b"no image", None
     return write_dataset(tmp_path / "damaged.parquet", files)
 
 
-def test_unreadable_pictures_are_recorded_and_the_others_labelled(san, partly_damaged, tmp_path):
+def test_unreadable_images_are_recorded_and_the_others_labelled(san, partly_damaged, tmp_path):
     code, lines, errors = san("--with-images", data=partly_damaged)
     assert code == 0
     rows = list(loaded(tmp_path / "out"))
     assert [row["row"] for row in rows if row["error"] is not None] == [2, 4, 7]
     assert [row["row"] for row in rows if row["annotation"] is None] == [2, 4, 7]
-    assert "no picture of a known format" in rows[4]["error"]
-    assert "the picture is missing" in rows[7]["error"]
+    assert "no image of a known format" in rows[4]["error"]
+    assert "the image is missing" in rows[7]["error"]
     assert "3 of them could not be read, the first is row 2" in errors[-1]
-    assert any("9 pictures, 3 of them unreadable" in line for line in lines)
+    assert any("9 images, 3 of them unreadable" in line for line in lines)
 
 
-def test_strict_stops_at_the_first_unreadable_picture(san, partly_damaged):
+def test_strict_stops_at_the_first_unreadable_image(san, partly_damaged):
     code, _, errors = san("--strict", data=partly_damaged)
     assert code == 2
-    assert "row 2: the picture cannot be decoded" in errors[-1]
+    assert "row 2: the image cannot be decoded" in errors[-1]
 
 
-def test_no_readable_picture_at_all_is_an_error(san, tmp_path):
-    data = write_dataset(tmp_path / "bad.parquet", [b"no picture"] * 3)
+def test_no_readable_image_at_all_is_an_error(san, tmp_path):
+    data = write_dataset(tmp_path / "bad.parquet", [b"no image"] * 3)
     code, _, errors = san(data=data)
     assert code == 2
-    assert "none of the 3 pictures could be read" in errors[-1]
+    assert "none of the 3 images could be read" in errors[-1]
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_picture_of_too_many_pixels_is_recorded(label, tmp_path, monkeypatch):
+def test_a_image_of_too_many_pixels_is_recorded(label, tmp_path, monkeypatch):
     data = write_dataset(tmp_path / "large.parquet", [encoded(0), encoded(1, (200, 100))])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15000)
     label(data=data)
     assert [row["error"] for row in stored(tmp_path / "out")] == [
         None,
-        "the picture has 200 x 100 pixels, more than the 15,000 allowed",
+        "the image has 200 x 100 pixels, more than the 15,000 allowed",
     ]
 
 
@@ -466,8 +466,8 @@ def test_a_picture_of_too_many_pixels_is_recorded(label, tmp_path, monkeypatch):
 def test_the_command_says_how_many_how_fast_and_how_to_load(san, tmp_path):
     code, lines, _ = san("--part", "1/2")
     assert code == 0
-    assert lines[0].startswith("process 1 of 2: 12 pictures in 0.")
-    assert "holds 3 of 5 files with 12 pictures" in lines[1]
+    assert lines[0].startswith("process 1 of 2: 12 images in 0.")
+    assert "holds 3 of 5 files with 12 images" in lines[1]
     san("--part", "2/2")
     assert eval(lines[2], {"datasets": datasets})["row"][:] == list(range(22))
 

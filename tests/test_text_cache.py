@@ -164,7 +164,7 @@ def test_of_the_words_those_of_the_label_count_and_no_others(folder, make_model,
     assert embed(model, **inputs)[1] == 1
 
 
-def test_what_sees_pictures_does_not_count(folder, make_model, inputs):
+def test_what_sees_images_does_not_count(folder, make_model, inputs):
     embed(make_model(), **inputs)
     model = make_model()
     with torch.no_grad():

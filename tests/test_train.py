@@ -26,8 +26,8 @@ from modeling_san.commands.train import parse_recipe
 from modeling_san.training import train as train_module
 from modeling_san.training.augmentation import Augmentation
 from modeling_san.training.checkpoints import Checkpoints, load_training_state
-from modeling_san.training.data import Collator, EndlessOrder, TrainingPictures, load_pictures
-from modeling_san.training.evaluation import evaluate
+from modeling_san.training.data import Collator, EndlessOrder, TrainingImages, load_images
+from modeling_san.training.evaluate import evaluate
 from modeling_san.training.label_sets import load_label_set
 from modeling_san.training.metrics import ConfusionMatrix
 from modeling_san.training.recipe import Recipe, read_recipe, recipe_names
@@ -45,7 +45,7 @@ SIZE = (48, 64)
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A folder with a tiny untrained model, six pictures as parquet, and their label names."""
+    """A folder with a tiny untrained model, six images as parquet, and their label names."""
     from transformers import CLIPModel
 
     from modeling_san.training.pretrain_clip import demo_clip_config
@@ -57,8 +57,8 @@ def start(tmp_path_factory):
     model = SANForOpenVocabSegmentation.from_clip(clip, **{**SAN_OPTIONS, "num_queries": 4, "train_num_points": 64})
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
-    pictures = [two_tone(seed) for seed in range(6)]
-    columns = {"image": [pair[0] for pair in pictures], "annotation": [pair[1] for pair in pictures]}
+    images = [two_tone(seed) for seed in range(6)]
+    columns = {"image": [pair[0] for pair in images], "annotation": [pair[1] for pair in images]}
     features = Features({"image": ImageFeature(), "annotation": ImageFeature()})
     Dataset.from_dict(columns, features=features).to_parquet(folder / "data.parquet")
     (folder / "labels.json").write_text(json.dumps(LABELS))
@@ -66,11 +66,11 @@ def start(tmp_path_factory):
 
 
 def two_tone(seed):
-    """A picture that is dark on the left and light on the right of a random column, with its label map."""
+    """An image that is dark on the left and light on the right of a random column, with its label map."""
     labels = np.zeros(SIZE, np.uint8)
     labels[:, int(np.random.default_rng(seed).integers(16, 48)) :] = 1
-    picture = np.where(labels[..., None] == 1, np.uint8(230), np.uint8(30)).repeat(3, axis=2)
-    return Image.fromarray(picture), Image.fromarray(labels)
+    image = np.where(labels[..., None] == 1, np.uint8(230), np.uint8(30)).repeat(3, axis=2)
+    return Image.fromarray(image), Image.fromarray(labels)
 
 
 @pytest.fixture
@@ -181,11 +181,11 @@ def test_training_makes_the_loss_fall(options):
 
 
 def test_accumulated_batches_are_one_batch(options):
-    """Mask terms are divided by each part's own number of masks, which is the same here: two in every picture."""
-    pictures = {"short_sides": [48], "crop_size": [48, 64], "photometric": False, "flip": 0.0}
-    whole = train_module._Run(Recipe(**{**options, **pictures, "batch_size": 4}), False)
+    """Mask terms are divided by each part's own number of masks, which is the same here: two in every image."""
+    images = {"short_sides": [48], "crop_size": [48, 64], "photometric": False, "flip": 0.0}
+    whole = train_module._Run(Recipe(**{**options, **images, "batch_size": 4}), False)
     accumulated = {"batch_size": 4, "gradient_accumulation_steps": 2}
-    parts = train_module._Run(Recipe(**{**options, **pictures, **accumulated}), False)
+    parts = train_module._Run(Recipe(**{**options, **images, **accumulated}), False)
     with fixed_points():
         first, _, _ = whole._forward_and_backward()
         second, _, _ = parts._forward_and_backward()
@@ -332,7 +332,7 @@ def test_sigterm_saves_a_checkpoint_and_exits_with_0(options, tmp_path):
 
 
 def test_a_signal_to_the_whole_group_loses_nothing_either(options):
-    """As schedulers and terminals send it: the processes that prepare pictures get it, too."""
+    """As schedulers and terminals send it: the processes that prepare images get it, too."""
     folder = Path(options["output_dir"])
     process = start_process({**options, "steps": 400, "checkpoint_every": 1000, "workers": 2})
     metrics = folder / "metrics.jsonl"
@@ -429,8 +429,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_after_saving(options):
     report = json.loads((folder / "non_finite.json").read_text())
     assert f"step {report['step']} " in str(caught.value)
     assert "loss_mask nan" in str(caught.value)
-    assert len(report["pictures"]) == 2
-    assert str(report["pictures"]) in str(caught.value)
+    assert len(report["images"]) == 2
+    assert str(report["images"]) in str(caught.value)
     _, progress = load_training_state(Checkpoints(folder / "checkpoints", 2).latest())
     assert progress["step"] == report["step"] - 1
 
@@ -505,7 +505,7 @@ def _gradients(rank, world_size, options, port, results):
 
 
 def test_two_processes_have_the_gradients_of_one_with_twice_the_batch(options, start, tmp_path):
-    # Pictures with one and with two labels, so that processes hold different numbers of masks
+    # Images with one and with two labels, so that processes hold different numbers of masks
     pairs = [two_tone(seed) for seed in range(4)]
     pairs[1] = (pairs[1][0], Image.new("L", SIZE[::-1], 1))
     columns = {"image": [pair[0] for pair in pairs], "annotation": [pair[1] for pair in pairs]}
@@ -701,8 +701,8 @@ def test_mixed_precision_ends_with_training(options):
     folder = run(options, steps=2, mixed_precision="bf16", validation=options["dataset"])
     label_set = load_label_set(options["labels"])
     model = SANForOpenVocabSegmentation.from_pretrained(folder).eval()
-    pictures = load_pictures(options["dataset"])
-    again = evaluate(model, SANProcessor.from_pretrained(folder), pictures, label_set, progress=False)
+    images = load_images(options["dataset"])
+    again = evaluate(model, SANProcessor.from_pretrained(folder), images, label_set, progress=False)
     assert again["per_class_iou"] == json.loads((folder / "results.json").read_text())["per_class_iou"]
 
 
@@ -711,13 +711,13 @@ def test_mixed_precision_ends_with_training(options):
 
 @pytest.fixture
 def trainer_parts(options, start):
-    """Model, processor and pictures, as a user of `Trainer` makes them."""
+    """Model, processor and images, as a user of `Trainer` makes them."""
     model = SANForOpenVocabSegmentation.from_pretrained(start / "model")
     processor = SANProcessor.from_pretrained(start / "model")
     processor.image_processor.size = {"shortest_edge": 48, "longest_edge": 192}
     model.set_labels(LABELS, processor)
-    dataset = TrainingPictures(
-        load_pictures(options["dataset"]),
+    dataset = TrainingImages(
+        load_images(options["dataset"]),
         load_label_set(options["labels"]),
         processor.image_processor,
         Augmentation.for_size(48, (48, 64)),

@@ -1,4 +1,4 @@
-"""Reading labelled pictures, counting IoU, fine-tuning."""
+"""Reading labelled images, counting IoU, fine-tuning."""
 
 import io
 
@@ -10,11 +10,11 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from modeling_san.processing import SANProcessor
-from modeling_san.training.data import Collator, load_pictures, to_arrays
+from modeling_san.training.data import Collator, load_images, to_arrays
 from modeling_san.training.label_sets import LabelSet
 from modeling_san.training.metrics import ConfusionMatrix
 from modeling_san.training.tokenizer import build_tokenizer
-from modeling_san.training.train_demo import SAN_OPTIONS, WorldPictures, attention_bias_off, make_processor
+from modeling_san.training.train_demo import SAN_OPTIONS, WorldImages, attention_bias_off, make_processor
 from modeling_san.training.world import BACKGROUNDS, CLASS_NAMES, SEEN_COMBINATIONS, draw_scene
 
 LABELS = ["dark", "light"]
@@ -38,12 +38,12 @@ def small_model(processor):
 
 
 def two_tone(seed: int, size: tuple[int, int] = (48, 64)) -> tuple[Image.Image, Image.Image]:
-    """A picture that is dark on the left and light on the right of a random column, with its label map."""
+    """An image that is dark on the left and light on the right of a random column, with its label map."""
     split = int(np.random.default_rng(seed).integers(16, 48))
     labels = np.zeros(size, np.uint8)
     labels[:, split:] = 1
-    picture = np.where(labels[..., None] == 1, np.uint8(230), np.uint8(30)).repeat(3, axis=2)
-    return Image.fromarray(picture), Image.fromarray(labels)
+    image = np.where(labels[..., None] == 1, np.uint8(230), np.uint8(30)).repeat(3, axis=2)
+    return Image.fromarray(image), Image.fromarray(labels)
 
 
 def make_dataset(pairs, image: str = "image", label: str = "annotation") -> Dataset:
@@ -95,18 +95,18 @@ def test_labels_that_cannot_be_counted_are_named(predicted, true, message):
 @pytest.mark.parametrize("columns", [("image", "annotation"), ("image", "label"), ("img", "semantic_segmentation")])
 def test_usual_column_names_are_recognised(tmp_path, columns):
     make_dataset([two_tone(0)], *columns).to_parquet(tmp_path / "data.parquet")
-    assert load_pictures(tmp_path / "data.parquet").column_names == ["image", "annotation"]
+    assert load_images(tmp_path / "data.parquet").column_names == ["image", "annotation"]
 
 
 def test_unknown_columns_are_listed(tmp_path):
     make_dataset([two_tone(0)], "photo", "truth").to_parquet(tmp_path / "data.parquet")
     with pytest.raises(ValueError, match="photo, truth"):
-        load_pictures(tmp_path / "data.parquet")
+        load_images(tmp_path / "data.parquet")
 
 
 def test_a_folder_that_datasets_wrote_is_read(tmp_path):
     make_dataset([two_tone(0), two_tone(1)]).save_to_disk(tmp_path / "saved")
-    assert len(load_pictures(tmp_path / "saved")) == 2
+    assert len(load_images(tmp_path / "saved")) == 2
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no parquet"])
@@ -115,34 +115,34 @@ def test_what_is_no_data_set_is_refused_in_one_sentence(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError, match="cannot be read as a data set"):
-        load_pictures(path)
+        load_images(path)
 
 
 def test_a_label_map_of_another_size_is_refused():
-    picture, _ = two_tone(0)
+    image, _ = two_tone(0)
     _, labels = two_tone(0, (24, 64))
     with pytest.raises(ValueError, match="sizes must agree"):
-        to_arrays({"image": picture, "annotation": labels}, LabelSet(("dark", "light")))
+        to_arrays({"image": image, "annotation": labels}, LabelSet(("dark", "light")))
 
 
-def test_one_class_for_a_whole_picture_is_no_label_map(tmp_path):
+def test_one_class_for_a_whole_image_is_no_label_map(tmp_path):
     for name in ("sky", "road"):
         (tmp_path / "images" / name).mkdir(parents=True)
         two_tone(0)[0].save(tmp_path / "images" / name / "0.png")
     with pytest.raises(ValueError, match="none of which is known to hold label maps"):
-        load_pictures(tmp_path / "images")
+        load_images(tmp_path / "images")
 
 
-def test_pictures_of_16_bits_are_scaled_not_clipped():
+def test_images_of_16_bits_are_scaled_not_clipped():
     grey = Image.fromarray(np.full((4, 6), 30000, np.uint16))
-    picture, _ = to_arrays({"image": grey, "annotation": np.zeros((4, 6), np.uint8)}, LabelSet(("dark",)))
-    assert np.asarray(picture).max() == round(30000 * 255 / 65535)
+    image, _ = to_arrays({"image": grey, "annotation": np.zeros((4, 6), np.uint8)}, LabelSet(("dark",)))
+    assert np.asarray(image).max() == round(30000 * 255 / 65535)
 
 
-def test_encoded_pictures_are_turned_upright_like_their_label_maps():
-    picture, exif, file = Image.new("RGB", (8, 4)), Image.Exif(), io.BytesIO()
+def test_encoded_images_are_turned_upright_like_their_label_maps():
+    image, exif, file = Image.new("RGB", (8, 4)), Image.Exif(), io.BytesIO()
     exif[0x0112] = 6
-    picture.save(file, "jpeg", exif=exif)
+    image.save(file, "jpeg", exif=exif)
     upright, label_map = to_arrays(
         {"image": {"bytes": file.getvalue(), "path": None}, "annotation": np.zeros((8, 4), np.uint8)},
         LabelSet(("dark",)),
@@ -159,10 +159,10 @@ def test_prompts_ride_along_with_each_batch():
 
 def test_the_world_is_relabelled_for_a_shorter_vocabulary(processor):
     names = [*SEEN_COMBINATIONS, *BACKGROUNDS]
-    pictures = WorldPictures(3, names, processor.image_processor, seed=5)
+    images = WorldImages(3, names, processor.image_processor, seed=5)
     for index in range(3):
         scene = draw_scene(5, index, combinations=SEEN_COMBINATIONS)
-        labels = pictures[index]["labels"]
+        labels = images[index]["labels"]
         expected = {CLASS_NAMES[value] for value in np.unique(scene.label_map)}
         assert {names[value] for value in labels.unique().tolist()} == expected
 

@@ -25,7 +25,7 @@ def scenes():
     return [draw_scene(3, index) for index in range(60)]
 
 
-def test_the_same_seed_draws_the_same_picture():
+def test_the_same_seed_draws_the_same_image():
     first, again = draw_scene(5, 11), draw_scene(5, 11)
     np.testing.assert_array_equal(first.image, again.image)
     np.testing.assert_array_equal(first.label_map, again.label_map)
@@ -33,7 +33,7 @@ def test_the_same_seed_draws_the_same_picture():
 
 
 @pytest.mark.parametrize(("seed", "index"), [(5, 12), (6, 11)])
-def test_another_seed_or_index_draws_another_picture(seed, index):
+def test_another_seed_or_index_draws_another_image(seed, index):
     assert not np.array_equal(draw_scene(5, 11).image, draw_scene(seed, index).image)
 
 
@@ -61,7 +61,7 @@ def test_regions_are_large(scenes):
             assert (scene.label_map == CLASS_NAMES.index(name)).mean() >= MIN_REGION_SHARE
 
 
-def test_pictures_hold_one_to_three_regions_and_often_one(scenes):
+def test_images_hold_one_to_three_regions_and_often_one(scenes):
     numbers = [len(scene.regions) for scene in scenes]
     assert set(numbers) == {1, 2, 3}
     assert numbers.count(1) >= len(scenes) // 3
@@ -92,7 +92,7 @@ def test_only_the_wanted_names_are_drawn():
         assert scene.background == "sand"
 
 
-def test_a_texture_fills_the_whole_picture():
+def test_a_texture_fills_the_whole_image():
     scene = draw_texture(0, 0, names=["grass"])
     assert (scene.label_map == CLASS_NAMES.index("grass")).all()
     assert scene.background == "grass"
@@ -100,7 +100,7 @@ def test_a_texture_fills_the_whole_picture():
 
 
 @pytest.mark.parametrize("size", [64, (96, 160)])
-def test_pictures_come_in_any_size(size):
+def test_images_come_in_any_size(size):
     height, width = (size, size) if isinstance(size, int) else size
     scene = draw_scene(1, 1, size=size)
     assert scene.image.shape == (height, width, 3)
@@ -117,7 +117,7 @@ def test_an_unknown_name_is_an_error():
         write_caption(np.random.default_rng(0), [], None)
 
 
-def test_the_dataset_holds_the_drawn_pictures():
+def test_the_dataset_holds_the_drawn_images():
     dataset = world_dataset(3, seed=4, start=10, max_regions=2)
     assert isinstance(dataset.features["image"], Image)
     assert isinstance(dataset.features["annotation"], Image)
@@ -128,7 +128,7 @@ def test_the_dataset_holds_the_drawn_pictures():
         assert row["caption"] == scene.captions[0].text
 
 
-def test_the_iterable_dataset_gives_the_same_pictures():
+def test_the_iterable_dataset_gives_the_same_images():
     stream = world_iterable_dataset(5, seed=4, num_shards=2)
     rows = list(stream)
     assert stream.num_shards == 2
@@ -138,7 +138,7 @@ def test_the_iterable_dataset_gives_the_same_pictures():
 
 
 def test_textures_survive_being_shrunk_by_half():
-    # A pattern that the shrink washes out would leave its mean colour: the picture would look plain.
+    # A pattern that the shrink washes out would leave its mean colour: the image would look plain.
     for name in COMBINATIONS:
         image = draw_texture(8, 0, names=[name]).image.astype(float)
         shrunk = image.reshape(64, 2, 64, 2, 3).mean((1, 3))

@@ -1,4 +1,4 @@
-"""Random views of labelled pictures for training (paper, section 4.1: scale, crop, colours, flip)."""
+"""Random views of labelled images for training (paper, section 4.1: scale, crop, colours, flip)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 PADDING_VALUE = 128
-"""Grey of what lies beside a picture that is smaller than the crop."""
+"""Grey of what lies beside an image that is smaller than the crop."""
 
 _BRIGHTNESS = 32.0
 _CONTRAST = _SATURATION = (0.5, 1.5)
@@ -25,8 +25,8 @@ class Augmentation:
     Random scale, crop, colours and flip, all from one generator. The defaults are the paper's.
 
     Attributes:
-        short_sides: lengths in pixels of which one is drawn for the picture's short side.
-        max_long_side: the picture is made smaller where its long side would pass this.
+        short_sides: lengths in pixels of which one is drawn for the image's short side.
+        max_long_side: the image is made smaller where its long side would pass this.
         crop_size: height and width of the result.
         photometric: whether to distort brightness, contrast, saturation and hue, each with probability 1 / 2.
         flip: probability to mirror left and right.
@@ -54,7 +54,7 @@ class Augmentation:
     @classmethod
     def for_size(cls, short_side: int, crop_size: tuple[int, int]) -> Augmentation:
         """
-        For pictures that a model will see at one working size: short sides from 0.75 to 1.5 of it.
+        For images that a model will see at one working size: short sides from 0.75 to 1.5 of it.
 
         Args:
             short_side: the working size in pixels.
@@ -70,13 +70,13 @@ class Augmentation:
         Draw one view.
 
         Args:
-            image: the picture in RGB.
-            label_map: `(height, width)` integers, of the picture's size.
+            image: the image in RGB.
+            label_map: `(height, width)` integers, of the image's size.
             rng: source of all chance.
-            ignore_index: what the label map holds beside a picture smaller than the crop.
+            ignore_index: what the label map holds beside an image smaller than the crop.
 
         Returns:
-            picture and label map of exactly `crop_size`; what lies beside the picture, at its right and below, is grey
+            image and label map of exactly `crop_size`; what lies beside the image, at its right and below, is grey
             and not labelled.
         """
         size = self.resized_size(image.size, int(rng.choice(self.short_sides)))
@@ -98,7 +98,7 @@ class Augmentation:
         return Image.fromarray(canvas), label_canvas
 
     def resized_size(self, size: tuple[int, int], short_side: int) -> tuple[int, int]:
-        """Width and height of a picture of width and height `size` whose short side becomes `short_side`."""
+        """Width and height of an image of width and height `size` whose short side becomes `short_side`."""
         scale = min(short_side / min(size), self.max_long_side / max(size))
         return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
 
@@ -135,7 +135,7 @@ def _scale_and_shift(pixels: np.ndarray, scale: float, shift: float) -> np.ndarr
 
 def shift_colors(pixels: np.ndarray, saturation: float, hue: float) -> np.ndarray:
     """
-    Scale the saturation and turn the hue of a picture in the HSV model, without rounding in between.
+    Scale the saturation and turn the hue of an image in the HSV model, without rounding in between.
 
     Args:
         pixels: `(height, width, 3)` uint8.
@@ -183,15 +183,15 @@ def _resized_window(
     image: Image.Image, label_map: np.ndarray, size: tuple[int, int], window: tuple[int, int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    A window of the resized picture and of its label map, computed alone.
+    A window of the resized image and of its label map, computed alone.
 
     PIL's filter reads beyond the box that it is given, so that a window has the values it would have as a cut from the
-    whole resized picture, but for single steps of rounding.
+    whole resized image, but for single steps of rounding.
 
     Args:
-        image: the picture.
+        image: the image.
         label_map: `(height, width)`.
-        size: width and height of the whole resized picture.
+        size: width and height of the whole resized image.
         window: left, top, right and bottom in it.
 
     Returns:

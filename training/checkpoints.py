@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from modeling_san.training.errors import first_line
-from modeling_san.training.files import new_folder, remove_unfinished, write_json
+from modeling_san.processing.files import new_folder, remove_unfinished, write_json
+from modeling_san.processing.wording_san import first_line
 
 _STATE_FILE = "training_state.pt"
 _PROGRESS_FILE = "progress.json"

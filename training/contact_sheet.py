@@ -1,4 +1,4 @@
-"""Contact sheets: augmented pictures beside the same with their labels painted over, for people to check."""
+"""Contact sheets: augmented images beside the same with their labels painted over, for people to check."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _LISTED = 12
 @dataclass(frozen=True)
 class ContactSheet:
     """
-    What a look at some pictures of a data set showed.
+    What a look at some images of a data set showed.
 
     Attributes:
-        picture: the sheet.
-        pictures: how many pictures the data set holds; None where that is not known.
+        image: the sheet.
+        images: how many images the data set holds; None where that is not known.
         sampled: how many of them were looked at, each counted once.
-        pixels: `(C + 1,)`, labelled pixels of each class in whole pictures, behind them those without a label.
-        without_labels: indices of the pictures without any label.
+        pixels: `(C + 1,)`, labelled pixels of each class in whole images, behind them those without a label.
+        without_labels: indices of the images without any label.
         names: of the classes.
     """
 
-    picture: Image.Image
-    pictures: int | None
+    image: Image.Image
+    images: int | None
     sampled: int
     pixels: np.ndarray
     without_labels: tuple[int, ...]
@@ -50,7 +50,7 @@ class ContactSheet:
         total = max(int(self.pixels.sum()), 1)
         order = [int(index) for index in np.argsort(-self.pixels[:-1], kind="stable") if self.pixels[index]]
         missing = [name for name, number in zip(self.names, self.pixels, strict=False) if not number]
-        known = "pictures, their number is not known" if self.pictures is None else f"{self.pictures} pictures"
+        known = "images, their number is not known" if self.images is None else f"{self.images} images"
         seen = [f"{self.names[index]} {_percent(self.pixels[index] / total)}" for index in order]
         lines = [
             f"{known}; looked at {self.sampled}",
@@ -61,9 +61,9 @@ class ContactSheet:
             lines.insert(2, f"{len(missing)} not seen: {_listed(missing)}")
         if self.without_labels:
             indices = _listed([str(index) for index in self.without_labels])
-            lines.append(f"pictures without any label: {len(self.without_labels)} (examples {indices})")
+            lines.append(f"images without any label: {len(self.without_labels)} (examples {indices})")
         else:
-            lines.append("pictures without any label: none")
+            lines.append("images without any label: none")
         return lines
 
 
@@ -83,15 +83,15 @@ def draw_contact_sheet(
         dataset: examples with `image` and `annotation`; of a stream, the first ones are taken.
         label_set: what the values of label maps mean.
         augmentation: random scale, crop, colours and flip.
-        count: number of views; where there are fewer pictures, some are shown several times.
-        seed: of the choice of pictures and of the augmentation, as in training.
+        count: number of views; where there are fewer images, some are shown several times.
+        seed: of the choice of images and of the augmentation, as in training.
         progress: whether to show a progress bar.
 
     Returns:
         the sheet, and what was found.
 
     Raises:
-        ValueError: where a picture cannot be used; its index is named.
+        ValueError: where an image cannot be used; its index is named.
     """
     if count < 1 or seed < 0:
         raise ValueError(f"count is {count} and seed {seed}: pass a count of at least 1 and a seed of at least 0.")
@@ -113,8 +113,8 @@ def draw_contact_sheet(
         view, labels = augmentation(image, label_map, rng, label_set.ignore_index)
         cells.append(_cell(f"example {index}", view, labels, label_set.names, colors))
     return ContactSheet(
-        picture=_grid(cells),
-        pictures=len(dataset) if isinstance(dataset, Dataset) else None,
+        image=_grid(cells),
+        images=len(dataset) if isinstance(dataset, Dataset) else None,
         sampled=len(seen),
         pixels=pixels,
         without_labels=tuple(index for index, labelled in seen.items() if not labelled),

@@ -1,4 +1,4 @@
-"""Labelled pictures for training: decoding, checking, augmenting, ordering, collating."""
+"""Labelled images for training: decoding, checking, augmenting, ordering, collating."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from modeling_san.processing import SANImageProcessor
-from modeling_san.processing.image_arrays import read_byte_picture
+from modeling_san.processing.images_san import read_byte_image
 from modeling_san.training.augmentation import Augmentation
 from modeling_san.training.label_sets import LabelSet
-from modeling_san.training.sources import load_pictures
+from modeling_san.training.sources import load_images
 
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
@@ -35,9 +35,9 @@ _MAX_WORKERS = 256
 _logger = logging.getLogger(__name__)
 
 
-class PictureError(ValueError):
+class ImageError(ValueError):
     """
-    A training picture cannot be used; the message says which, and why.
+    A training image cannot be used; the message says which, and why.
 
     Data loaders raise a worker's error anew with its traceback as the message; what it said is the last line.
     """
@@ -52,40 +52,40 @@ def to_arrays(example: Mapping[str, Any], label_set: LabelSet) -> tuple[Image.Im
     Decode one example.
 
     Args:
-        example: with `image` and `annotation`, pictures or encoded files.
+        example: with `image` and `annotation`, images or encoded files.
         label_set: what the values of the label map mean.
 
     Returns:
-        the picture in RGB, upright and with 8 bits a channel, and its label map `(height, width)` int32 with values
+        the image in RGB, upright and with 8 bits a channel, and its label map `(height, width)` int32 with values
         from 0 to C - 1 or the label set's ignore index.
 
     Raises:
         ValueError: where one of them cannot be read, their sizes differ, or the label map holds other values.
     """
-    image = Image.fromarray(read_byte_picture(_as_picture(example["image"], "the picture"), "the picture"))
-    label_map = label_set.read(_as_picture(example["annotation"], "the label map"))
+    image = Image.fromarray(read_byte_image(_as_image(example["image"], "the image"), "the image"))
+    label_map = label_set.read(_as_image(example["annotation"], "the label map"))
     if label_map.shape != image.size[::-1]:
         raise ValueError(
-            f"a picture is {image.width} x {image.height} and its label map {label_map.shape[1]} x "
+            f"an image is {image.width} x {image.height} and its label map {label_map.shape[1]} x "
             f"{label_map.shape[0]} pixels: their sizes must agree."
         )
     return image, label_map
 
 
-def check_first_pictures(
+def check_first_images(
     dataset: Dataset | IterableDataset, label_set: LabelSet, source: object, *, count: int = 8
 ) -> None:
     """
-    Meet unreadable pictures and wrong label lists before training, not in the middle of it.
+    Meet unreadable images and wrong label lists before training, not in the middle of it.
 
     Args:
         dataset: examples with `image` and `annotation`.
         label_set: what the values of label maps mean.
         source: what an error calls the data set.
-        count: how many pictures to look at.
+        count: how many images to look at.
 
     Raises:
-        ValueError: the first picture that cannot be used, and why.
+        ValueError: the first image that cannot be used, and why.
     """
     for index, example in enumerate(islice(_undecoded(dataset), count)):
         try:
@@ -94,7 +94,7 @@ def check_first_pictures(
             raise ValueError(f"{source}, example {index}: {error}") from error
 
 
-def _as_picture(value: Any, what: str) -> Image.Image | np.ndarray:
+def _as_image(value: Any, what: str) -> Image.Image | np.ndarray:
     """A column's entry: decoded, as an encoded file, or as nested lists of numbers."""
     if value is None:
         raise ValueError(f"{what} is missing: remove the example, or add it.")
@@ -117,17 +117,17 @@ def _as_picture(value: Any, what: str) -> Image.Image | np.ndarray:
 
 def open_encoded(content: bytes | bytearray) -> Image.Image:
     """
-    Open the content of a picture file that a data set brings.
+    Open the content of an image file that a data set brings.
 
     Raises:
-        OSError: it is no picture, or in none of the usual formats. PIL would hand some others to programs of the
+        OSError: it is no image, or in none of the usual formats. PIL would hand some others to programs of the
             system, which is too much trust in what may come from anywhere.
     """
     return Image.open(io.BytesIO(content), formats=_FORMATS)
 
 
 def _undecoded(dataset: Any) -> Any:
-    """A data set that leaves its pictures encoded, so that what is passed over costs nothing."""
+    """A data set that leaves its images encoded, so that what is passed over costs nothing."""
     for name, feature in (getattr(dataset, "features", None) or {}).items():
         if isinstance(feature, ImageFeature) and feature.decode:
             dataset = dataset.cast_column(name, ImageFeature(decode=False))
@@ -146,7 +146,7 @@ class DataReport:
 
     KINDS = ("without_labels",)
     _SENTENCES = {
-        "without_labels": "{example}: no pixel of its label map has a label; such pictures are kept and do no harm. "
+        "without_labels": "{example}: no pixel of its label map has a label; such images are kept and do no harm. "
         "Further ones are counted, not named."
     }
 
@@ -169,7 +169,7 @@ class DataReport:
             _logger.warning(self._SENTENCES[kind].format(example=example))
 
     def count(self, kind: str) -> int:
-        """How often a kind was met, by all workers; a picture counts each time that it is used."""
+        """How often a kind was met, by all workers; an image counts each time that it is used."""
         return int(self._counts[:, self.KINDS.index(kind)].sum())
 
 
@@ -177,7 +177,7 @@ class DataReport:
 
 
 class _Views:
-    """Turns decoded pictures into augmented tensors; what `TrainingPictures` and `StreamedPictures` share."""
+    """Turns decoded images into augmented tensors; what `TrainingImages` and `StreamedImages` share."""
 
     def __init__(
         self,
@@ -204,12 +204,12 @@ class _Views:
         One augmented example; chance comes from `(seed, epoch, index)` alone.
 
         Raises:
-            PictureError: it cannot be used; `name` says which it is.
+            ImageError: it cannot be used; `name` says which it is.
         """
         try:
             image, label_map = to_arrays(example, self.label_set)
         except (OSError, ValueError) as error:
-            raise PictureError(f"{name}: {error}") from error
+            raise ImageError(f"{name}: {error}") from error
         ignore_index = self.label_set.ignore_index
         if (label_map == ignore_index).all():
             self.report.add("without_labels", name)
@@ -225,17 +225,17 @@ class _Views:
         }
 
 
-class TrainingPictures(torch.utils.data.Dataset):
+class TrainingImages(torch.utils.data.Dataset):
     """
-    Augmented views of labelled pictures, a fresh one of each in every epoch.
+    Augmented views of labelled images, a fresh one of each in every epoch.
 
-    Sample numbers go on over epochs: number `epoch * len + index` is the view of picture `index` in that epoch,
+    Sample numbers go on over epochs: number `epoch * len + index` is the view of image `index` in that epoch,
     whichever worker or process makes it. Samplers that begin anew with 0 call `set_epoch` instead.
 
     Args:
         dataset: examples with `image` and `annotation`.
         label_set: what the values of label maps mean.
-        image_processor: normalises pictures.
+        image_processor: normalises images.
         augmentation: random scale, crop, colours and flip.
         seed: of the augmentation.
     """
@@ -255,7 +255,7 @@ class TrainingPictures(torch.utils.data.Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
         return len(self.dataset)
 
     @property
@@ -272,7 +272,7 @@ class TrainingPictures(torch.utils.data.Dataset):
         `pixel_values` `(3, height, width)`, `labels` `(height, width)` and `index` `()` of sample `number`.
 
         Raises:
-            PictureError: the picture cannot be used; its index is named.
+            ImageError: the image cannot be used; its index is named.
         """
         if number < 0:
             raise IndexError(f"samples are numbered from 0, {number} is none.")
@@ -280,17 +280,17 @@ class TrainingPictures(torch.utils.data.Dataset):
         try:
             example = self.dataset[index]
         except (OSError, ValueError) as error:
-            raise PictureError(f"example {index}: {error}") from error
+            raise ImageError(f"example {index}: {error}") from error
         return self._views.make(example, self.epoch + epoch, index, f"example {index}")
 
 
-class StreamedPictures(torch.utils.data.IterableDataset):
+class StreamedImages(torch.utils.data.IterableDataset):
     """
-    Augmented views of labelled pictures that are read one after the other, without end and without a known length.
+    Augmented views of labelled images that are read one after the other, without end and without a known length.
 
     Processes and workers share every epoch without overlap or loss. Each takes whole shards; those that are left over
-    when shards do not divide evenly, all of them where there are fewer shards than readers, are shared out picture by
-    picture, so that any number of workers is right. Every epoch has the shards in another order, and each reader draws
+    when shards do not divide evenly, all of them where there are fewer shards than readers, are shared out image by
+    image, so that any number of workers is right. Every epoch has the shards in another order, and each reader draws
     from a buffer. A reader that is through with its share goes on with that of the next epoch, alone.
 
     The order follows from the seed and from the number of processes and workers.
@@ -298,7 +298,7 @@ class StreamedPictures(torch.utils.data.IterableDataset):
     Args:
         dataset: examples with `image` and `annotation`, in shards.
         label_set: what the values of label maps mean.
-        image_processor: normalises pictures.
+        image_processor: normalises images.
         augmentation: random scale, crop, colours and flip.
         seed: of order and augmentation.
         batch_size: of the data loader; needed to find the place where `skip` ends.
@@ -306,8 +306,8 @@ class StreamedPictures(torch.utils.data.IterableDataset):
         world_size: number of processes.
         skip: batches of this process that were used already. The stream goes on behind them as it would have without
             the pause, if processes, workers and batch size are the same; what is skipped is read but not decoded.
-        buffer_size: encoded pictures that each reader holds to draw from.
-        epochs: how often to go through the pictures; None never ends.
+        buffer_size: encoded images that each reader holds to draw from.
+        epochs: how often to go through the images; None never ends.
     """
 
     def __init__(
@@ -342,11 +342,11 @@ class StreamedPictures(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """
-        Items as those of `TrainingPictures`; `index` is position in the shard * number of shards + shard.
+        Items as those of `TrainingImages`; `index` is position in the shard * number of shards + shard.
 
         Raises:
-            PictureError: a picture cannot be used; its index is named.
-            ValueError: there are too few pictures for so many readers.
+            ImageError: an image cannot be used; its index is named.
+            ValueError: there are too few images for so many readers.
         """
         worker = get_worker_info()
         workers = 1 if worker is None else worker.num_workers
@@ -371,7 +371,7 @@ class StreamedPictures(torch.utils.data.IterableDataset):
                 idle = 0
                 yield epoch, index, example
             if idle > readers:
-                raise ValueError(f"there are too few pictures for {readers} processes and workers: take fewer.")
+                raise ValueError(f"there are too few images for {readers} processes and workers: take fewer.")
 
     def _share(self, epoch: int, reader: int, readers: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Index and encoded example of what one reader takes from an epoch, unshuffled within shards."""
@@ -384,12 +384,12 @@ class StreamedPictures(torch.utils.data.IterableDataset):
         if len(left):
             place = reader % len(left)
             companions = range(place, readers, len(left))
-            # Turning with the epochs: where pictures are fewer than readers, each has some in its turn
+            # Turning with the epochs: where images are fewer than readers, each has some in its turn
             turn = (companions.index(reader) + epoch) % len(companions)
             yield from self._read(int(left[place]), turn, len(companions))
 
     def _read(self, shard: int, first: int, step: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Index and encoded example of every `step`-th picture of a shard."""
+        """Index and encoded example of every `step`-th image of a shard."""
         shards = self.dataset.num_shards
         # `iter` reads what it is asked for; plain iteration would share the shard out to workers once more.
         rows = self.dataset.shard(num_shards=shards, index=shard).iter(batch_size=1)
@@ -416,7 +416,7 @@ class EndlessOrder(torch.utils.data.Sampler[int]):
     two processes with batches of 4 see together what one with batches of 8 sees.
 
     Args:
-        length: number of pictures.
+        length: number of images.
         seed: of the orders.
         start: position, counted over all processes, at which to begin.
         rank: of this process.
@@ -428,7 +428,7 @@ class EndlessOrder(torch.utils.data.Sampler[int]):
         self, length: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1, batch_size: int = 1
     ) -> None:
         if length < 1:
-            raise ValueError("there are no pictures to put into an order.")
+            raise ValueError("there are no images to put into an order.")
         if start < 0 or seed < 0 or batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(
                 f"start {start} and seed {seed} must be at least 0, batch_size {batch_size} at least 1, and rank "
@@ -476,11 +476,11 @@ __all__ = [
     "Collator",
     "DataReport",
     "EndlessOrder",
-    "PictureError",
-    "StreamedPictures",
-    "TrainingPictures",
-    "check_first_pictures",
-    "load_pictures",
+    "ImageError",
+    "StreamedImages",
+    "TrainingImages",
+    "check_first_images",
+    "load_images",
     "open_encoded",
     "to_arrays",
 ]

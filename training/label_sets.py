@@ -15,7 +15,7 @@ from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from modeling_san.processing import load_vocabulary, normalize_labels, vocabulary_names
-from modeling_san.processing.image_arrays import read_map, read_picture
+from modeling_san.processing.images_san import read_image, read_map
 from modeling_san.processing.label_files import FILE_FORMS, Color, LabelFile, read_label_file
 from modeling_san.training.sources import class_names_in
 
@@ -78,13 +78,13 @@ class LabelSet:
         """Number of classes."""
         return len(self.names)
 
-    def read(self, picture: Any, *, what: str = "the label map") -> np.ndarray:
+    def read(self, image: Any, *, what: str = "the label map") -> np.ndarray:
         """
         Decode a label map and check its values.
 
         Args:
-            picture: PIL image of 1, 8, 16 or 32 bits or with a palette (its indices count), array of integers, or
-                path. Where the classes have `colors`, a picture in these colours.
+            image: PIL image of 1, 8, 16 or 32 bits or with a palette (its indices count), array of integers, or
+                path. Where the classes have `colors`, an image in these colours.
             what: what an error calls it.
 
         Returns:
@@ -94,8 +94,8 @@ class LabelSet:
             ValueError: it cannot be read, or holds values or colours that stand for nothing; the sentence names them.
         """
         if self.colors is not None:
-            return self._read_colors(picture, what)
-        stored = _read_indices(picture, what)
+            return self._read_colors(image, what)
+        stored = _read_indices(image, what)
         ignored = stored == self.ignore_index
         if self.reduce_labels:
             ignored |= stored == 0
@@ -107,9 +107,9 @@ class LabelSet:
             raise ValueError(self._describe_outside(stored[outside], what))
         return np.where(ignored, np.int32(self.ignore_index), label_map)
 
-    def _read_colors(self, picture: Any, what: str) -> np.ndarray:
+    def _read_colors(self, image: Any, what: str) -> np.ndarray:
         assert self.colors is not None
-        rgb = read_picture(picture, what).astype(np.int32)
+        rgb = read_image(image, what).astype(np.int32)
         codes = (rgb[..., 0] << 16) | (rgb[..., 1] << 8) | rgb[..., 2]
         indices = _color_table(self.colors, self.ignore_color)[codes].astype(np.int32)
         unknown = indices == _UNKNOWN
@@ -162,8 +162,8 @@ def load_label_set(
         labels: name of a label set that ships with the package, a file (JSON list, object with `classes`, index to
             name as in `id2label.json`, or one name per line), a list of names, or a label set. None takes the names
             that the data set brings.
-        dataset: what `load_pictures` returned; its `ClassLabel` features are looked at where `labels` is None.
-        source: what `load_pictures` was given; an `id2label.json` beside the pictures is read where `labels` is None
+        dataset: what `load_images` returned; its `ClassLabel` features are looked at where `labels` is None.
+        source: what `load_images` was given; an `id2label.json` beside the images is read where `labels` is None
             and the features name no classes.
         ignore_index: value of label maps that stands for "no label"; by default the label set's or file's own, else
             255, or 65535 where there are more than 255 classes.
@@ -245,25 +245,23 @@ def _names_file_beside(source: str | os.PathLike | None) -> Path | None:
         return None
 
 
-def _read_indices(picture: Any, what: str) -> np.ndarray:
+def _read_indices(image: Any, what: str) -> np.ndarray:
     """Stored values `(height, width)` int32; a label is no measurement, so floats are refused, and so are colours."""
-    if isinstance(picture, (str, os.PathLike)):
+    if isinstance(image, (str, os.PathLike)):
         try:
-            with Image.open(picture) as opened:
+            with Image.open(image) as opened:
                 return _read_indices(opened, what)
         except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"{what} {os.fspath(picture)!r} cannot be read ({error}): pass a picture file."
-            ) from error
-    is_picture = isinstance(picture, Image.Image)
-    if is_picture and len(picture.getbands()) > 1:
+            raise ValueError(f"{what} {os.fspath(image)!r} cannot be read ({error}): pass an image file.") from error
+    is_image = isinstance(image, Image.Image)
+    if is_image and len(image.getbands()) > 1:
         raise ValueError(
-            f"{what} is a picture in colours (mode {picture.mode}): name the classes' `colors` in the label file, or "
+            f"{what} is an image in colours (mode {image.mode}): name the classes' `colors` in the label file, or "
             "store one class index per pixel."
         )
-    if (is_picture and picture.mode == "F") or getattr(getattr(picture, "dtype", None), "kind", "") == "f":
+    if (is_image and image.mode == "F") or getattr(getattr(image, "dtype", None), "kind", "") == "f":
         raise ValueError(f"{what} holds floats: store one class index per pixel, as whole numbers.")
-    return read_map(picture, what)
+    return read_map(image, what)
 
 
 @lru_cache(maxsize=4)

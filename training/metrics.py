@@ -1,4 +1,4 @@
-"""Mean intersection over union, counted as pictures pass by: what is kept are counts of pairs, never a picture."""
+"""Mean intersection over union, counted as images pass by: what is kept are counts of pairs, never an image."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ConfusionMatrix:
 
     def update(self, predicted: Tensor, true: Tensor) -> None:
         """
-        Count one picture or a batch.
+        Count one image or a batch.
 
         Args:
             predicted: integer label map, any shape, values from 0 to C - 1.
@@ -156,12 +156,12 @@ class PairCounts:
         values: the value of each row and column.
         counts: true values down, predicted ones across, on the device of the first label map; larger than `values` is
             long, so that it seldom has to grow.
-        pictures: how many pairs of label maps were counted.
+        images: how many pairs of label maps were counted.
     """
 
     def __init__(self) -> None:
         self.values = list(range(_BYTES))
-        self.pictures = 0
+        self.images = 0
         self.counts: Tensor | None = None
         self._places: dict[torch.device, Tensor] = {}
 
@@ -170,9 +170,9 @@ class PairCounts:
         Count the pixels of one pair of label maps, or of two stacks of them.
 
         Args:
-            predicted: integer tensor, array, picture of one channel or nested lists.
+            predicted: integer tensor, array, image of one channel or nested lists.
             true: of the same shape.
-            name: what an error calls the pair, for example "picture 3".
+            name: what an error calls the pair, for example "image 3".
 
         Raises:
             ValueError: for different shapes, and for anything but whole numbers from -32768 to 65535.
@@ -184,7 +184,7 @@ class PairCounts:
                 "sizes must agree, so resize the prediction to the reference.".strip()
             )
         self._add_flat(predicted.flatten(), true.to(predicted.device).flatten(), name)
-        self.pictures += 1
+        self.images += 1
 
     def _add_flat(self, predicted: Tensor, true: Tensor, name: str) -> None:
         if self.counts is None:
@@ -207,7 +207,7 @@ class PairCounts:
     def all_reduce(self) -> None:
         """Add up the counts of all processes, in each of them."""
         everybody: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everybody, (self.values, self.pictures))
+        dist.all_gather_object(everybody, (self.values, self.images))
         total = PairCounts()
         total._learn(sorted({value for values, _ in everybody for value in values} - set(total.values)))
         total.counts = torch.zeros(_BYTES, _BYTES, dtype=torch.int64)
@@ -215,7 +215,7 @@ class PairCounts:
         if self.counts is not None:
             total.merge(self.values, self.counts.cpu())
         self.values, self.counts, self._places = total.values, _sum_over_processes(total.counts), {}
-        self.pictures = sum(pictures for _, pictures in everybody)
+        self.images = sum(images for _, images in everybody)
 
     def fold(
         self,
@@ -303,7 +303,7 @@ def as_label_map(value: Any, name: str) -> Tensor:
     Whatever holds class indices as a tensor of its own shape, type and device.
 
     Args:
-        value: integer tensor or array, picture of one channel, or nested lists of numbers.
+        value: integer tensor or array, image of one channel, or nested lists of numbers.
         name: what an error calls it.
 
     Raises:
@@ -311,7 +311,7 @@ def as_label_map(value: Any, name: str) -> Tensor:
     """
     name = name.strip()
     if isinstance(value, Image.Image) and len(value.getbands()) > 1:
-        raise ValueError(f"{name} is a picture of mode {value.mode}: label maps have one channel of class indices.")
+        raise ValueError(f"{name} is an image of mode {value.mode}: label maps have one channel of class indices.")
     if not isinstance(value, Tensor):
         try:
             array = np.asarray(value)
@@ -320,7 +320,7 @@ def as_label_map(value: Any, name: str) -> Tensor:
         if array.dtype.kind not in "biu" and array.size:
             raise ValueError(f"{name} holds {array.dtype} values: expected whole numbers, such as argmax returns.")
         array = array.astype(np.uint8 if array.dtype.kind == "b" else array.dtype.newbyteorder("="), copy=False)
-        # Pictures lend their pixels for reading only, which tensors do not know
+        # Images lend their pixels for reading only, which tensors do not know
         value = torch.from_numpy(np.require(array, requirements=["C", "W"]))
     value = value.detach()
     if value.is_floating_point() or value.is_complex():

@@ -7,20 +7,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from modeling_san.training.files import replacing_file
+from modeling_san.processing.files import replacing_file
 from modeling_san.training.tracking import read_metrics
 
 
-def plot_curves(metrics: Path, picture: Path) -> Path:
+def plot_curves(metrics: Path, image: Path) -> Path:
     """
     Draw how a run went: loss and its terms, validation mIoU, learning rate and gradient norm over the steps.
 
     Args:
         metrics: a run's `metrics.jsonl`.
-        picture: PNG to write, complete or not at all.
+        image: PNG to write, complete or not at all.
 
     Returns:
-        `picture`.
+        `image`.
 
     Raises:
         ValueError: where `metrics` cannot be read, or holds no figures yet.
@@ -56,12 +56,12 @@ def plot_curves(metrics: Path, picture: Path) -> Path:
             axes.set_ylim(0, 1)
         if len(series) > 1:
             axes.legend(fontsize=8, frameon=False)
-    with replacing_file(picture) as beside:
+    with replacing_file(image) as beside:
         figure.savefig(beside, format="png", dpi=120)
-    return picture
+    return image
 
 
-def plot_class_iou(per_class_iou: Mapping[str, float | None], picture: Path, *, title: str = "") -> Path:
+def plot_class_iou(per_class_iou: Mapping[str, float | None], image: Path, *, title: str = "") -> Path:
     """
     Draw the IoU of each class as bars, best first.
 
@@ -69,11 +69,11 @@ def plot_class_iou(per_class_iou: Mapping[str, float | None], picture: Path, *, 
 
     Args:
         per_class_iou: by class name; None for a class that does not occur, which is counted and not drawn.
-        picture: PNG to write, complete or not at all.
+        image: PNG to write, complete or not at all.
         title: put above.
 
     Returns:
-        `picture`.
+        `image`.
 
     Raises:
         ImportError: where matplotlib is missing.
@@ -114,9 +114,9 @@ def plot_class_iou(per_class_iou: Mapping[str, float | None], picture: Path, *, 
         _style_iou_axes(axes, f"all {len(values)} classes", figure_axis=axes.yaxis)
     note = f"{absent} classes that do not occur are left out" if absent > 1 else "1 class does not occur"
     figure.suptitle("\n".join(line for line in (_plain(title), note if absent else "") if line), fontsize=10)
-    with replacing_file(picture) as beside:
+    with replacing_file(image) as beside:
         figure.savefig(beside, format="png", dpi=120)
-    return picture
+    return image
 
 
 _MOST_BARS, _BARS_IN_COLUMN, _EXTREMES = 180, 60, 50

@@ -37,8 +37,8 @@ from .presets import (
     load_preset,
 )
 
-PICTURES_PER_SHARD = 2000
-"""About 400 MB of COCO's or ADE20K's pictures."""
+IMAGES_PER_SHARD = 2000
+"""About 400 MB of COCO's or ADE20K's images."""
 
 # Readers of data sets pass hidden folders over: nobody trains on a half of a split.
 _WORK = ".unfinished"
@@ -48,7 +48,7 @@ _ROW_GROUP_BYTES = 32 * 2**20
 _LISTED = 5
 _WAITING_PER_WORKER = 4
 _EXIF_ORIENTATION = 0x0112
-# How a label map is turned as its picture is, by the picture's EXIF orientation.
+# How a label map is turned as its image is, by the image's EXIF orientation.
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda labels: labels[:, ::-1],
     3: lambda labels: labels[::-1, ::-1],
@@ -66,14 +66,14 @@ class PreparedSplit:
     What became of one split.
 
     Attributes:
-        pictures: how many the shards hold.
+        images: how many the shards hold.
         shards: number of parquet files.
         skipped: files that could not be used, each with the reason.
         layout: which release was read and how its values were.
-        plan: fingerprint of the pictures' names and their division into shards.
+        plan: fingerprint of the images' names and their division into shards.
     """
 
-    pictures: int
+    images: int
     shards: int
     skipped: tuple[str, ...]
     layout: str
@@ -87,7 +87,7 @@ def prepare(
     *,
     split: str = "all",
     workers: int | None = None,
-    pictures_per_shard: int = PICTURES_PER_SHARD,
+    images_per_shard: int = IMAGES_PER_SHARD,
     allow_incomplete: bool = False,
     skip_unreadable: bool = False,
     progress: bool = True,
@@ -96,7 +96,7 @@ def prepare(
     """
     Turn an official folder into parquet shards with the columns `image` and `annotation`.
 
-    Pictures are copied byte for byte; label maps become PNG files of class indices in full size, of 8 bits where the
+    Images are copied byte for byte; label maps become PNG files of class indices in full size, of 8 bits where the
     ignore label is 255 and of 16 where it is 65535. Beside the shards come `README.md`, `id2label.json` and
     `label_set.json`. A run that was cut off goes on where it stopped when it is started again with the same arguments:
     until a split is complete, its finished shards wait in the hidden folder `.unfinished`.
@@ -107,9 +107,9 @@ def prepare(
         output: folder to write; empty, missing, or begun by the same preset.
         split: "train", "validation", "train_aug" (VOC's) or "all", which is the first two.
         workers: threads that read and encode; None takes one for each core, at most 8.
-        pictures_per_shard: how many pictures a parquet file holds.
-        allow_incomplete: go on, with a warning, where the number of pictures is not the official one.
-        skip_unreadable: leave out, and count, damaged files and label maps of another size than their picture.
+        images_per_shard: how many images a parquet file holds.
+        allow_incomplete: go on, with a warning, where the number of images is not the official one.
+        skip_unreadable: leave out, and count, damaged files and label maps of another size than their image.
         progress: show a progress bar.
         warn: takes what should be known before hours of work are over.
 
@@ -123,10 +123,8 @@ def prepare(
     """
     preset = load_preset(preset) if isinstance(preset, str) else preset
     source, output = Path(source), Path(output)
-    if pictures_per_shard < 1 or (workers is not None and workers < 1):
-        raise ValueError(
-            f"pictures_per_shard is {pictures_per_shard} and workers {workers}: both have to be at least 1."
-        )
+    if images_per_shard < 1 or (workers is not None and workers < 1):
+        raise ValueError(f"images_per_shard is {images_per_shard} and workers {workers}: both have to be at least 1.")
     found = _find(preset, source, _splits(preset, split), allow_incomplete, warn)
     _check_counts(preset, found, allow_incomplete, warn)
     workers = workers or min(8, os.cpu_count() or 1)
@@ -134,7 +132,7 @@ def prepare(
         with _claimed(output, preset) as record, ThreadPoolExecutor(workers) as pool:
             for name, files in found.items():
                 writer = _SplitWriter(
-                    output, name, files, pool, workers, pictures_per_shard, skip_unreadable, progress=progress
+                    output, name, files, pool, workers, images_per_shard, skip_unreadable, progress=progress
                 )
                 record[name] = writer.write(record.get(name))
                 _write_record(output, preset, record)
@@ -162,7 +160,7 @@ class _SplitWriter:
         files: FoundSplit,
         pool: ThreadPoolExecutor,
         workers: int,
-        pictures_per_shard: int,
+        images_per_shard: int,
         skip_unreadable: bool,
         *,
         progress: bool,
@@ -176,10 +174,10 @@ class _SplitWriter:
         self.progress = progress
         self.work = output / _WORK / split
         self.parts = [
-            files.pairs[start : start + pictures_per_shard] for start in range(0, len(files.pairs), pictures_per_shard)
+            files.pairs[start : start + images_per_shard] for start in range(0, len(files.pairs), images_per_shard)
         ]
         self.names = [f"{split}-{number:05d}-of-{len(self.parts):05d}.parquet" for number in range(len(self.parts))]
-        self.plan = _fingerprint(files.pairs, pictures_per_shard)
+        self.plan = _fingerprint(files.pairs, images_per_shard)
 
     def write(self, before: PreparedSplit | None) -> PreparedSplit:
         """
@@ -191,15 +189,15 @@ class _SplitWriter:
         if before is not None:
             if before.plan != self.plan:
                 raise ValueError(
-                    f"{self.output} holds {self.split} already, of other pictures or other shards ({before.pictures} "
-                    f"pictures in {before.shards}): pass another folder, or delete this one to start anew."
+                    f"{self.output} holds {self.split} already, of other images or other shards ({before.images} "
+                    f"images in {before.shards}): pass another folder, or delete this one to start anew."
                 )
             if all((self.output / name).is_file() for name in self.names):
                 shutil.rmtree(self.work, ignore_errors=True)
                 return before
         self._begin()
         bar = tqdm(
-            total=len(self.files.pairs), desc=self.split, unit=" pictures", smoothing=0.05, disable=not self.progress
+            total=len(self.files.pairs), desc=self.split, unit=" images", smoothing=0.05, disable=not self.progress
         )
         with bar:
             for number, part in enumerate(self.parts):
@@ -212,14 +210,14 @@ class _SplitWriter:
         return self._finish()
 
     def _begin(self) -> None:
-        plan = {"plan": self.plan, "pictures": len(self.files.pairs), "shards": len(self.parts)}
+        plan = {"plan": self.plan, "images": len(self.files.pairs), "shards": len(self.parts)}
         path = self.work / "plan.json"
         if path.is_file():
             begun = json.loads(path.read_text(encoding="utf-8"))
             if begun != plan:
                 raise ValueError(
-                    f"{self.output} holds an unfinished run over {begun['pictures']} pictures of {self.split} in "
-                    f"{begun['shards']} shards, and this one is over {plan['pictures']} in {plan['shards']} or over "
+                    f"{self.output} holds an unfinished run over {begun['images']} images of {self.split} in "
+                    f"{begun['shards']} shards, and this one is over {plan['images']} in {plan['shards']} or over "
                     f"others: go on with the same folder and options, or delete {self.work} to start anew."
                 )
         remove_unfinished(self.work)
@@ -240,7 +238,7 @@ class _SplitWriter:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
     def _rows(self, number: int) -> int:
-        """Pictures in a finished shard, -1 if there is none."""
+        """Images in a finished shard, -1 if there is none."""
         place = self._place(number)
         try:
             return -1 if place is None else pq.read_metadata(place).num_rows
@@ -259,7 +257,7 @@ class _SplitWriter:
 
     def _fill(self, path: Path, part: Sequence[Pair], skipped: list[str], bar: tqdm) -> None:
         schema = _FEATURES.arrow_schema
-        # Pictures are compressed already, and no two are equal.
+        # Images are compressed already, and no two are equal.
         options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
         with pq.ParquetWriter(path, schema, **options) as writer:
             rows: list[dict[str, dict[str, Any]]] = []
@@ -269,7 +267,7 @@ class _SplitWriter:
                     if not self.skip_unreadable:
                         raise ValueError(
                             f"{row} Mend it and run the same command again, finished shards stay; or pass "
-                            "--skip-unreadable to leave out such pictures."
+                            "--skip-unreadable to leave out such images."
                         ) from row
                     skipped.append(str(row))
                 else:
@@ -302,14 +300,14 @@ class _SplitWriter:
         rows = sum(self._rows(number) for number in range(len(self.parts)))
         if rows != len(self.files.pairs) - len(skipped):
             raise ValueError(
-                f"the shards of {self.split} hold {rows} pictures where {len(self.files.pairs) - len(skipped)} were "
+                f"the shards of {self.split} hold {rows} images where {len(self.files.pairs) - len(skipped)} were "
                 f"written: the disk of {self.output} cannot be trusted; delete {self.work} and try another disk."
             )
         for name in self.names:
             if (self.work / name).is_file():
                 os.replace(self.work / name, self.output / name)
         return PreparedSplit(
-            pictures=rows, shards=len(self.parts), skipped=skipped, layout=self.files.layout, plan=self.plan
+            images=rows, shards=len(self.parts), skipped=skipped, layout=self.files.layout, plan=self.plan
         )
 
 
@@ -322,26 +320,26 @@ def _try_row(pair: Pair, reader: LabelReader) -> dict[str, dict[str, Any]] | Unr
 
 
 def _read_row(pair: Pair, reader: LabelReader) -> dict[str, dict[str, Any]]:
-    """The cells of one picture: its file as it is, and its label map as a PNG file."""
-    picture, (width, height), orientation = _read_picture(pair.picture)
+    """The cells of one image: its file as it is, and its label map as a PNG file."""
+    image, (width, height), orientation = _read_image(pair.image)
     labels = reader.read(pair.label_map)
     if orientation in _TURNS and labels.shape == (height, width):
-        # Official label maps lie on the stored pixels, and readers turn pictures upright: turn the label map along.
+        # Official label maps lie on the stored pixels, and readers turn images upright: turn the label map along.
         labels = _TURNS[orientation](labels)
     elif labels.shape != ((width, height) if orientation >= 5 else (height, width)):
         raise UnreadableFileError(
-            f"{pair.label_map} is {labels.shape[1]} x {labels.shape[0]} pixels and its picture {width} x {height}."
+            f"{pair.label_map} is {labels.shape[1]} x {labels.shape[0]} pixels and its image {width} x {height}."
         )
     encoded = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(labels)).save(encoded, format="PNG")
     return {
-        "image": {"bytes": picture, "path": pair.picture.name},
-        "annotation": {"bytes": encoded.getvalue(), "path": f"{pair.picture.stem}.png"},
+        "image": {"bytes": image, "path": pair.image.name},
+        "annotation": {"bytes": encoded.getvalue(), "path": f"{pair.image.stem}.png"},
     }
 
 
-def _read_picture(path: Path) -> tuple[bytes, tuple[int, int], int]:
-    """A picture's file, its stored width and height, and its EXIF orientation; decoded once to see that it can be."""
+def _read_image(path: Path) -> tuple[bytes, tuple[int, int], int]:
+    """An image's file, its stored width and height, and its EXIF orientation; decoded once to see that it can be."""
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
@@ -351,7 +349,7 @@ def _read_picture(path: Path) -> tuple[bytes, tuple[int, int], int]:
             image.draft("RGB", (1, 1))
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableFileError(f"{path} cannot be read as a picture: {error}.") from error
+        raise UnreadableFileError(f"{path} cannot be read as an image: {error}.") from error
     return content, size, orientation if orientation in _TURNS else 1
 
 
@@ -379,8 +377,8 @@ def _find(
             found[split] = files
         else:
             missing.append(
-                f"{split}: {source} holds no picture with its label map"
-                + _unpaired(files.without_label_map, files.without_picture)
+                f"{split}: {source} holds no image with its label map"
+                + _unpaired(files.without_label_map, files.without_image)
                 + "."
             )
     if missing and (not found or not allow_incomplete):
@@ -394,14 +392,14 @@ def _find(
 def _check_counts(
     preset: Preset, found: dict[str, FoundSplit], allow_incomplete: bool, warn: Callable[[str], object]
 ) -> None:
-    """Compare the numbers of pictures with the official ones."""
+    """Compare the numbers of images with the official ones."""
     complaints = []
     for split, files in found.items():
         official = preset.counts[split]
-        unpaired = _unpaired(files.without_label_map, files.without_picture)
+        unpaired = _unpaired(files.without_label_map, files.without_image)
         if len(files.pairs) not in official or unpaired:
             expected = " or ".join(map(str, official))
-            complaints.append(f"{split}: found {len(files.pairs)} of {expected} pictures with label maps{unpaired}")
+            complaints.append(f"{split}: found {len(files.pairs)} of {expected} images with label maps{unpaired}")
     if complaints and not allow_incomplete:
         raise ValueError(
             f"{'. '.join(complaints)}. Is an archive missing or unpacked in part? To go on with what is there, pass "
@@ -411,12 +409,12 @@ def _check_counts(
         warn(complaint)
 
 
-def _unpaired(without_label_map: Sequence[str], without_picture: Sequence[str]) -> str:
+def _unpaired(without_label_map: Sequence[str], without_image: Sequence[str]) -> str:
     parts = [
         f"; {len(names)} {kind}: {_some(names)}"
         for names, kind in (
             (without_label_map, "without label map"),
-            (without_picture, "without picture"),
+            (without_image, "without image"),
         )
         if names
     ]
@@ -427,11 +425,11 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
 
 
-def _fingerprint(pairs: Sequence[Pair], pictures_per_shard: int) -> str:
+def _fingerprint(pairs: Sequence[Pair], images_per_shard: int) -> str:
     """Tells plans apart by names: a mended file, or a moved source, leaves the plan what it was."""
-    digest = hashlib.sha256(f"{pictures_per_shard}\n".encode())
+    digest = hashlib.sha256(f"{images_per_shard}\n".encode())
     for pair in pairs:
-        digest.update(os.fsencode(f"{pair.picture.name}\t{pair.label_map.name}\n"))
+        digest.update(os.fsencode(f"{pair.image.name}\t{pair.label_map.name}\n"))
     return digest.hexdigest()
 
 
@@ -498,7 +496,7 @@ def _write_card(output: Path, preset: Preset, record: dict[str, PreparedSplit]) 
     order = [name for name in preset.counts if name in record]
     files = "".join(f"  - split: {name}\n    path: {name}-*.parquet\n" for name in order)
     rows = "".join(
-        f"| {name} | {record[name].pictures} | {' or '.join(map(str, preset.counts[name]))} | "
+        f"| {name} | {record[name].images} | {' or '.join(map(str, preset.counts[name]))} | "
         f"{len(record[name].skipped)} | {record[name].layout} |\n"
         for name in order
     )
@@ -510,9 +508,9 @@ def _write_card(output: Path, preset: Preset, record: dict[str, PreparedSplit]) 
         f"The official archives ({preset.homepage}; their terms hold for these files) as parquet files: `image`, the "
         f"original file, and `annotation`, a PNG file of class indices 0 ... {len(vocabulary) - 1}, "
         f"{vocabulary.ignore_index} = no label. Class names: `id2label.json`, or `--labels {preset.name}`.\n\n"
-        "| split | pictures | official number | skipped | label maps read from |\n|---|---|---|---|---|\n"
+        "| split | images | official number | skipped | label maps read from |\n|---|---|---|---|---|\n"
         f"{rows}\nMade by `san prepare {preset.name}`.\n",
     )
 
 
-__all__ = ["PICTURES_PER_SHARD", "PreparedSplit", "prepare"]
+__all__ = ["IMAGES_PER_SHARD", "PreparedSplit", "prepare"]

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from modeling_san.processing.vocabulary import Vocabulary, load_vocabulary, vocabulary_names
+from modeling_san.processing.vocabulary_san import Vocabulary, load_vocabulary, vocabulary_names
 
 _LISTED = 12
 _UNKNOWN = -1
@@ -41,7 +41,7 @@ class MissingFolderError(ValueError):
 
 
 class UnreadableFileError(ValueError):
-    """A picture or label map is damaged, or the two do not belong together."""
+    """An image or label map is damaged, or the two do not belong together."""
 
 
 class UnknownValueError(ValueError):
@@ -50,9 +50,9 @@ class UnknownValueError(ValueError):
 
 @dataclass(frozen=True)
 class Pair:
-    """One picture and the file of its labels."""
+    """One image and the file of its labels."""
 
-    picture: Path
+    image: Path
     label_map: Path
 
 
@@ -102,16 +102,16 @@ class FoundSplit:
     The files of one split.
 
     Attributes:
-        pairs: pictures with their label maps, in a fixed order.
-        without_label_map: names of pictures that have none.
-        without_picture: names of label maps, or of entries in the official list, that have no picture.
+        pairs: images with their label maps, in a fixed order.
+        without_label_map: names of images that have none.
+        without_image: names of label maps, or of entries in the official list, that have no image.
         reader: reads the label maps.
         layout: which of the known layouts was found, for the data set's card.
     """
 
     pairs: tuple[Pair, ...]
     without_label_map: tuple[str, ...]
-    without_picture: tuple[str, ...]
+    without_image: tuple[str, ...]
     reader: LabelReader
     layout: str
 
@@ -125,7 +125,7 @@ class Preset:
         name: what `load_vocabulary` calls the label set.
         title: what its authors call it.
         homepage: where its archives are.
-        counts: official number of pictures of each split; two where two official lists are in use.
+        counts: official number of images of each split; two where two official lists are in use.
         expected: layout of the official archives, in words.
         find: finds the files of a split below a folder.
     """
@@ -162,11 +162,11 @@ def load_preset(name: str) -> Preset:
 def _find_coco(source: Path, split: str) -> FoundSplit:
     folder = {"train": "train2017", "validation": "val2017"}[split]
     roots = ("", "coco", "coco_stuff164k")
-    pictures = _folder(source, roots, (folder, f"images/{folder}"), ".jpg")
+    images = _folder(source, roots, (folder, f"images/{folder}"), ".jpg")
     maps = _folder(
         source,
         roots,
-        # The archive stuffthingmaps_trainval2017.zip unpacks to train2017 and val2017, as the pictures' do.
+        # The archive stuffthingmaps_trainval2017.zip unpacks to train2017 and val2017, as the images' do.
         (f"stuffthingmaps/{folder}", f"stuffthingmaps_trainval2017/{folder}", f"annotations/{folder}", folder),
         ".png",
     )
@@ -181,7 +181,7 @@ def _find_coco(source: Path, split: str) -> FoundSplit:
         if not name.endswith(("_labelTrainIds", "_instanceTrainIds"))
     }
     return _paired(
-        _by_stem(pictures, ".jpg"),
+        _by_stem(images, ".jpg"),
         official,
         LabelReader(_read_values, table, vocabulary.ignore_index),
         "pixel values of stuffthingmaps, plus 1, are COCO-Stuff's ids; 255 = no label",
@@ -191,10 +191,10 @@ def _find_coco(source: Path, split: str) -> FoundSplit:
 def _find_ade_150(source: Path, split: str) -> FoundSplit:
     folder = {"train": "training", "validation": "validation"}[split]
     roots = ("", "ADEChallengeData2016")
-    pictures = _folder(source, roots, (f"images/{folder}",), ".jpg")
+    images = _folder(source, roots, (f"images/{folder}",), ".jpg")
     maps = _folder(source, roots, (f"annotations/{folder}",), ".png")
     return _paired(
-        _by_stem(pictures, ".jpg"),
+        _by_stem(images, ".jpg"),
         _by_stem(maps, ".png"),
         LabelReader(_read_values, _shifted_table("ade20k_150"), load_vocabulary("ade20k_150").ignore_index),
         "pixel values of annotations, less 1; 0 = no label",
@@ -205,7 +205,7 @@ def _find_ade_847(source: Path, split: str) -> FoundSplit:
     folder = {"train": "training", "validation": "validation"}[split]
     # Releases before 2021 have images/training, and number the classes otherwise.
     root = _folder(source, ("", "ADE20K_2021_17_01"), (f"images/ADE/{folder}", f"ADE/{folder}"), None)
-    pictures: dict[str, Path] = {}
+    images: dict[str, Path] = {}
     maps: dict[str, Path] = {}
     for place, folders, files in os.walk(root):
         folders.sort()
@@ -216,20 +216,20 @@ def _find_ade_847(source: Path, split: str) -> FoundSplit:
             if file.endswith("_seg.png"):
                 maps[f"{here}/{file.removesuffix('_seg.png')}"] = Path(place, file)
             elif file.lower().endswith(".jpg"):
-                pictures[f"{here}/{Path(file).stem}"] = Path(place, file)
+                images[f"{here}/{Path(file).stem}"] = Path(place, file)
     vocabulary = load_vocabulary("ade20k_847")
     # Ids as the released models' preparation reads them: places in the full list, from 1. It also shrinks
-    # pictures and label maps to a short side of 512 pixels; here they keep their size.
+    # images and label maps to a short side of 512 pixels; here they keep their size.
     known = {source_id: index for index, source_id in enumerate(vocabulary.source_ids or ())}
     # Most of the classes of the full list are none of the 847.
     others = dict.fromkeys(range(_ADE_FULL_CLASSES + 1), vocabulary.ignore_index)
     table = _table(_ADE_FULL_CLASSES + 1, {**others, **known})
     return _paired(
-        pictures,
+        images,
         maps,
         LabelReader(_read_ade_colors, table, vocabulary.ignore_index),
         "red // 10 * 256 + green of *_seg.png is the id in the full list; classes outside the 847 = no label; "
-        "pictures and label maps in full size",
+        "images and label maps in full size",
     )
 
 
@@ -301,7 +301,7 @@ def _context_pairs(source: Path, split: str, maps: dict[str, Path], reader: Labe
             f"ImageSets/SegmentationContext/{name}.txt",
             f"pascalcontext_{name}.txt",
             f"pascal_context_{name}.txt",
-            # All pictures of VOC2010's own lists are labelled.
+            # All images of VOC2010's own lists are labelled.
             f"ImageSets/Main/{name}.txt",
         ),
     )
@@ -461,33 +461,33 @@ def _read_text(path: Path) -> str:
 
 
 def _read_list(path: Path) -> list[str]:
-    """Picture names of an official list: the first word of each line, without folder and suffix."""
+    """Image names of an official list: the first word of each line, without folder and suffix."""
     words = (line.split()[0] for line in _read_text(path).splitlines() if line.strip())
     names = list(dict.fromkeys(PurePosixPath(word).stem for word in words))
     if not names:
-        raise ValueError(f"{path} is empty: expected the name of one picture a line.")
+        raise ValueError(f"{path} is empty: expected the name of one image a line.")
     return names
 
 
-def _paired(pictures: dict[str, Path], maps: dict[str, Path], reader: LabelReader, layout: str) -> FoundSplit:
-    """Pictures and label maps of one folder each."""
+def _paired(images: dict[str, Path], maps: dict[str, Path], reader: LabelReader, layout: str) -> FoundSplit:
+    """Images and label maps of one folder each."""
     return FoundSplit(
-        pairs=tuple(Pair(pictures[name], maps[name]) for name in sorted(pictures.keys() & maps.keys())),
-        without_label_map=tuple(sorted(pictures.keys() - maps.keys())),
-        without_picture=tuple(sorted(maps.keys() - pictures.keys())),
+        pairs=tuple(Pair(images[name], maps[name]) for name in sorted(images.keys() & maps.keys())),
+        without_label_map=tuple(sorted(images.keys() - maps.keys())),
+        without_image=tuple(sorted(maps.keys() - images.keys())),
         reader=reader,
         layout=layout,
     )
 
 
 def _listed_pairs(
-    listed: Sequence[str], pictures: dict[str, Path], maps: dict[str, Path], reader: LabelReader, layout: str
+    listed: Sequence[str], images: dict[str, Path], maps: dict[str, Path], reader: LabelReader, layout: str
 ) -> FoundSplit:
-    """Pictures and label maps that an official list names."""
+    """Images and label maps that an official list names."""
     return FoundSplit(
-        pairs=tuple(Pair(pictures[name], maps[name]) for name in listed if name in pictures and name in maps),
-        without_label_map=tuple(name for name in listed if name in pictures and name not in maps),
-        without_picture=tuple(name for name in listed if name not in pictures),
+        pairs=tuple(Pair(images[name], maps[name]) for name in listed if name in images and name in maps),
+        without_label_map=tuple(name for name in listed if name in images and name not in maps),
+        without_image=tuple(name for name in listed if name not in images),
         reader=reader,
         layout=layout,
     )

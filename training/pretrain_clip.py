@@ -1,8 +1,8 @@
 """Contrastive pre-training of a tiny CLIP on the drawn world, and the two gates that it has to pass.
 
 The model is transformers' own `CLIPModel` and the objective CLIP's own, with one difference: in a world of 38 names
-many captions of a batch are true of many of its pictures. Every true caption counts as a positive, not only the one
-that was written for the picture.
+many captions of a batch are true of many of its images. Every true caption counts as a positive, not only the one
+that was written for the image.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from .world import (
     write_caption,
 )
 
-PICTURE_SIZE = 128
-"""Height and width of a drawn picture, in pixels."""
+IMAGE_SIZE = 128
+"""Height and width of a drawn image, in pixels."""
 
 CLIP_RESIZE_FACTOR = 0.5
-"""CLIP sees pictures shrunk by this factor, as it does inside SAN."""
+"""CLIP sees images shrunk by this factor, as it does inside SAN."""
 
 TRAINING_SEED = 1
 """The world that CLIP is pre-trained on."""
@@ -53,12 +53,12 @@ GATE_TEMPLATES = ("a photo of {}", "a photo of a {}.", "there is a {} in the sce
 
 @dataclass(frozen=True)
 class ScenePool:
-    """Pictures drawn in advance, as CLIP sees them.
+    """Images drawn in advance, as CLIP sees them.
 
     Attributes:
-        images: `uint8` tensor `(pictures, 3, 64, 64)`.
-        regions: names of each picture's regions.
-        backgrounds: name of each picture's background, or `None`.
+        images: `uint8` tensor `(images, 3, 64, 64)`.
+        regions: names of each image's regions.
+        backgrounds: name of each image's background, or `None`.
     """
 
     images: torch.Tensor
@@ -66,7 +66,7 @@ class ScenePool:
     backgrounds: list[str | None]
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
         return len(self.regions)
 
 
@@ -78,7 +78,7 @@ class Batch:
         pixel_values: `(batch, 3, 64, 64)`, normalised.
         input_ids: `(batch, tokens)`.
         attention_mask: `(batch, tokens)`.
-        is_true: `(batch, batch)`, whether the caption of the column is true of the picture of the row.
+        is_true: `(batch, batch)`, whether the caption of the column is true of the image of the row.
     """
 
     pixel_values: torch.Tensor
@@ -110,7 +110,7 @@ def demo_clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
             "intermediate_size": 512,
             "num_hidden_layers": 6,
             "num_attention_heads": 4,
-            "image_size": round(PICTURE_SIZE * CLIP_RESIZE_FACTOR),
+            "image_size": round(IMAGE_SIZE * CLIP_RESIZE_FACTOR),
             "patch_size": 8,
             "projection_dim": 96,
         },
@@ -118,24 +118,24 @@ def demo_clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
     )
 
 
-def draw_pool(num_pictures: int, seed: int = TRAINING_SEED, *, workers: int = 2, progress: bool = True) -> ScenePool:
-    """Draw the pictures of CLIP's pre-training: an exact function of `seed` and `num_pictures`.
+def draw_pool(num_images: int, seed: int = TRAINING_SEED, *, workers: int = 2, progress: bool = True) -> ScenePool:
+    """Draw the images of CLIP's pre-training: an exact function of `seed` and `num_images`.
 
     A third shows one texture only, so that a patch alone says what it is; the others one to three regions.
 
     Args:
-        num_pictures: number of pictures; each takes 12 kB of memory.
+        num_images: number of images; each takes 12 kB of memory.
         seed: which world.
         workers: number of processes that draw; 0 draws in this one.
         progress: whether to show a progress bar.
     """
     draw = partial(_draw_for_clip, seed)
-    bar = partial(tqdm, total=num_pictures, desc="drawing pictures", unit="picture", disable=not progress)
+    bar = partial(tqdm, total=num_images, desc="drawing images", unit="image", disable=not progress)
     if workers == 0:
-        drawn = list(bar(map(draw, range(num_pictures))))
+        drawn = list(bar(map(draw, range(num_images))))
     else:
         with ProcessPoolExecutor(workers) as executor:
-            drawn = list(bar(executor.map(draw, range(num_pictures), chunksize=64)))
+            drawn = list(bar(executor.map(draw, range(num_images), chunksize=64)))
     images, regions, backgrounds = zip(*drawn, strict=True)
     return ScenePool(torch.from_numpy(np.stack(images)), list(regions), list(backgrounds))
 
@@ -143,7 +143,7 @@ def draw_pool(num_pictures: int, seed: int = TRAINING_SEED, *, workers: int = 2,
 def make_batch(
     pool: ScenePool, positions: np.ndarray, tokenizer: CLIPTokenizer, rng: np.random.Generator, device: torch.device
 ) -> Batch:
-    """Put pictures of the pool, half of them mirrored, together with freshly written captions."""
+    """Put images of the pool, half of them mirrored, together with freshly written captions."""
     images = pool.images[torch.from_numpy(positions)]
     mirrored = torch.from_numpy(rng.random(len(positions)) < 0.5)
     images = torch.where(mirrored[:, None, None, None], images.flip(-1), images).to(device)
@@ -155,7 +155,7 @@ def make_batch(
         pixel_values=normalize(images.float() / 255),
         input_ids=tokens["input_ids"],
         attention_mask=tokens["attention_mask"],
-        # A caption is true of a picture if nothing that it mentions is absent there.
+        # A caption is true of an image if nothing that it mentions is absent there.
         is_true=((1 - present) @ mentioned.T == 0).to(device),
     )
 
@@ -164,8 +164,8 @@ def contrastive_loss(logits_per_image: torch.Tensor, is_true: torch.Tensor) -> t
     """CLIP's symmetric cross-entropy with the target shared out evenly among all true pairs.
 
     Args:
-        logits_per_image: `(pictures, captions)`.
-        is_true: `(pictures, captions)`, with at least one true pair in each row and column.
+        logits_per_image: `(images, captions)`.
+        is_true: `(images, captions)`, with at least one true pair in each row and column.
     """
     targets = is_true.to(logits_per_image.dtype)
     per_image = F.cross_entropy(logits_per_image, targets / targets.sum(1, keepdim=True))
@@ -178,7 +178,7 @@ def pretrain_clip(
     *,
     steps: int = 800,
     batch_size: int = 128,
-    num_pictures: int = 16_000,
+    num_images: int = 16_000,
     learning_rate: float = 1.5e-3,
     weight_decay: float = 0.05,
     seed: int = 0,
@@ -191,11 +191,11 @@ def pretrain_clip(
     Args:
         output_dir: folder for the result.
         steps: number of optimisation steps.
-        batch_size: pictures, and captions, a step.
-        num_pictures: size of the pool of drawn pictures.
+        batch_size: images, and captions, a step.
+        num_images: size of the pool of drawn images.
         learning_rate: AdamW's, at the end of the warm-up.
         weight_decay: AdamW's, on matrices only.
-        seed: of the weights, the order of pictures and the captions.
+        seed: of the weights, the order of images and the captions.
         device: see [`pick_device_and_dtype`].
         workers: processes that draw the pool.
         progress: whether to show progress bars.
@@ -206,8 +206,8 @@ def pretrain_clip(
     Raises:
         ValueError: if the pool is smaller than a batch.
     """
-    if num_pictures < batch_size:
-        raise ValueError(f"num_pictures={num_pictures}: expected at least batch_size={batch_size}.")
+    if num_images < batch_size:
+        raise ValueError(f"num_images={num_images}: expected at least batch_size={batch_size}.")
     device, dtype = pick_device_and_dtype(device)
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -216,7 +216,7 @@ def pretrain_clip(
     # Not `model.to`: transformers' own wrapper of it hides its type.
     torch.nn.Module.to(model, device)
     model.train()
-    pool = draw_pool(num_pictures, workers=workers, progress=progress)
+    pool = draw_pool(num_images, workers=workers, progress=progress)
     optimizer = torch.optim.AdamW(_parameter_groups(model, weight_decay), lr=learning_rate, betas=(0.9, 0.98))
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
 
@@ -256,26 +256,26 @@ def pretrain_clip(
 
 @torch.no_grad()
 def zero_shot_accuracy(
-    model: CLIPModel, tokenizer: CLIPTokenizer, *, num_pictures: int = 640, seed: int = GATE_SEED
+    model: CLIPModel, tokenizer: CLIPTokenizer, *, num_images: int = 640, seed: int = GATE_SEED
 ) -> float:
-    """Gate 1: the share of fresh one-region pictures whose combination, of all 32, CLIP names.
+    """Gate 1: the share of fresh one-region images whose combination, of all 32, CLIP names.
 
     Args:
         model: the pre-trained CLIP.
         tokenizer: its tokenizer.
-        num_pictures: how many pictures, with every combination equally often up to one.
+        num_images: how many images, with every combination equally often up to one.
         seed: which world to draw from.
     """
     scenes = [
         draw_scene(seed, index, combinations=[COMBINATIONS[index % len(COMBINATIONS)]], max_regions=1)
-        for index in range(num_pictures)
+        for index in range(num_images)
     ]
     classes = embed_names(model, tokenizer, COMBINATIONS)
     hits = 0
     for chunk in _chunks(scenes, 128):
         predicted = (embed_images(model, _pixel_values(chunk, model.device)) @ classes.T).argmax(1).tolist()
         hits += sum(COMBINATIONS[label] == scene.regions[0] for label, scene in zip(predicted, chunk, strict=True))
-    return hits / num_pictures
+    return hits / num_images
 
 
 @torch.no_grad()
@@ -285,10 +285,10 @@ def masked_recognition_accuracy(
     *,
     first_layer: int = 2,
     min_coverage: float = 0.8,
-    num_pictures: int = 400,
+    num_images: int = 400,
     seed: int = GATE_SEED + 1,
 ) -> dict[str, float]:
-    """Gate 2: recognition of each region from its true mask, in pictures of two and three regions, among all names.
+    """Gate 2: recognition of each region from its true mask, in images of two and three regions, among all names.
 
     In layers after `first_layer` a copy of [CLS] attends to itself and to the patches of its region, which is what
     SAN's attention bias has to bring about.
@@ -299,20 +299,20 @@ def masked_recognition_accuracy(
         first_layer: number of layers before the copies start (SAN's K).
         min_coverage: see [`patches_of_regions`]. Patches on an outline show two textures; a learned bias can leave
             them out, so most of what they cost here is not lost to SAN.
-        num_pictures: how many pictures.
+        num_images: how many images.
         seed: which world to draw from.
 
     Returns:
         `regions` and `backgrounds`: share of them that are named right; `unmasked`: the share of regions that [CLS]
         itself, which attends to everything, names right.
     """
-    scenes = [draw_scene(seed, index, min_regions=2, max_regions=3) for index in range(num_pictures)]
+    scenes = [draw_scene(seed, index, min_regions=2, max_regions=3) for index in range(num_images)]
     classes = embed_names(model, tokenizer, CLASS_NAMES)
     right: dict[str, list[bool]] = {"regions": [], "backgrounds": [], "unmasked": []}
     for chunk in _chunks(scenes, 64):
         labels = [[CLASS_NAMES.index(name) for name in scene.names] for scene in chunk]
         longest = max(map(len, labels))
-        masks = torch.zeros(len(chunk), longest, PICTURE_SIZE, PICTURE_SIZE)
+        masks = torch.zeros(len(chunk), longest, IMAGE_SIZE, IMAGE_SIZE)
         for position, (scene, present) in enumerate(zip(chunk, labels, strict=True)):
             masks[position, : len(present)] = torch.from_numpy(
                 np.stack([scene.label_map == label for label in present])
@@ -390,7 +390,7 @@ def shrink(images: torch.Tensor) -> torch.Tensor:
 
 
 def embed_images(model: CLIPModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Embed `(batch, 3, 64, 64)` pictures: `(batch, projection_dim)`, of unit length."""
+    """Embed `(batch, 3, 64, 64)` images: `(batch, projection_dim)`, of unit length."""
     return F.normalize(model.get_image_features(pixel_values=pixel_values).pooler_output, dim=-1)
 
 
@@ -414,10 +414,10 @@ def embed_names(
 
 
 def _draw_for_clip(seed: int, index: int) -> tuple[np.ndarray, tuple[str, ...], str | None]:
-    """Picture number `index` as CLIP sees it, `uint8` `(3, 64, 64)`, with its regions and background."""
+    """Image number `index` as CLIP sees it, `uint8` `(3, 64, 64)`, with its regions and background."""
     scene = draw_texture(seed, index) if index % 3 == 0 else draw_scene(seed, index)
     # Half the size, bilinear and without antialias, is the mean of two by two pixels.
-    image = scene.image.astype(np.float32).reshape(PICTURE_SIZE // 2, 2, PICTURE_SIZE // 2, 2, 3).mean((1, 3))
+    image = scene.image.astype(np.float32).reshape(IMAGE_SIZE // 2, 2, IMAGE_SIZE // 2, 2, 3).mean((1, 3))
     return np.rint(image).astype(np.uint8).transpose(2, 0, 1), scene.regions, scene.background
 
 

@@ -1,9 +1,9 @@
 """
-Labels a whole data set: pictures in, parquet files with label maps out, on one process or many.
+Labels a whole data set: images in, parquet files with label maps out, on one process or many.
 
 The data set is cut into blocks of `shard_size` consecutive rows. Block b belongs to process b mod P of P and becomes
 one file, `part-00000b.parquet`, which appears complete or not at all. So a run that was killed goes on where it was,
-with the same or another number of processes: a block whose file is there is done. Pictures share a batch with others
+with the same or another number of processes: a block whose file is there is done. Images share a batch with others
 of their block only, so that cuts and numbers of processes change nothing in the result.
 
 Processes do not talk to each other. On several GPUs of one machine, or on several machines:
@@ -17,7 +17,7 @@ and without a launcher as a plain array of jobs, each with its own `--part`:
     san segment-dataset ... --part 3/16
 
 The folder may be on a disk that all machines share; where each has a disk of its own, copy the part files together at
-the end. A stream of unknown length is read by every process, which leaves the pictures of the others encoded.
+the end. A stream of unknown length is read by every process, which leaves the images of the others encoded.
 
 SIGTERM and Ctrl-C end a run between two files; of SIGKILL or a power cut there may remain a file
 `*.unfinished-*`, which the next run deletes.
@@ -53,12 +53,12 @@ from tqdm import tqdm
 
 from modeling_san.modeling_san import SANForOpenVocabSegmentation
 from modeling_san.processing import OTHER_LABEL, SANProcessor, summarize
-from modeling_san.processing.image_arrays import read_byte_picture
+from modeling_san.processing.device import pick_device_and_dtype
+from modeling_san.processing.files import replacing_file, write_json, write_text
+from modeling_san.processing.images_san import read_byte_image
 from modeling_san.training.data import open_encoded
-from modeling_san.training.device import pick_device_and_dtype
-from modeling_san.training.files import replacing_file, write_json, write_text
 from modeling_san.training.label_sets import ID2LABEL_FILE
-from modeling_san.training.sources import IMAGE_COLUMNS, find_column, load_pictures, open_source
+from modeling_san.training.sources import IMAGE_COLUMNS, find_column, load_images, open_source
 
 RUN_FILE = "run.json"
 """What a folder holds the results of."""
@@ -73,7 +73,7 @@ _ROWS_AT_ONCE = 16
 _SAMPLED_ROWS = 16
 _ERROR_LENGTH = 300
 _PENDING_BATCHES = 4
-"""So many batches of pictures wait at most for others of their size."""
+"""So many batches of images wait at most for others of their size."""
 
 _VOLATILE = (
     "_name_or_path",
@@ -137,9 +137,9 @@ class Labeler:
         """Type of the numbers in label maps."""
         return np.uint8 if len(self.labels) <= _BYTE_LABELS else np.uint16
 
-    def prepare(self, picture: np.ndarray) -> tuple[Tensor, Tensor]:
-        """`pixel_values` `(1, 3, height, width)` and `image_sizes` `(1, 2)` of a picture of bytes."""
-        inputs = self.processor.image_processor(picture, return_tensors="pt")
+    def prepare(self, image: np.ndarray) -> tuple[Tensor, Tensor]:
+        """`pixel_values` `(1, 3, height, width)` and `image_sizes` `(1, 2)` of an image of bytes."""
+        inputs = self.processor.image_processor(image, return_tensors="pt")
         return inputs["pixel_values"], inputs["image_sizes"]
 
     @torch.inference_mode()
@@ -147,7 +147,7 @@ class Labeler:
         self, pixel_values: Tensor, image_sizes: Tensor, target_sizes: Sequence[tuple[int, int]]
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """
-        Label pictures of one padded size.
+        Label images of one padded size.
 
         Args:
             pixel_values: `(batch, 3, height, width)`.
@@ -155,7 +155,7 @@ class Labeler:
             target_sizes: height and width of each label map.
 
         Returns:
-            for each picture its label map and the scores that won, both `(height, width)`.
+            for each image its label map and the scores that won, both `(height, width)`.
         """
         device, dtype = pick_device_and_dtype(self.model.device)
         if device.type == "cuda":
@@ -183,12 +183,12 @@ class Options:
 
     Attributes:
         shard_size: rows of a part file.
-        batch_size: pictures that the model sees at once.
-        with_images: store the pictures beside the label maps, encoded as they came.
+        batch_size: images that the model sees at once.
+        with_images: store the images beside the label maps, encoded as they came.
         with_scores: store a map of the winning scores in thousandths, of 16 bits.
         keep_columns: columns of the data set to store as well.
-        strict: end at the first picture that cannot be read.
-        workers: threads that read and decode pictures and encode label maps; by default one for each core, 16 at most.
+        strict: end at the first image that cannot be read.
+        workers: threads that read and decode images and encode label maps; by default one for each core, 16 at most.
     """
 
     shard_size: int = 256
@@ -211,17 +211,17 @@ class Report:
     """What a run did, and what its folder holds.
 
     Attributes:
-        pictures: rows that this process wrote in this run.
-        failures: those among them whose picture could not be read.
+        images: rows that this process wrote in this run.
+        failures: those among them whose image could not be read.
         seconds: that it took.
         parts: part files in the folder, of all processes and runs.
         expected_parts: how many there will be; None for a stream.
         total: rows in them.
-        total_failures: those among them whose picture could not be read.
+        total_failures: those among them whose image could not be read.
         first_error: of those that this process met.
     """
 
-    pictures: int
+    images: int
     failures: int
     seconds: float
     parts: int
@@ -245,7 +245,7 @@ def segment_dataset(
     Label a data set, or what of it is not labelled yet.
 
     Args:
-        labeler: what labels a picture.
+        labeler: what labels an image.
         rows: from `open_rows`.
         output: folder for the part files; one that holds a part of the same run is continued.
         options: what to write.
@@ -257,7 +257,7 @@ def segment_dataset(
         what was done.
 
     Raises:
-        ValueError: the folder holds the results of another run; with `strict` for the first unreadable picture.
+        ValueError: the folder holds the results of another run; with `strict` for the first unreadable image.
         OSError: a file cannot be written. What was written stays, and the next run goes on from there.
     """
     options, part, output = options or Options(), part or Part(), Path(output)
@@ -277,7 +277,7 @@ def segment_dataset(
         desc="segmenting" if part.count == 1 else f"segmenting, process {part.index + 1} of {part.count}",
         total=total,
         initial=done,
-        unit="picture",
+        unit="image",
         disable=not progress,
         smoothing=0.05,
     )
@@ -288,7 +288,7 @@ def segment_dataset(
     _remove_leftovers(output, part)
     counts = [count for count in map(_counts, _part_files(output)) if count is not None]
     return Report(
-        pictures=writer.pictures,
+        images=writer.images,
         failures=writer.failures,
         seconds=seconds,
         parts=len(counts),
@@ -311,13 +311,13 @@ def open_rows(
     keep_columns: Sequence[str] = (),
 ) -> Dataset | IterableDataset:
     """
-    Open a data set of pictures, with or without label maps, and leave the pictures encoded.
+    Open a data set of images, with or without label maps, and leave the images encoded.
 
     Args:
-        source: what `load_pictures` takes.
+        source: what `load_images` takes.
         split: which part of it.
         streaming: read it as it passes by.
-        image_column: where the pictures are; recognised by its name by default.
+        image_column: where the images are; recognised by its name by default.
         keep_columns: further columns to keep.
 
     Returns:
@@ -326,9 +326,9 @@ def open_rows(
     Raises:
         ValueError: the source cannot be read, or has no such columns.
     """
-    rows: Any = load_pictures(source, split, streaming=streaming, image_column=image_column, labelled=False)
+    rows: Any = load_images(source, split, streaming=streaming, image_column=image_column, labelled=False)
     if keep_columns:
-        # load_pictures has met all that can be wrong with the source; it drops what is no picture and no label map
+        # load_images has met all that can be wrong with the source; it drops what is no image and no label map
         rows = open_source(os.fspath(source), split, streaming, False)
         rows = _with_kept(rows, _image_column(rows, image_column, source), keep_columns, source)
     else:
@@ -340,19 +340,19 @@ def open_rows(
 
 
 def _image_column(rows: Any, chosen: str | None, source: object) -> str:
-    return find_column(dict(rows.features), chosen, IMAGE_COLUMNS, "pictures", source)
+    return find_column(dict(rows.features), chosen, IMAGE_COLUMNS, "images", source)
 
 
 def _with_kept(rows: Any, image: str, keep: Sequence[str], source: object) -> Any:
-    """The pictures as `image`, and the kept columns."""
+    """The images as `image`, and the kept columns."""
     missing = [name for name in keep if name not in rows.features]
     if missing:
         raise ValueError(f"{source} has no column {missing[0]!r} to keep, but {', '.join(rows.features)}.")
     reserved = [name for name in keep if name in (ROW, IMAGE, ANNOTATION, SCORES, SEGMENTS, ERROR) or name == image]
     if reserved:
         raise ValueError(
-            f"column {reserved[0]!r} cannot be kept: the result has a column of that name, or it holds the pictures; "
-            "rename it, or store the pictures with the results."
+            f"column {reserved[0]!r} cannot be kept: the result has a column of that name, or it holds the images; "
+            "rename it, or store the images with the results."
         )
     if isinstance(rows.features[image], Value):
         rows = rows.cast_column(image, ImageFeature())
@@ -417,12 +417,12 @@ def _stream_items(rows: IterableDataset, output: Path, size: int, part: Part) ->
         block += 1
 
 
-# One picture
+# One image
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A picture ready for the model."""
+    """An image ready for the model."""
 
     row: _Row
     encoded: bytes | None
@@ -433,7 +433,7 @@ class _Prepared:
 
 @dataclass(frozen=True)
 class _Unreadable:
-    """A picture that is none, and why."""
+    """An image that is none, and why."""
 
     row: _Row
     error: str
@@ -441,38 +441,38 @@ class _Unreadable:
 
 def _prepare(row: _Row, labeler: Labeler, with_image: bool) -> _Prepared | _Unreadable:
     try:
-        encoded, picture = _read(row.values[IMAGE], with_image)
-        pixel_values, image_sizes = labeler.prepare(picture)
+        encoded, image = _read(row.values[IMAGE], with_image)
+        pixel_values, image_sizes = labeler.prepare(image)
     except UnidentifiedImageError:
-        return _Unreadable(row, "the file is no picture of a known format")
+        return _Unreadable(row, "the file is no image of a known format")
     except Exception as error:
         # Decoders of damaged files raise what they please
         return _Unreadable(row, _one_line(error))
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     return _Prepared(row, encoded, (height, width), pixel_values, image_sizes)
 
 
 def _read(value: Any, with_image: bool) -> tuple[bytes | None, np.ndarray]:
-    """A column's entry as an encoded file, where it is wanted, and as an upright picture of bytes."""
+    """A column's entry as an encoded file, where it is wanted, and as an upright image of bytes."""
     if value is None:
-        raise ValueError("the picture is missing")
+        raise ValueError("the image is missing")
     if isinstance(value, Mapping):
         value = value.get("bytes") or _file(value.get("path"))
     if not isinstance(value, (bytes, bytearray)):
-        picture = read_byte_picture(value if isinstance(value, Image.Image) else np.asarray(value), "the picture")
-        return (_png(picture) if with_image else None), picture
+        image = read_byte_image(value if isinstance(value, Image.Image) else np.asarray(value), "the image")
+        return (_png(image) if with_image else None), image
     with open_encoded(value) as image:
-        # PIL refuses pictures from twice as many pixels only, which take gigabytes
+        # PIL refuses images from twice as many pixels only, which take gigabytes
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and image.width * image.height > limit:
-            raise ValueError(f"the picture has {image.width} x {image.height} pixels, more than the {limit:,} allowed")
-        picture = read_byte_picture(image, "the picture")
-    return (bytes(value) if with_image else None), picture
+            raise ValueError(f"the image has {image.width} x {image.height} pixels, more than the {limit:,} allowed")
+        pixels = read_byte_image(image, "the image")
+    return (bytes(value) if with_image else None), pixels
 
 
 def _file(path: str | None) -> bytes:
     if not path:
-        raise ValueError("the picture is missing")
+        raise ValueError("the image is missing")
     with fsspec.open(path, "rb") as file:
         return file.read()
 
@@ -504,7 +504,7 @@ class _Run:
         self.bar = bar
         self.features = result_features(features, options)
         self.workers = options.workers or min(16, os.cpu_count() or 1)
-        self.pictures = 0
+        self.images = 0
         self.failures = 0
         self.first_error: str | None = None
         self._waiting: dict[tuple[int, ...], list[_Prepared]] = {}
@@ -517,9 +517,9 @@ class _Run:
 
         Raises:
             OSError: a file cannot be written.
-            ValueError: with `strict`, for the first unreadable picture.
+            ValueError: with `strict`, for the first unreadable image.
         """
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="picture")
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="image")
         writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
         written: Future[int] | None = None
         ahead = 2 * self.workers + 2 * self.options.batch_size
@@ -546,7 +546,7 @@ class _Run:
         return pool.submit(_prepare, item, self.labeler, self.options.with_images)
 
     def _take(self, pool: ThreadPoolExecutor, prepared: _Prepared | _Unreadable) -> None:
-        """Put a picture to others of its size, and run those that are enough for a batch."""
+        """Put an image to others of its size, and run those that are enough for a batch."""
         if isinstance(prepared, _Unreadable):
             message = f"row {prepared.row.number}: {prepared.error}"
             if self.options.strict:
@@ -590,7 +590,7 @@ class _Run:
             if len(batch) == 1:
                 height, width = batch[0].size
                 raise ValueError(
-                    f"row {batch[0].row.number}, a picture of {width} x {height} pixels, does not fit into the memory "
+                    f"row {batch[0].row.number}, an image of {width} x {height} pixels, does not fit into the memory "
                     f"of {self.labeler.model.device}: free some of it, or use the processor (--device cpu)."
                 ) from error
         if self.labeler.model.device.type == "cuda":
@@ -602,7 +602,7 @@ class _Run:
             self.failures += written.result()
 
     def _write(self, block: int, results: list[tuple[int, Future[dict[str, Any]] | dict[str, Any]]]) -> int:
-        """Write a part file; returns how many of its pictures could not be read."""
+        """Write a part file; returns how many of its images could not be read."""
         ordered = sorted(results, key=lambda result: result[0])
         rows = [result.result() if isinstance(result, Future) else result for _, result in ordered]
         table = Dataset.from_list(rows, features=self.features).data.table
@@ -617,7 +617,7 @@ class _Run:
                 f"{path} cannot be written ({reason}): what is done stays; make room or choose another disk, and run "
                 "the same command again to go on."
             ) from error
-        self.pictures += len(rows)
+        self.images += len(rows)
         return sum(row[ERROR] is not None for row in rows)
 
 
@@ -654,7 +654,7 @@ def _result(
     scores: np.ndarray | None = None,
     labels: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """A row of a part file; without a label map that of a picture that cannot be read."""
+    """A row of a part file; without a label map that of an image that cannot be read."""
     values = prepared.row.values
     row: dict[str, Any] = {ROW: prepared.row.number, **{name: _kept(values[name]) for name in options.keep_columns}}
     if options.with_images:
@@ -792,11 +792,11 @@ def identity(labeler: Labeler, rows: Dataset | IterableDataset, options: Options
     The batch size and the number of processes are left out: they change nothing but rounding.
     """
     config = {name: value for name, value in labeler.model.config.to_dict().items() if name not in _VOLATILE}
-    pictures = labeler.processor.image_processor.to_dict()
+    images = labeler.processor.image_processor.to_dict()
     return {
         "model": _digest_weights(labeler.model),
         "config": _digest(_without_volatile(config)),
-        "image_processor": _digest(_without_volatile(pictures)),
+        "image_processor": _digest(_without_volatile(images)),
         "templates": _digest(list(labeler.templates)),
         "labels": _digest([list(labeler.labels), labeler.own_labels, len(labeler.class_embeds)]),
         "dataset": _digest_rows(rows),
@@ -843,9 +843,9 @@ configs:
 task_categories:
 - image-segmentation
 ---
-Label maps that a Side Adapter Network drew. `row` is the number of the picture in its data set, `annotation` the index
-of a label for each pixel, `segments` the labels present with the share of the picture that they cover and their mean
-scores. Where a picture could not be read, `error` says why and the annotation is missing.
+Label maps that a Side Adapter Network drew. `row` is the number of the image in its data set, `annotation` the index
+of a label for each pixel, `segments` the labels present with the share of the image that they cover and their mean
+scores. Where an image could not be read, `error` says why and the annotation is missing.
 
 Labels, counted from 0:
 
@@ -879,7 +879,7 @@ def _digest_weights(model: torch.nn.Module) -> str:
 
 
 def _digest_rows(rows: Dataset | IterableDataset) -> str:
-    """Of the number of rows and of some pictures, which is the same wherever the data set lies."""
+    """Of the number of rows and of some images, which is the same wherever the data set lies."""
     if isinstance(rows, Dataset):
         length = len(rows)
         numbers = sorted({round(step * (length - 1) / (_SAMPLED_ROWS - 1)) for step in range(_SAMPLED_ROWS)})
@@ -889,7 +889,7 @@ def _digest_rows(rows: Dataset | IterableDataset) -> str:
     digest = hashlib.blake2b(f"{length}".encode(), digest_size=16)
     for value in sample:
         if isinstance(value, Mapping):
-            # A picture that cannot be read is no reason not to begin
+            # An image that cannot be read is no reason not to begin
             name = value.get("path") or ""
             digest.update(value.get("bytes") or Path(name).name.encode())
         else:

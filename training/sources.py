@@ -1,4 +1,4 @@
-"""Opening data sets of labelled pictures, in whatever form they are kept."""
+"""Opening data sets of labelled images, in whatever form they are kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Value, load_dataset
 from datasets import Image as ImageFeature
 
-from modeling_san.training.errors import first_line
+from modeling_san.processing.wording_san import first_line
 
 IMAGE_COLUMNS = ("image", "pixel_values", "img", "picture")
 LABEL_COLUMNS = (
@@ -29,7 +29,7 @@ LABEL_COLUMNS = (
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "JPEGImages")
 LABEL_FOLDERS = ("annotations", "annotation", "labels", "label", "masks", "mask", "SegmentationClass")
 
-_PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _SPLIT_FOLDERS = {"train": ("train", "training"), "validation": ("validation", "val", "valid")}
 _FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
 _STREAM_SHARDS = 64
@@ -38,7 +38,7 @@ _STREAM_SHARDS = 64
 _logger = logging.getLogger(__name__)
 
 
-def load_pictures(
+def load_images(
     source: str | os.PathLike,
     split: str = "train",
     *,
@@ -48,7 +48,7 @@ def load_pictures(
     labelled: bool = True,
 ) -> Dataset | IterableDataset:
     """
-    Open a data set of pictures with label maps.
+    Open a data set of images with label maps.
 
     Args:
         source: a parquet or arrow file, a pattern such as `data/train-*.parquet`, a folder (of such files, written by
@@ -56,15 +56,15 @@ def load_pictures(
             that hold files of the same names), or a Hub id.
         split: which part of it; a file or a pattern has one part only.
         streaming: read the data set as it is used instead of copying it into a cache; its length stays unknown.
-        image_column: where the pictures are; recognised by its name by default.
+        image_column: where the images are; recognised by its name by default.
         label_column: where the label maps are; recognised by its name by default.
-        labelled: whether label maps are needed; pictures to segment have none.
+        labelled: whether label maps are needed; images to segment have none.
 
     Returns:
         a data set with the columns `image` and, where it is labelled, `annotation`; lists of classes with names stay.
 
     Raises:
-        ValueError: where the source cannot be read or holds no pictures with label maps.
+        ValueError: where the source cannot be read or holds no images with label maps.
     """
     try:
         dataset = open_source(os.fspath(source), split, streaming, labelled)
@@ -74,19 +74,19 @@ def load_pictures(
         # The readers behind raise dozens of types; what a user can do about them is the same.
         reason = first_line(error)
         if "corresponds to no data" in reason:
-            raise ValueError(f"{source} (split {split!r}) holds no pictures.") from error
+            raise ValueError(f"{source} (split {split!r}) holds no images.") from error
         raise ValueError(
             f"{source} cannot be read as a data set (split {split!r}): {reason}. Pass a parquet or arrow file, a "
-            "folder of pictures and label maps, a folder written by datasets, or a Hub id."
+            "folder of images and label maps, a folder written by datasets, or a Hub id."
         ) from error
     if not columns:
-        raise ValueError(f"{source} (split {split!r}) holds no pictures.")
-    image = find_column(features, image_column, IMAGE_COLUMNS, "pictures", source)
+        raise ValueError(f"{source} (split {split!r}) holds no images.")
+    image = find_column(features, image_column, IMAGE_COLUMNS, "images", source)
     wanted = {image: "image"}
     if labelled or label_column is not None:
         label = find_column(features, label_column, LABEL_COLUMNS, "label maps", source)
         if label == image:
-            raise ValueError(f"{source}: column {image!r} cannot hold both the pictures and the label maps.")
+            raise ValueError(f"{source}: column {image!r} cannot hold both the images and the label maps.")
         wanted[label] = "annotation"
     for name in wanted:
         if isinstance(features[name], Value):
@@ -96,7 +96,7 @@ def load_pictures(
 
 
 def class_names_in(feature: Any) -> list[str] | None:
-    """Class names of a list of classes, nested at will; None for all else, one class for a whole picture too."""
+    """Class names of a list of classes, nested at will; None for all else, one class for a whole image too."""
     while (feature := _item_of(feature)) is not None:
         if isinstance(feature, ClassLabel) and feature.names:
             return list(feature.names)
@@ -127,10 +127,10 @@ def open_source(source: str, split: str, streaming: bool, labelled: bool) -> Any
     Open a data set with all its columns.
 
     Args:
-        source: as for `load_pictures`.
+        source: as for `load_images`.
         split: which part of it.
         streaming: whether to read it as it passes by.
-        labelled: whether two folders of files may be pictures and their label maps.
+        labelled: whether two folders of files may be images and their label maps.
 
     Raises:
         ValueError and what the readers of `datasets` raise: it cannot be opened.
@@ -165,7 +165,7 @@ def _streamed(dataset: Dataset, streaming: bool) -> Dataset | IterableDataset:
 
 
 def _paired_files(folder: Path, split: str) -> tuple[dict[str, Path], dict[str, Path]] | None:
-    """Files by their name without ending in a folder of pictures and in one of label maps; None without these two."""
+    """Files by their name without ending in a folder of images and in one of label maps; None without these two."""
     names = _SPLIT_FOLDERS.get(split, (split,))
     for base in (*(folder / name for name in names), folder):
         images = next((base / name for name in IMAGE_FOLDERS if (base / name).is_dir()), None)
@@ -184,10 +184,10 @@ def _has_folders(folder: Path) -> bool:
 
 
 def _files_by_stem(folder: Path) -> dict[str, Path]:
-    """Pictures in a folder and those below, by their path without ending."""
+    """Images in a folder and those below, by their path without ending."""
     files: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in _PICTURE_ENDINGS or path.name.startswith("."):
+        if path.suffix.lower() not in _IMAGE_ENDINGS or path.name.startswith("."):
             continue
         stem = path.relative_to(folder).with_suffix("").as_posix()
         if stem in files:
@@ -197,14 +197,14 @@ def _files_by_stem(folder: Path) -> dict[str, Path]:
 
 
 def _from_pairs(images: dict[str, Path], labels: dict[str, Path]) -> Dataset:
-    """Pictures with the label maps of the same names."""
+    """Images with the label maps of the same names."""
     stems = [stem for stem in images if stem in labels]
     if not stems:
-        raise ValueError(f"{len(images)} pictures and {len(labels)} label maps lie there, but no two of the same name")
+        raise ValueError(f"{len(images)} images and {len(labels)} label maps lie there, but no two of the same name")
     alone = len(images) - len(stems), len(labels) - len(stems)
     if any(alone):
         _logger.warning(
-            "%d pictures without a label map of the same name and %d label maps without a picture are left out.",
+            "%d images without a label map of the same name and %d label maps without an image are left out.",
             *alone,
         )
     columns = {
@@ -226,7 +226,7 @@ def _first_columns(dataset: Any) -> tuple[str, ...]:
 
 def find_column(features: dict[str, Any], chosen: str | None, known: Sequence[str], kind: str, source: object) -> str:
     """
-    Name of the column that holds pictures or label maps.
+    Name of the column that holds images or label maps.
 
     Args:
         features: of the data set, by column.
@@ -242,10 +242,10 @@ def find_column(features: dict[str, Any], chosen: str | None, known: Sequence[st
         if chosen not in features:
             raise ValueError(f"{source} has no column {chosen!r}, but {', '.join(features)}.")
         if isinstance(features[chosen], ClassLabel):
-            raise ValueError(f"{source}: column {chosen!r} holds one class for each whole picture, and no {kind}.")
+            raise ValueError(f"{source}: column {chosen!r} holds one class for each whole image, and no {kind}.")
         return chosen
     for name in known:
-        # One class for a whole picture, as image folders have it, is no label map.
+        # One class for a whole image, as image folders have it, is no label map.
         if name in features and not isinstance(features[name], (ClassLabel, Value)):
             return name
     raise ValueError(
@@ -254,4 +254,4 @@ def find_column(features: dict[str, Any], chosen: str | None, known: Sequence[st
     )
 
 
-__all__ = ["IMAGE_COLUMNS", "LABEL_COLUMNS", "class_names_in", "find_column", "load_pictures", "open_source"]
+__all__ = ["IMAGE_COLUMNS", "LABEL_COLUMNS", "class_names_in", "find_column", "load_images", "open_source"]

@@ -1,4 +1,4 @@
-"""What a training run tells: lines of `metrics.jsonl`, Accelerate's trackers, curves as a picture."""
+"""What a training run tells: lines of `metrics.jsonl`, Accelerate's trackers, curves as an image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from modeling_san.training.files import write_text
+from modeling_san.processing.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -32,21 +32,21 @@ from tqdm import tqdm
 from modeling_san import BUILTIN_MODEL
 from modeling_san.modeling_san import SANForOpenVocabSegmentation
 from modeling_san.processing import SANProcessor
+from modeling_san.processing.device import pick_device_and_dtype
+from modeling_san.processing.files import filling_folder, remove_unfinished, write_json, write_text
+from modeling_san.processing.wording_san import first_line
 from modeling_san.training.augmentation import Augmentation
 from modeling_san.training.checkpoints import Checkpoints, load_training_state
 from modeling_san.training.data import (
     Collator,
     EndlessOrder,
-    StreamedPictures,
-    TrainingPictures,
-    check_first_pictures,
-    load_pictures,
+    StreamedImages,
+    TrainingImages,
+    check_first_images,
+    load_images,
     to_arrays,
 )
-from modeling_san.training.device import pick_device_and_dtype
-from modeling_san.training.errors import first_line
-from modeling_san.training.evaluation import evaluate, save_overlays
-from modeling_san.training.files import filling_folder, remove_unfinished, write_json, write_text
+from modeling_san.training.evaluate import evaluate, save_overlays
 from modeling_san.training.label_sets import load_label_set
 from modeling_san.training.metrics import RESULTS_FILE
 from modeling_san.training.optimization import make_optimizer, make_schedule
@@ -63,7 +63,7 @@ _logger = logging.getLogger(__name__)
 
 
 class NonFiniteLossError(ValueError):
-    """The loss is infinite or not a number; the message names the step, the terms and the pictures."""
+    """The loss is infinite or not a number; the message names the step, the terms and the images."""
 
 
 def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
@@ -102,15 +102,15 @@ class _Run:
 
         resumed = _find_checkpoint(recipe, self.folder, self.checkpoints)
         self.model, self.processor = _load_model(recipe, resumed)
-        pictures = _load_pictures(recipe, str(recipe.dataset), recipe.split)
+        images = _load_images(recipe, str(recipe.dataset), recipe.split)
         self.label_set = load_label_set(
             recipe.labels,
-            dataset=pictures,
+            dataset=images,
             source=recipe.dataset,
             ignore_index=recipe.ignore_index,
             reduce_labels=recipe.reduce_labels,
         )
-        check_first_pictures(pictures, self.label_set, recipe.dataset)
+        check_first_images(images, self.label_set, recipe.dataset)
         self.validation = self._load_validation()
         self._prepare_model()
         self.optimizer: Any = make_optimizer(self.model, recipe.learning_rate, recipe.weight_decay)
@@ -123,7 +123,7 @@ class _Run:
         self.scaler_state: dict[str, Any] | None = None
         if resumed is not None:
             self._restore(resumed)
-        self.batches = self._load_batches(pictures)
+        self.batches = self._load_batches(images)
         self.trained, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         if self.accelerator.scaler is not None and self.scaler_state:
             self.accelerator.scaler.load_state_dict(self.scaler_state)
@@ -191,7 +191,7 @@ class _Run:
         return not all(map(math.isfinite, (*terms.values(), grad_norm)))
 
     def _forward_and_backward(self) -> tuple[dict[str, float], list[int], float]:
-        """Gradients of one step: the loss terms of this process, the pictures they are of, the gradient's norm."""
+        """Gradients of one step: the loss terms of this process, the images they are of, the gradient's norm."""
         recipe, accelerator = self.recipe, self.accelerator
         seed_step(recipe.seed, self.step, accelerator.process_index)
         parts = recipe.gradient_accumulation_steps
@@ -224,23 +224,23 @@ class _Run:
         return [bool(count) for count in self.accelerator.reduce(counts, "sum").tolist()]
 
     def _report_non_finite(self, terms: dict[str, float], indices: list[int]) -> None:
-        everyones = gather_objects({"terms": terms, "pictures": indices})
+        everyones = gather_objects({"terms": terms, "images": indices})
         # The gradient is everybody's; the process whose loss broke it is the one to name
         losses = [[value for name, value in one["terms"].items() if name != "grad_norm"] for one in everyones]
         broken = [one for one, values in zip(everyones, losses, strict=True) if not all(map(math.isfinite, values))]
-        terms, pictures = (broken or everyones)[0]["terms"], (broken or everyones)[0]["pictures"]
+        terms, images = (broken or everyones)[0]["terms"], (broken or everyones)[0]["images"]
         named = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
         saved = self._save_checkpoint(must_succeed=False)
         if self.is_main:
             write_json(
                 self.folder / "non_finite.json",
                 {"step": self.step + 1, "terms": {name: str(value) for name, value in terms.items()},
-                 "pictures": pictures},
+                 "images": images},
             )  # fmt: skip
         raise NonFiniteLossError(
-            f"the loss or its gradient in step {self.step + 1} is not finite ({named}), on the pictures with indices "
-            f"{pictures}. "
-            f"{saved} Look at these pictures, or lower learning_rate, and go on with resume: auto."
+            f"the loss or its gradient in step {self.step + 1} is not finite ({named}), on the images with indices "
+            f"{images}. "
+            f"{saved} Look at these images, or lower learning_rate, and go on with resume: auto."
         )
 
     # ------------------------------------------------------------------------------------------------ saving
@@ -319,7 +319,7 @@ class _Run:
 
     @contextmanager
     def _rescuing(self) -> Iterator[None]:
-        """Save what an error in the middle of a run would cost: a damaged picture, memory that runs out."""
+        """Save what an error in the middle of a run would cost: a damaged image, memory that runs out."""
         try:
             yield
         except NonFiniteLossError:
@@ -383,7 +383,7 @@ class _Run:
         self._try("curves", lambda: plot_curves(self.folder / METRICS_FILE, self.folder / "curves.png"))
 
     def _try(self, what: str, draw: Callable[[], object]) -> None:
-        """Pictures are not worth a run."""
+        """Images are not worth a run."""
         try:
             draw()
         except (OSError, ImportError, ValueError) as error:
@@ -407,9 +407,9 @@ class _Run:
         recipe = self.recipe
         if recipe.validation is None:
             return None
-        pictures = _load_pictures(recipe, recipe.validation, recipe.validation_split)
-        check_first_pictures(pictures, self.label_set, recipe.validation)
-        return pictures
+        images = _load_images(recipe, recipe.validation, recipe.validation_split)
+        check_first_images(images, self.label_set, recipe.validation)
+        return images
 
     def _prepare_model(self) -> None:
         recipe, model = self.recipe, self.model
@@ -443,12 +443,12 @@ class _Run:
         if self.validation is not None:
             self.results = progress.get("results") or {}
         if self.recipe.streaming and self.step and self.is_main:
-            _say(f"reading past the pictures of {self.step} steps: a stream has no other way to its middle")
+            _say(f"reading past the images of {self.step} steps: a stream has no other way to its middle")
         processes = self.accelerator.num_processes
         if self.recipe.streaming and progress.get("processes", processes) != processes:
             _warn(
                 f"the stream was shared between {progress['processes']} processes and is now between {processes}: "
-                "some pictures of this epoch come twice, others not at all."
+                "some images of this epoch come twice, others not at all."
             )
         if progress.get("best_step") is not None:
             self.best = {"step": progress["best_step"], "mean_iou": progress["best_mean_iou"]}
@@ -473,14 +473,14 @@ class _Run:
             for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
         ]
 
-    def _make_augmentation(self, pictures: Any) -> Augmentation:
-        """The recipe's; what it leaves out follows from the working size and the first picture's shape."""
+    def _make_augmentation(self, images: Any) -> Augmentation:
+        """The recipe's; what it leaves out follows from the working size and the first image's shape."""
         recipe = self.recipe
         divisor, patch_size = self.model.config.size_divisor, self.model.config.side_patch_size
         short_side = int(self.processor.image_processor.size["shortest_edge"])
         crop_size = recipe.crop_size
         if not crop_size:
-            image, _ = to_arrays(next(iter(pictures)), self.label_set)
+            image, _ = to_arrays(next(iter(images)), self.label_set)
             scale = short_side / min(image.size)
             crop_size = [max(divisor, round(side * scale / divisor) * divisor) for side in image.size[::-1]]
         if any(side % patch_size for side in crop_size):
@@ -496,7 +496,7 @@ class _Run:
             flip=recipe.flip,
         )
 
-    def _load_batches(self, pictures: Any) -> Iterator[dict[str, Tensor]]:
+    def _load_batches(self, images: Any) -> Iterator[dict[str, Tensor]]:
         recipe, accelerator = self.recipe, self.accelerator
         parts = accelerator.num_processes * recipe.gradient_accumulation_steps
         if recipe.batch_size % parts:
@@ -505,14 +505,14 @@ class _Run:
                 f"{recipe.gradient_accumulation_steps} accumulated batches each: make it a multiple of {parts}."
             )
         batch_size = recipe.batch_size // parts
-        augmentation = self._make_augmentation(pictures)
+        augmentation = self._make_augmentation(images)
         image_processor = self.processor.image_processor
         rank, world_size = accelerator.process_index, accelerator.num_processes
         order = None
         dataset: torch.utils.data.Dataset
-        if isinstance(pictures, IterableDataset):
-            dataset = StreamedPictures(
-                pictures,
+        if isinstance(images, IterableDataset):
+            dataset = StreamedImages(
+                images,
                 self.label_set,
                 image_processor,
                 augmentation,
@@ -524,7 +524,7 @@ class _Run:
                 skip=self.step * recipe.gradient_accumulation_steps,
             )
         else:
-            dataset = TrainingPictures(pictures, self.label_set, image_processor, augmentation, seed=recipe.seed)
+            dataset = TrainingImages(images, self.label_set, image_processor, augmentation, seed=recipe.seed)
             order = EndlessOrder(
                 len(dataset),
                 seed=recipe.seed,
@@ -565,7 +565,7 @@ class _Interval:
 
     def restart(self) -> None:
         self.sums: dict[str, float] = {}
-        self.steps = self.pictures = 0
+        self.steps = self.images = 0
         self.began = time.monotonic()
 
     @contextmanager
@@ -575,16 +575,16 @@ class _Interval:
         yield
         self.began += time.monotonic() - began
 
-    def add(self, terms: dict[str, float], grad_norm: float, pictures: int) -> None:
+    def add(self, terms: dict[str, float], grad_norm: float, images: int) -> None:
         for name, value in (*terms.items(), ("grad_norm", grad_norm)):
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.steps += 1
-        self.pictures += pictures
+        self.images += images
 
     def figures(self) -> dict[str, float]:
         means = {name: total / max(self.steps, 1) for name, total in self.sums.items()}
         seconds = max(time.monotonic() - self.began, 1e-9)
-        return {**means, "images_per_second": self.pictures / seconds, "peak_memory_gb": peak_memory(self.device)}
+        return {**means, "images_per_second": self.images / seconds, "peak_memory_gb": peak_memory(self.device)}
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -744,8 +744,8 @@ def _tell_changes(path: Path, recipe: Recipe) -> None:
             _warn(f"the run continues with another recipe: {'; '.join(changes)}")
 
 
-def _load_pictures(recipe: Recipe, source: str, split: str) -> Any:
-    return load_pictures(
+def _load_images(recipe: Recipe, source: str, split: str) -> Any:
+    return load_images(
         source,
         split,
         streaming=recipe.streaming,

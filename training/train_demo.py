@@ -25,7 +25,7 @@ from modeling_san.training.metrics import RESULTS_FILE, ConfusionMatrix
 from modeling_san.training.pretrain_clip import (
     CLIP_RESIZE_FACTOR,
     GATE_TEMPLATES,
-    PICTURE_SIZE,
+    IMAGE_SIZE,
     masked_recognition_accuracy,
     pretrain_clip,
     zero_shot_accuracy,
@@ -54,7 +54,7 @@ SAN_OPTIONS: dict[str, Any] = {
     "side_hidden_size": 96,
     "side_num_layers": 5,
     "side_num_heads": 4,
-    "side_image_size": PICTURE_SIZE,
+    "side_image_size": IMAGE_SIZE,
     "side_patch_size": 8,
     "size_divisor": 16,
     "fusion_map": [[0, 0], [1, 1], [2, 2]],
@@ -69,21 +69,21 @@ class UndertrainedError(RuntimeError):
     """CLIP did not learn enough for SAN to be worth training."""
 
 
-class WorldPictures(torch.utils.data.Dataset):
+class WorldImages(torch.utils.data.Dataset):
     """
     Scenes of the drawn world as training examples.
 
     Args:
-        num_pictures: length.
-        class_names: the vocabulary; pictures hold no other names.
-        image_processor: normalises pictures.
+        num_images: length.
+        class_names: the vocabulary; images hold no other names.
+        image_processor: normalises images.
         seed: which world.
     """
 
     def __init__(
-        self, num_pictures: int, class_names: list[str], image_processor: SANImageProcessor, seed: int = SAN_SEED
+        self, num_images: int, class_names: list[str], image_processor: SANImageProcessor, seed: int = SAN_SEED
     ) -> None:
-        self.num_pictures = num_pictures
+        self.num_images = num_images
         self.combinations = [name for name in class_names if name not in BACKGROUNDS]
         self.image_processor = image_processor
         self.seed = seed
@@ -92,20 +92,20 @@ class WorldPictures(torch.utils.data.Dataset):
             self.new_index[CLASS_NAMES.index(name)] = new
 
     def __len__(self) -> int:
-        """Number of pictures."""
-        return self.num_pictures
+        """Number of images."""
+        return self.num_images
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """`pixel_values` `(3, 128, 128)` and `labels` `(128, 128)` of picture `index`."""
-        scene = draw_scene(self.seed, index, combinations=self.combinations, size=PICTURE_SIZE)
+        """`pixel_values` `(3, 128, 128)` and `labels` `(128, 128)` of image `index`."""
+        scene = draw_scene(self.seed, index, combinations=self.combinations, size=IMAGE_SIZE)
         pixel_values = self.image_processor(scene.image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixel_values, "labels": self.new_index[torch.from_numpy(scene.label_map).long()]}
 
 
 def make_processor(tokenizer: CLIPTokenizer) -> SANProcessor:
-    """The built-in model's processor: small pictures, and the templates its CLIP was checked with."""
+    """The built-in model's processor: small images, and the templates its CLIP was checked with."""
     image_processor = SANImageProcessor(
-        size={"shortest_edge": PICTURE_SIZE, "longest_edge": 4 * PICTURE_SIZE},
+        size={"shortest_edge": IMAGE_SIZE, "longest_edge": 4 * IMAGE_SIZE},
         size_divisor=SAN_OPTIONS["size_divisor"],
         mask_stride=SAN_OPTIONS["side_patch_size"],
     )
@@ -163,7 +163,7 @@ def train_demo(
         output_dir: folder for the result.
         clip_steps: optimisation steps of CLIP's pre-training.
         san_steps: optimisation steps of SAN.
-        batch_size: pictures a step of SAN.
+        batch_size: images a step of SAN.
         learning_rate: of SAN.
         seed: of all random choices.
         device: `"cpu"` keeps the run off a GPU.
@@ -193,7 +193,7 @@ def train_demo(
     model.set_labels(names, processor)
     run_training(
         model,
-        WorldPictures(san_steps * batch_size, names, processor.image_processor),
+        WorldImages(san_steps * batch_size, names, processor.image_processor),
         steps=san_steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -221,29 +221,29 @@ def evaluate_demo(
     model: SANForOpenVocabSegmentation,
     processor: SANProcessor,
     *,
-    num_pictures: int = 400,
+    num_images: int = 400,
     seed: int = EVALUATION_SEED,
     batch_size: int = 16,
     progress: bool = True,
 ) -> dict[str, float]:
     """
-    Mean IoU on fresh pictures that hold all combinations, among all names.
+    Mean IoU on fresh images that hold all combinations, among all names.
 
     Args:
         model: a model with the world's names stored.
         processor: its processor.
-        num_pictures: how many pictures to draw.
+        num_images: how many images to draw.
         seed: which world.
-        batch_size: pictures at once.
+        batch_size: images at once.
         progress: whether to show a progress bar.
 
     Returns:
         `seen`, `never seen` and `backgrounds`: means over those classes.
     """
     confusion = ConfusionMatrix(len(CLASS_NAMES))
-    bar = tqdm(total=num_pictures, desc="evaluating", unit="picture", disable=not progress)
-    for start in range(0, num_pictures, batch_size):
-        scenes = [draw_scene(seed, index) for index in range(start, min(start + batch_size, num_pictures))]
+    bar = tqdm(total=num_images, desc="evaluating", unit="image", disable=not progress)
+    for start in range(0, num_images, batch_size):
+        scenes = [draw_scene(seed, index) for index in range(start, min(start + batch_size, num_images))]
         inputs = processor(images=[scene.image for scene in scenes], return_tensors="pt").to(model.device)
         maps = processor.post_process_semantic_segmentation(
             model(**inputs), target_sizes=[scene.label_map.shape for scene in scenes]
@@ -259,7 +259,7 @@ def evaluate_demo(
 @contextmanager
 def attention_bias_off(model: SANForOpenVocabSegmentation) -> Iterator[None]:
     """
-    Within the context, [SLS] tokens look at the whole picture: every attention bias is 0.
+    Within the context, [SLS] tokens look at the whole image: every attention bias is 0.
 
     Raises:
         ValueError: where the model's biases are not rescaled.
@@ -281,7 +281,7 @@ def attention_bias_off(model: SANForOpenVocabSegmentation) -> Iterator[None]:
 
 def format_results(figures: dict[str, dict[str, float]]) -> str:
     """The table that `san train-demo` and `san demo` print."""
-    rows = [f"{'mean IoU on fresh pictures':<44}{'bias on':>9}{'bias off':>10}"]
+    rows = [f"{'mean IoU on fresh images':<44}{'bias on':>9}{'bias off':>10}"]
     explanations = {
         "seen": f"{len(SEEN_COMBINATIONS)} combinations with masks in training",
         "never seen": f"{len(NEVER_SEEN_COMBINATIONS)} combinations without any mask",
@@ -296,7 +296,7 @@ __all__ = [
     "RESULTS_FILE",
     "SAN_OPTIONS",
     "UndertrainedError",
-    "WorldPictures",
+    "WorldImages",
     "attention_bias_off",
     "check_clip",
     "evaluate_demo",

@@ -12,8 +12,8 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerContro
 
 from modeling_san.modeling_san import SANForOpenVocabSegmentation, SANOutput
 from modeling_san.processing import SANProcessor
+from modeling_san.processing.device import pick_device_and_dtype
 from modeling_san.training.data import Collator
-from modeling_san.training.device import pick_device_and_dtype
 from modeling_san.training.metrics import ConfusionMatrix
 from modeling_san.training.optimization import is_decayed
 from modeling_san.training.train import seed_step
@@ -39,7 +39,7 @@ class SeedEachStep(TrainerCallback):
 
 class StreamingMeanIoU:
     """
-    `compute_metrics` of a `Trainer` with `batch_eval_metrics=True`: no picture is kept.
+    `compute_metrics` of a `Trainer` with `batch_eval_metrics=True`: no image is kept.
 
     Pass `preprocess_logits_for_metrics=metrics.to_label_map` as well: it turns the outputs into label maps on the
     device, so that nothing larger is gathered.
@@ -123,14 +123,14 @@ def run_training(
         steps: optimisation steps.
         prompts: `input_ids` and `attention_mask` of the labels, encoded anew in each step; needed where the text
             encoder trains. By default the stored label embeddings are used.
-        batch_size: pictures a step on each device.
+        batch_size: images a step on each device.
         learning_rate: AdamW's after the warm-up; decays to 0 as a polynomial of power 0.9.
         warmup_steps: steps of linear warm-up; by default 50, but at most a tenth of all.
         weight_decay: AdamW's.
         max_grad_norm: gradients are scaled down to this norm.
-        seed: of the order of pictures and of the points on which masks are compared.
+        seed: of the order of images and of the points on which masks are compared.
         device: `"cpu"` keeps the run off a GPU; by default the first GPU is used if there is one.
-        workers: processes that prepare pictures.
+        workers: processes that prepare images.
         progress: whether to show a progress bar.
         training_arguments: further fields of `TrainingArguments`.
 

@@ -1,6 +1,6 @@
 """A small drawn world: textured backgrounds with free-form regions that combine a colour with a pattern.
 
-Every picture is an exact function of `(seed, index)`, so nothing has to be stored or downloaded. A region is named by
+Every image is an exact function of `(seed, index)`, so nothing has to be stored or downloaded. A region is named by
 its colour and its pattern ("red striped"), a background by its texture ("grass"). A label map holds, for each pixel,
 the position of its name in [`CLASS_NAMES`].
 """
@@ -35,7 +35,7 @@ CLASS_NAMES: tuple[str, ...] = COMBINATIONS + BACKGROUNDS
 """What a label map's values stand for, in order."""
 
 IGNORE_INDEX = 255
-"""The label that no pixel of a drawn picture has; padding may use it."""
+"""The label that no pixel of a drawn image has; padding may use it."""
 
 # A Latin arrangement: each colour is held out once, each pattern twice. What is never seen is thus the combination
 # only; its colour and its pattern are both seen in others.
@@ -50,8 +50,8 @@ SINGLE_TEMPLATES: tuple[str, ...] = (
     "a photo of {}",
     "a photo of {}.",
     "a photo of a {}.",
-    "a picture of {}",
-    "a picture of a {} patch",
+    "an image of {}",
+    "an image of a {} patch",
     "a close-up photo of {}.",
     "something {}",
     "this is a photo of a {}",
@@ -68,18 +68,18 @@ ON_BACKGROUND_TEMPLATES: tuple[str, ...] = (
     "a photo of {} on {}",
     "a photo of a {} patch on {}.",
     "{} surrounded by {}",
-    "a picture with {} and {}",
+    "an image with {} and {}",
     "{} in front of {}",
 )
-SEVERAL_TEMPLATES: tuple[str, ...] = ("{}", "a photo of {}", "a picture with {}", "{} side by side", "there are {}")
+SEVERAL_TEMPLATES: tuple[str, ...] = ("{}", "a photo of {}", "an image with {}", "{} side by side", "there are {}")
 
 MIN_REGION_SHARE = 0.06
-"""The least visible share of the picture that a region covers."""
+"""The least visible share of the image that a region covers."""
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A sentence about a picture and the class names it mentions."""
+    """A sentence about an image and the class names it mentions."""
 
     text: str
     names: frozenset[str]
@@ -87,14 +87,14 @@ class Caption:
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawn picture and what is to be known about it.
+    """A drawn image and what is to be known about it.
 
     Attributes:
         image: `uint8` array `(height, width, 3)`, RGB.
         label_map: `uint8` array `(height, width)`, positions in [`CLASS_NAMES`].
         regions: names of the regions, from the first drawn to the one on top; each covers at least
-            [`MIN_REGION_SHARE`] of the picture.
-        background: name of the background, or `None` where a region fills the whole picture.
+            [`MIN_REGION_SHARE`] of the image.
+        background: name of the background, or `None` where a region fills the whole image.
         captions: three true sentences: one that names everything, one that names a part, one that names one thing.
     """
 
@@ -106,7 +106,7 @@ class Scene:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name in the picture: the regions, then the background."""
+        """Every name in the image: the regions, then the background."""
         return self.regions if self.background is None else (*self.regions, self.background)
 
 
@@ -120,14 +120,14 @@ def draw_scene(
     min_regions: int = 1,
     max_regions: int = 3,
 ) -> Scene:
-    """Draw picture number `index` of the world `seed`.
+    """Draw image number `index` of the world `seed`.
 
-    Half of the pictures hold `min_regions`, the others up to `max_regions`, all with different names. Textures have a
-    fixed scale in pixels: a larger picture shows more of them, not larger ones.
+    Half of the images hold `min_regions`, the others up to `max_regions`, all with different names. Textures have a
+    fixed scale in pixels: a larger image shows more of them, not larger ones.
 
     Args:
         seed: which world; a non-negative integer.
-        index: which picture of it; a non-negative integer.
+        index: which image of it; a non-negative integer.
         size: height and width in pixels, or one number for both.
         combinations: names that regions may have; all of [`COMBINATIONS`] by default.
         backgrounds: names that the background may have; all of [`BACKGROUNDS`] by default.
@@ -168,11 +168,11 @@ def draw_scene(
 def draw_texture(
     seed: int, index: int, *, size: int | tuple[int, int] = 128, names: Sequence[str] | None = None
 ) -> Scene:
-    """Draw a picture that one texture fills: a close-up of a region, or a background alone.
+    """Draw an image that one texture fills: a close-up of a region, or a background alone.
 
     Args:
         seed: which world; a non-negative integer.
-        index: which picture of it; a non-negative integer.
+        index: which image of it; a non-negative integer.
         size: height and width in pixels, or one number for both.
         names: what may fill it; all of [`CLASS_NAMES`] by default.
 
@@ -215,17 +215,17 @@ def write_caption(rng: np.random.Generator, regions: Sequence[str], background: 
 
 
 def world_dataset(num_images: int, seed: int = 0, *, start: int = 0, **scene_options) -> Dataset:
-    """Draw `num_images` pictures as a `datasets.Dataset` held in memory.
+    """Draw `num_images` images as a `datasets.Dataset` held in memory.
 
     Args:
-        num_images: number of pictures.
+        num_images: number of images.
         seed: which world.
-        start: index of the first picture.
+        start: index of the first image.
         scene_options: options of [`draw_scene`], such as `size` and `combinations`.
 
     Returns:
-        A dataset with the features `image` (RGB picture), `annotation` (label map, one channel) and `caption`
-        (a sentence that names everything in the picture).
+        A dataset with the features `image` (RGB image), `annotation` (label map, one channel) and `caption`
+        (a sentence that names everything in the image).
     """
     columns: dict[str, list] = {"image": [], "annotation": [], "caption": []}
     for row in _rows([(start, start + num_images)], seed, scene_options):
@@ -237,13 +237,13 @@ def world_dataset(num_images: int, seed: int = 0, *, start: int = 0, **scene_opt
 def world_iterable_dataset(
     num_images: int, seed: int = 0, *, start: int = 0, num_shards: int = 1, **scene_options
 ) -> IterableDataset:
-    """Like [`world_dataset`], but pictures are drawn as they are asked for.
+    """Like [`world_dataset`], but images are drawn as they are asked for.
 
     Args:
-        num_images: number of pictures.
+        num_images: number of images.
         seed: which world.
-        start: index of the first picture.
-        num_shards: in how many parts a data loader's workers may share the pictures out.
+        start: index of the first image.
+        num_shards: in how many parts a data loader's workers may share the images out.
         scene_options: options of [`draw_scene`].
 
     Raises:
@@ -378,7 +378,7 @@ def _finish(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _draw_texture(name: str, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A picture full of one class: `float32` array `(height, width, 3)`, about 0 ... 1."""
+    """An image full of one class: `float32` array `(height, width, 3)`, about 0 ... 1."""
     if name in _BACKGROUND_PAINTERS:
         return _BACKGROUND_PAINTERS[name](rng, height, width)
     colour, pattern = name.split(" ")

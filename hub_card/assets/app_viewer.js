@@ -1,4 +1,4 @@
-// The segmented picture. props.value is what Segmentation.view returns, props.heat what heat_view returns, props.file a
+// The segmented image. props.value is what Segmentation.view returns, props.heat what heat_view returns, props.file a
 // file to save. Opacity, hover and legend work here, without the server. Every text is set as text, never as HTML.
 const make = (tag, className, text) => {
   const node = document.createElement(tag);
@@ -20,10 +20,10 @@ const ramp = (value) => {
 };
 
 const empty = make("div", "san-empty");
-empty.append(make("strong", "", "Any words, every pixel"), make("span", "", "A picture and words, then Segment."));
+empty.append(make("strong", "", "Any words, every pixel"), make("span", "", "An image and words, then Segment."));
 const stage = make("div", "san-stage");
 const image = make("img");
-image.alt = "The picture, segmented";
+image.alt = "The image, segmented";
 image.draggable = false;
 const paint = make("canvas", "san-paint"), lines = make("canvas", "san-lines"), warmth = make("canvas", "san-heat");
 const tip = make("div", "san-tip");
@@ -46,7 +46,7 @@ bar.append(opacityLabel, scale);
 const notice = make("p", "san-notice");
 const legend = make("div", "san-legend");
 const absent = make("div", "san-absent");
-const hint = make("p", "san-hint", "Point at the picture, or touch it, to read its labels. Click a word to see where the model finds it.");
+const hint = make("p", "san-hint", "Point at the image, or touch it, to read its labels. Click a word to see where the model finds it.");
 const files = make("div", "san-files");
 files.append(make("span", "", "Download"));
 for (const [kind, name] of [["overlay", "Overlay"], ["labels", "Label map"], ["json", "JSON"]]) {
@@ -64,7 +64,7 @@ result.append(stage, bar, notice, legend, absent, hint, files);
 element.append(empty, result);
 
 let view = null, indices = null, heat = null, lit = -1;
-// Of the labels' colours, and of the heat map, which hides little of the picture where it is dark
+// Of the labels' colours, and of the heat map, which hides little of the image where it is dark
 const shares = { labels: 55, heat: 85 };
 
 function redraw() {
@@ -151,7 +151,7 @@ async function show() {
   indices = map;
   heat = null;
   lit = -1;
-  image.src = view.picture;
+  image.src = view.image;
   stage.style.aspectRatio = `${view.width} / ${view.height}`;
   stage.style.maxWidth = `min(100%, calc(68vh * ${view.width / view.height}))`;
   notice.textContent = view.notice;

@@ -1,4 +1,4 @@
-"""`san app`: a page in the browser to segment pictures with."""
+"""`san app`: a page in the browser to segment images with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .labels import add_label_options, read_labels
 from .parser import add_device_option, add_model_option, positive_integer
 
 _DESCRIPTION = """\
-Serve a page on which pictures are segmented by any words. It is open to this machine alone unless --host or --share
+Serve a page on which images are segmented by any words. It is open to this machine alone unless --host or --share
 say otherwise, works without a network, and ends with Ctrl-C. What was uploaded is removed then.
 """
 _EXAMPLE = """\
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     labels = read_labels(args)
     loaded = load_model(args.model, pick_device(args.device))
     if args.share:
-        warn("anybody who learns the page's address can use it, and pictures pass through Gradio's servers")
+        warn("anybody who learns the page's address can use it, and images pass through Gradio's servers")
     try:
         serve(
             loaded.model,

@@ -1,4 +1,4 @@
-"""`san contact-sheet`: augmented pictures of a data set with their labels drawn over, to check by eye."""
+"""`san contact-sheet`: augmented images of a data set with their labels drawn over, to check by eye."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .errors import CommandError, say
 from .parser import positive_integer
 
 _DESCRIPTION = """\
-Look at a data set before training on it: one PNG with random views of its pictures as training sees them (scale, crop,
+Look at a data set before training on it: one PNG with random views of its images as training sees them (scale, crop,
 colours, flip), each beside the same view with its labels painted over and named. What has no label stays unpainted.
 """
 _EXAMPLE = """\
@@ -55,9 +55,9 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         exit code.
     """
+    from modeling_san.processing.files import replacing_file
     from modeling_san.training.augmentation import Augmentation
     from modeling_san.training.contact_sheet import draw_contact_sheet
-    from modeling_san.training.files import replacing_file
 
     output = Path(args.output)
     if args.crop_size > _MAX_CROP:
@@ -68,16 +68,16 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"--output {output}: the sheet is a PNG, let the name end in .png")
     if args.count > _MAX_COUNT:
         raise CommandError(f"--count {args.count}: nobody looks at so many, take at most {_MAX_COUNT}")
-    pictures, label_set = open_dataset(args)
+    images, label_set = open_dataset(args)
     augmentation = Augmentation(crop_size=(args.crop_size, args.crop_size))
     if args.short_sides is not None:
         augmentation = replace(augmentation, short_sides=args.short_sides)
     try:
-        sheet = draw_contact_sheet(pictures, label_set, augmentation, count=args.count, seed=args.seed)
+        sheet = draw_contact_sheet(images, label_set, augmentation, count=args.count, seed=args.seed)
     except ValueError as error:
         raise CommandError(f"{args.dataset}, {error}") from error
     with replacing_file(output) as beside:
-        sheet.picture.save(beside, format="png")
+        sheet.image.save(beside, format="png")
     for line in sheet.lines():
         say(line)
     say(f"wrote {output}")

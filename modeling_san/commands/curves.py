@@ -24,12 +24,12 @@ def add_parser(subparsers: Any) -> None:
         "curves", help="draw how a training run goes", description=_DESCRIPTION, epilog=_EXAMPLE
     )
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="what `san train` writes to")
-    parser.add_argument("--output", metavar="PNG", help="picture to write (default: OUTPUT_DIR/curves.png)")
+    parser.add_argument("--output", metavar="PNG", help="image to write (default: OUTPUT_DIR/curves.png)")
 
 
 def run(args: argparse.Namespace) -> int:
     """
-    Draw the picture.
+    Draw the image.
 
     Raises:
         CommandError: there is no run, or matplotlib is missing.
@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
 
     folder = Path(args.output_dir)
     try:
-        picture = plot_curves(folder / METRICS_FILE, Path(args.output) if args.output else folder / "curves.png")
+        image = plot_curves(folder / METRICS_FILE, Path(args.output) if args.output else folder / "curves.png")
     except ImportError as error:
         raise CommandError(str(error)) from error
-    say(str(picture))
+    say(str(image))
     return 0

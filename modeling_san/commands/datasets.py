@@ -7,7 +7,7 @@ from typing import Any
 
 
 def add_source_options(parser: argparse.ArgumentParser, split: str) -> None:
-    """Add where pictures come from: `--dataset`, `--split`, `--streaming` and `--image-column`."""
+    """Add where images come from: `--dataset`, `--split`, `--streaming` and `--image-column`."""
     parser.add_argument(
         "--dataset",
         required=True,
@@ -16,11 +16,11 @@ def add_source_options(parser: argparse.ArgumentParser, split: str) -> None:
     )
     parser.add_argument("--split", default=split, help="part of the data set (default: %(default)s)")
     parser.add_argument("--streaming", action="store_true", help="read the data set as it passes by, without a copy")
-    parser.add_argument("--image-column", metavar="NAME", help="where the pictures are (default: found by its name)")
+    parser.add_argument("--image-column", metavar="NAME", help="where the images are (default: found by its name)")
 
 
 def add_dataset_options(parser: argparse.ArgumentParser, split: str) -> None:
-    """Add the options of labelled pictures, which `open_dataset` reads."""
+    """Add the options of labelled images, which `open_dataset` reads."""
     add_source_options(parser, split)
     parser.add_argument("--label-column", metavar="NAME", help="where the label maps are (default: found by its name)")
     parser.add_argument(
@@ -42,16 +42,16 @@ def open_dataset(args: argparse.Namespace) -> tuple[Any, Any]:
     The data set that `add_dataset_options` let the user name.
 
     Returns:
-        its pictures, and their label set.
+        its images, and their label set.
 
     Raises:
         ValueError: it cannot be read, or its labels cannot.
     """
-    from modeling_san.training.data import load_pictures
+    from modeling_san.training.data import load_images
     from modeling_san.training.label_sets import load_label_set
 
     quiet_datasets()
-    pictures = load_pictures(
+    images = load_images(
         args.dataset,
         args.split,
         streaming=args.streaming,
@@ -60,12 +60,12 @@ def open_dataset(args: argparse.Namespace) -> tuple[Any, Any]:
     )
     label_set = load_label_set(
         args.labels,
-        dataset=pictures,
+        dataset=images,
         source=args.dataset,
         ignore_index=args.ignore_index,
         reduce_labels=args.reduce_labels,
     )
-    return pictures, label_set
+    return images, label_set
 
 
 def quiet_datasets() -> None:

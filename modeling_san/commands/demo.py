@@ -1,4 +1,4 @@
-"""`san demo`: what the built-in model does, on a picture drawn for it."""
+"""`san demo`: what the built-in model does, on an image drawn for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _DESCRIPTION = """\
-Draw an example picture, segment it with the built-in model, and print how well that model does on fresh pictures.
+Draw an example image, segment it with the built-in model, and print how well that model does on fresh images.
 Works offline and takes seconds.
 """
 _EXAMPLE = """\
@@ -25,18 +25,16 @@ example:
   san demo --output /tmp/demo
 """
 
-_WORLD, _PICTURE, _SIZE = 5, 12, (128, 192)
-"""The picture that is drawn: numbers of the world and of the picture in it, and height and width."""
+_WORLD, _IMAGE, _SIZE = 5, 12, (128, 192)
+"""The image that is drawn: numbers of the world and of the image in it, and height and width."""
 _ENLARGEMENT = 4
 _DISTRACTORS = ("red plain", "green dotted", "yellow striped", "blue checkered", "brick", "grass", "water")
-"""Names that the model may fall for; those that are in the picture are no distractors."""
+"""Names that the model may fall for; those that are in the image are no distractors."""
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the command to the parser of `san`."""
-    parser = subparsers.add_parser(
-        "demo", help="segment an example picture", description=_DESCRIPTION, epilog=_EXAMPLE
-    )
+    parser = subparsers.add_parser("demo", help="segment an example image", description=_DESCRIPTION, epilog=_EXAMPLE)
     add_output_option(parser)
     add_model_option(parser)
     add_device_option(parser)
@@ -44,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """
-    Segment the example picture.
+    Segment the example image.
 
     Returns:
         exit code.
@@ -59,14 +57,14 @@ def run(args: argparse.Namespace) -> int:
     quiet_libraries()
     loaded = load_model(args.model, pick_device(args.device))
     folder = make_folder(args.output)
-    picture, truth, names = draw_example()
-    picture_path = folder / "demo.png"
-    Image.fromarray(picture).save(picture_path)
+    image, truth, names = draw_example()
+    image_path = folder / "demo.png"
+    Image.fromarray(image).save(image_path)
 
     segmenter = make_segmenter(loaded, [*names, *(name for name in _DISTRACTORS if name not in names)])
-    label_map, scores = segmenter.segment(picture)
-    result = write_results(segmenter, picture, (label_map, scores), folder, "demo", source=str(picture_path))
-    say(f"picture: {picture_path}, drawn with {', '.join(names)}")
+    label_map, scores = segmenter.segment(image)
+    result = write_results(segmenter, image, (label_map, scores), folder, "demo", source=str(image_path))
+    say(f"image: {image_path}, drawn with {', '.join(names)}")
     say(f"labels:  {', '.join(segmenter.labels)}")
     say(f"found:   {result} ({(label_map == truth).mean():.0%} of the pixels are right)")
     if unseen := [name for name in names if name in NEVER_SEEN_COMBINATIONS]:
@@ -79,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 def draw_example() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """
-    The example picture, enlarged so that it looks good; the processor shrinks it again.
+    The example image, enlarged so that it looks good; the processor shrinks it again.
 
     Returns:
         `(height, width, 3)` bytes, `(height, width)` true indices into the names, and the names in it.
@@ -89,14 +87,14 @@ def draw_example() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
 
     from modeling_san.training.world import CLASS_NAMES, draw_scene
 
-    scene = draw_scene(_WORLD, _PICTURE, size=_SIZE, min_regions=3, max_regions=3)
+    scene = draw_scene(_WORLD, _IMAGE, size=_SIZE, min_regions=3, max_regions=3)
     height, width = (side * _ENLARGEMENT for side in _SIZE)
-    picture = Image.fromarray(scene.image).resize((width, height), Image.Resampling.LANCZOS)
+    image = Image.fromarray(scene.image).resize((width, height), Image.Resampling.LANCZOS)
     truth = np.zeros_like(scene.label_map)
     for index, name in enumerate(scene.names):
         truth[scene.label_map == CLASS_NAMES.index(name)] = index
     enlarged = Image.fromarray(truth).resize((width, height), Image.Resampling.NEAREST)
-    return np.asarray(picture), np.asarray(enlarged), scene.names
+    return np.asarray(image), np.asarray(enlarged), scene.names
 
 
 def _results_table(folder: Path) -> str | None:

@@ -18,7 +18,7 @@ Segment a labelled data set and compare: a table with the IoU and accuracy of ea
   per_class_iou.png     the classes from best to worst
   confusion_matrix.npz  pixels of each true class that were given to each class
   model-index.yml       the results as the metadata of a model card has them
-  overlays/             the best and worst pictures: picture, truth, prediction
+  overlays/             the best and worst images: image, truth, prediction
 A run that was cut goes on where it stopped when the same command is given again.
 """
 _EXAMPLE = """\
@@ -43,7 +43,7 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="average the scores of six sizes, each with its mirror image: 20 times the work",
     )
-    parser.add_argument("--limit", type=positive_integer, metavar="N", help="evaluate the first N pictures only")
+    parser.add_argument("--limit", type=positive_integer, metavar="N", help="evaluate the first N images only")
     parser.add_argument(
         "--subset",
         action="append",
@@ -59,7 +59,7 @@ def add_parser(subparsers: Any) -> None:
         type=int,
         default=4,
         metavar="N",
-        help="how many of the best and of the worst pictures to draw (default: %(default)s)",
+        help="how many of the best and of the worst images to draw (default: %(default)s)",
     )
     add_templates_option(parser)
     add_device_option(parser)
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from accelerate import Accelerator
 
-    from modeling_san.training.evaluation import evaluate, find_subsets, format_table
+    from modeling_san.training.evaluate import evaluate, find_subsets, format_table
 
     from .models import load_model, pick_device, quiet_libraries
     from .results import make_folder
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if args.overlays < 0:
         raise CommandError(f"--overlays is {args.overlays}: pass 0 or more")
     templates = read_templates(args.templates)
-    pictures, label_set = open_dataset(args)
+    images, label_set = open_dataset(args)
     subsets = _read_subsets(args.subset)
     find_subsets(subsets, label_set.names)
     folder = make_folder(args.output)
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     results = evaluate(
         loaded.model,
         processor,
-        pictures,
+        images,
         label_set,
         output_dir=folder,
         tta=args.tta,
@@ -110,9 +110,9 @@ def run(args: argparse.Namespace) -> int:
     )
     if accelerator.is_main_process:
         say(format_table(results))
-        without = results["unlabelled_pictures"]
+        without = results["unlabelled_images"]
         ignored = f", {without} of them without any label" if without else ""
-        say(f"{results['pictures']} pictures{ignored}; results in {folder}")
+        say(f"{results['images']} images{ignored}; results in {folder}")
     if accelerator.num_processes > 1:
         accelerator.end_training()
     return 0

@@ -27,7 +27,7 @@ in place.
   output   labels        (batch, height, width) int64: position of each pixel's label, counted from 0
            scores        (batch, height, width) float32: the score it won with
            all_scores    (batch, classes, height, width) float32, with --all-scores only
-Normalisation, padding and post-processing are inside; resizing is not: pictures come upright and at the size they are
+Normalisation, padding and post-processing are inside; resizing is not: images come upright and at the size they are
 to be segmented at, which the file's metadata `size` recommends. The metadata `labels` is the JSON list of the names.
 """
 _EXAMPLE = """\
@@ -74,7 +74,7 @@ def add_parser(subparsers: Any) -> None:
         "--size",
         type=positive_integer,
         metavar="PIXELS",
-        help="short side that pictures should be resized to, for the metadata and the check (default: the model's)",
+        help="short side that images should be resized to, for the metadata and the check (default: the model's)",
     )
     parser.add_argument(
         "--opset",
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     """
     output = _output_file(args.output)
     if args.class_embeds_input and (args.labels or args.labels_file):
-        raise CommandError("--class-embeds-input takes the labels with each picture: leave --labels out")
+        raise CommandError("--class-embeds-input takes the labels with each image: leave --labels out")
     _check_libraries()
     import torch
 
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     metadata: dict[str, Any] = {
         "model": loaded.name,
         "size": size,
-        "input": "upright RGB pictures, uint8, resized to about `size` (bilinear, antialiased); nothing else",
+        "input": "upright RGB images, uint8, resized to about `size` (bilinear, antialiased); nothing else",
     }
     if names:
         metadata["labels"] = names
@@ -159,10 +159,10 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How an exported file compares with the model on a batch of pictures.
+    """How an exported file compares with the model on a batch of images.
 
     Attributes:
-        shape: of the pictures, `(batch, 3, height, width)`.
+        shape: of the images, `(batch, 3, height, width)`.
         largest: difference of any score.
         mean: difference of the winning scores.
         equal: share of the pixels that have the same label.
@@ -225,7 +225,7 @@ class _Check:
             expected_labels, expected = torch.stack(maps), torch.stack(winning)
             if labels.shape != expected_labels.shape or scores.shape != expected.shape:
                 raise CommandError(
-                    f"the exported file returns labels of {tuple(labels.shape)} for pictures of {images.shape}: "
+                    f"the exported file returns labels of {tuple(labels.shape)} for images of {images.shape}: "
                     "nothing was written"
                 )
             if labels.max() >= len(self.class_embeds) or labels.min() < 0:
@@ -256,24 +256,24 @@ class _Check:
         stride = self.loaded.model.config.side_patch_size
         masks, probabilities = outputs.masks_queries_logits, outputs.class_queries_logits.softmax(-1)
         found = []
-        for picture, pixels in enumerate(where):
+        for image, pixels in enumerate(where):
             if not pixels.any():
                 continue
             rows, columns = pixels.nonzero(as_tuple=True)
-            large = nn.functional.interpolate(masks[picture, None], scale_factor=stride, mode="bilinear")[0]
-            weights = probabilities[picture][:, labels[picture][rows, columns]]
+            large = nn.functional.interpolate(masks[image, None], scale_factor=stride, mode="bilinear")[0]
+            weights = probabilities[image][:, labels[image][rows, columns]]
             found.append((large[:, rows, columns].sigmoid() * weights).sum(0))
         return torch.cat(found) if found else torch.empty(0)
 
 
 def draw_batch(batch: int, height: int, width: int) -> np.ndarray:
-    """Pictures to check with, `(batch, 3, height, width)` uint8."""
+    """Images to check with, `(batch, 3, height, width)` uint8."""
     import numpy as np
 
     from modeling_san.training.world import draw_scene
 
-    pictures = [draw_scene(0, index, size=(height, width)).image for index in range(batch)]
-    return np.ascontiguousarray(np.stack(pictures).transpose(0, 3, 1, 2))
+    images = [draw_scene(0, index, size=(height, width)).image for index in range(batch)]
+    return np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
 
 
 def _run_onnx(path: Path, feed: dict[str, np.ndarray]) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""`san fine-tune`: train a model further on labelled pictures of one's own, with few choices to make."""
+"""`san fine-tune`: train a model further on labelled images of one's own, with few choices to make."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from .parser import add_model_option, add_templates_option, positive_integer, positive_number
 
 _DESCRIPTION = """\
-Train a model further on pictures with label maps, and save it with the labels stored. The data set holds pictures in a
+Train a model further on images with label maps, and save it with the labels stored. The data set holds images in a
 column `image` and label maps in a column `annotation` (255 = no label). The labels file is a JSON list, a JSON object
 with `classes`, or one name per line, in the order of the label maps' values.
 
@@ -20,37 +20,37 @@ example:
   san fine-tune --dataset train.parquet --labels-file classes.json --model san-vit-b-16 --output my-model
   san fine-tune --dataset train.parquet --validation val.parquet --labels-file classes.json --train-clip \\
       --short-side 192 --steps 3000 --batch-size 4 --learning-rate 6e-4 --output my-model
-  san segment picture.jpg --model my-model
+  san segment image.jpg --model my-model
 """
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the command to the parser of `san`."""
     parser = subparsers.add_parser(
-        "fine-tune", help="train a model on your own labelled pictures", description=_DESCRIPTION, epilog=_EXAMPLE
+        "fine-tune", help="train a model on your own labelled images", description=_DESCRIPTION, epilog=_EXAMPLE
     )
-    parser.add_argument("--dataset", required=True, metavar="PATH_OR_HUB_ID", help="pictures with label maps")
+    parser.add_argument("--dataset", required=True, metavar="PATH_OR_HUB_ID", help="images with label maps")
     parser.add_argument(
         "--labels-file", "--labels", metavar="FILE", help="class names (default: what the data set says)"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the result")
-    parser.add_argument("--validation", metavar="PATH_OR_HUB_ID", help="pictures on which to report mIoU")
+    parser.add_argument("--validation", metavar="PATH_OR_HUB_ID", help="images on which to report mIoU")
     add_model_option(parser)
     parser.add_argument(
         "--train-clip",
         action="store_true",
-        help="train CLIP as well: needed where it knows neither your pictures nor your words, as the built-in model's",
+        help="train CLIP as well: needed where it knows neither your images nor your words, as the built-in model's",
     )
     parser.add_argument(
         "--short-side",
         type=positive_integer,
         metavar="PIXELS",
-        help="working size of the pictures (default: the model's)",
+        help="working size of the images (default: the model's)",
     )
     add_templates_option(parser)
     for name, default, meaning in (
         ("--steps", 1000, "optimisation steps"),
-        ("--batch-size", 8, "pictures a step"),
+        ("--batch-size", 8, "images a step"),
     ):
         parser.add_argument(name, type=positive_integer, default=default, help=f"{meaning} (default: %(default)s)")
     parser.add_argument("--learning-rate", type=positive_number, default=1e-4, help="AdamW's (default: %(default)s)")

@@ -63,7 +63,7 @@ def make_parser() -> CommandParser:
     """The parser of `san` and all its commands."""
     parser = CommandParser(
         prog="san",
-        description="Side Adapter Network: label every pixel of a picture with any words.",
+        description="Side Adapter Network: label every pixel of an image with any words.",
         epilog=_EXAMPLE,
     )
     parser.add_argument("--version", action="version", version=f"san {__version__}")

@@ -9,7 +9,7 @@ from .errors import say, warn
 from .parser import positive_integer
 
 _DESCRIPTION = """\
-Turn the folder into which a benchmark's official archives were unpacked into parquet files for `datasets`: pictures as
+Turn the folder into which a benchmark's official archives were unpacked into parquet files for `datasets`: images as
 they are, label maps as class indices, in the order and with the ignore label of the preset. Run the same command again
 after an interruption: it goes on where it stopped. Nothing is downloaded.
 
@@ -44,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("preset", metavar="PRESET", help="one of the presets above")
     parser.add_argument("source", metavar="SOURCE", help="folder of the unpacked archives")
-    parser.add_argument("output", metavar="OUT", help="folder to write, about as large as the pictures")
+    parser.add_argument("output", metavar="OUT", help="folder to write, about as large as the images")
     parser.add_argument(
         "--split",
         default="all",
@@ -57,18 +57,18 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--shard-size",
         type=positive_integer,
-        metavar="PICTURES",
-        help="pictures in a parquet file (default: 2000, about 400 MB)",
+        metavar="IMAGES",
+        help="images in a parquet file (default: 2000, about 400 MB)",
     )
     parser.add_argument(
         "--allow-incomplete",
         action="store_true",
-        help="go on where the number of pictures is not the official one, or a split is missing",
+        help="go on where the number of images is not the official one, or a split is missing",
     )
     parser.add_argument(
         "--skip-unreadable",
         action="store_true",
-        help="leave out, and count, damaged files and label maps of another size than their picture",
+        help="leave out, and count, damaged files and label maps of another size than their image",
     )
 
 
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         exit code.
     """
-    from modeling_san.training.prepare import PICTURES_PER_SHARD, prepare
+    from modeling_san.training.prepare import IMAGES_PER_SHARD, prepare
 
     prepared = prepare(
         args.preset,
@@ -87,12 +87,12 @@ def run(args: argparse.Namespace) -> int:
         args.output,
         split=args.split,
         workers=args.workers,
-        pictures_per_shard=args.shard_size or PICTURES_PER_SHARD,
+        images_per_shard=args.shard_size or IMAGES_PER_SHARD,
         allow_incomplete=args.allow_incomplete,
         skip_unreadable=args.skip_unreadable,
         warn=warn,
     )
     for name, split in prepared.items():
-        say(f"{name}: {split.pictures} pictures in {split.shards} {'file' if split.shards == 1 else 'files'}")
+        say(f"{name}: {split.images} images in {split.shards} {'file' if split.shards == 1 else 'files'}")
     say(f"wrote {args.output} (its labels: --labels {args.preset})")
     return 0

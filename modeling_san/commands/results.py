@@ -1,4 +1,4 @@
-"""Segment pictures with one vocabulary, and write what came out."""
+"""Segment images with one vocabulary, and write what came out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import CommandError
+from .images import LABELS_ENDING, OVERLAY_ENDING, SUMMARY_ENDING
 from .models import LoadedModel
-from .pictures import LABELS_ENDING, OVERLAY_ENDING, SUMMARY_ENDING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +21,7 @@ _LABELS_ON_A_LINE = 5
 
 @dataclass(frozen=True)
 class Segmenter:
-    """A model with a vocabulary, encoded once for all pictures.
+    """A model with a vocabulary, encoded once for all images.
 
     Attributes:
         loaded: the model.
@@ -37,12 +37,12 @@ class Segmenter:
     own_labels: int
     added: str = "none"
 
-    def segment(self, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def segment(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """
         Label every pixel.
 
         Args:
-            picture: `(height, width, 3)` bytes.
+            image: `(height, width, 3)` bytes.
 
         Returns:
             indices into `labels` and the scores they won with, each `(height, width)`.
@@ -53,10 +53,10 @@ class Segmenter:
 
         model, processor = self.loaded.model, self.loaded.processor
         with torch.inference_mode():
-            inputs = processor(images=picture, return_tensors="pt").to(model.device)
+            inputs = processor(images=image, return_tensors="pt").to(model.device)
             outputs = model(**inputs, class_embeds=self.class_embeds)
             [label_map], [scores] = processor.post_process_semantic_segmentation(
-                outputs, target_sizes=[picture.shape[:2]], return_scores=True
+                outputs, target_sizes=[image.shape[:2]], return_scores=True
             )
             if self.own_labels < len(self.class_embeds):
                 label_map[label_map >= self.own_labels] = self.labels.index(OTHER_LABEL)
@@ -138,10 +138,10 @@ def untrained_words(loaded: LoadedModel, labels: Sequence[str]) -> tuple[list[st
 
 @dataclass(frozen=True)
 class WrittenResult:
-    """What was written for one picture.
+    """What was written for one image.
 
     Attributes:
-        overlay: path of the picture with the segmentation painted over it.
+        overlay: path of the image with the segmentation painted over it.
         segments: labels that are present, largest first, see `modeling_san.processing.summarize`.
     """
 
@@ -149,7 +149,7 @@ class WrittenResult:
     segments: list[dict[str, Any]]
 
     def __str__(self) -> str:
-        """The main labels with their shares of the picture."""
+        """The main labels with their shares of the image."""
         parts = [f"{segment['label']} {segment['area']:.0%}" for segment in self.segments[:_LABELS_ON_A_LINE]]
         if len(self.segments) > _LABELS_ON_A_LINE:
             parts.append(f"{len(self.segments) - _LABELS_ON_A_LINE} more")
@@ -158,7 +158,7 @@ class WrittenResult:
 
 def write_results(
     segmenter: Segmenter,
-    picture: np.ndarray,
+    image: np.ndarray,
     segmentation: tuple[np.ndarray, np.ndarray],
     folder: Path,
     name: str,
@@ -167,15 +167,15 @@ def write_results(
     opacity: float = 0.5,
 ) -> WrittenResult:
     """
-    Write the overlay, the indexed label picture and the summary of one picture.
+    Write the overlay, the indexed label image and the summary of one image.
 
     Args:
         segmenter: that segmented it.
-        picture: `(height, width, 3)` bytes.
+        image: `(height, width, 3)` bytes.
         segmentation: what `Segmenter.segment` returned for it.
         folder: to write to.
         name: that the files' names begin with.
-        source: where the picture came from, for the summary.
+        source: where the image came from, for the summary.
         opacity: of the colours in the overlay.
 
     Raises:
@@ -189,19 +189,19 @@ def write_results(
     colors = label_colors(labels)
     segments = list_segments(label_map, scores, labels)
     overlay_path, labels_path = folder / (name + OVERLAY_ENDING), folder / (name + LABELS_ENDING)
-    overlay(picture, label_map, labels, opacity, colors=colors).save(overlay_path)
+    overlay(image, label_map, labels, opacity, colors=colors).save(overlay_path)
     label_png(label_map, colors[:256]).save(labels_path)
     summary = make_summary(
         segments,
         labels,
         image=source,
-        size=picture.shape[:2],
+        size=image.shape[:2],
         model=segmenter.loaded.name,
         extended_by=segmenter.added,
         overlay=overlay_path.name,
         label_map=labels_path.name,
     )
-    # Last, so that where there is a summary the pictures are complete
+    # Last, so that where there is a summary the images are complete
     text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
     (folder / (name + SUMMARY_ENDING)).write_text(text, encoding="utf-8", errors="replace")
     return WrittenResult(overlay_path, segments)

@@ -1,4 +1,4 @@
-"""`san segment`: label every pixel of pictures with any words."""
+"""`san segment`: label every pixel of images with any words."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CommandError, report_error, say, warn
+from .images import list_images, load_image, output_names
 from .labels import add_label_options, read_labels, read_templates
 from .parser import (
     add_device_option,
@@ -18,12 +19,11 @@ from .parser import (
     add_templates_option,
     share,
 )
-from .pictures import list_pictures, load_picture, output_names
 
 _DESCRIPTION = """\
-Label every pixel of pictures with the best of the given words. For each picture NAME three files are written:
-  NAME_overlay.png  the picture, painted over, with a legend
-  NAME_labels.png   an indexed picture: each pixel is the position of its label, counted from 0
+Label every pixel of images with the best of the given words. For each image NAME three files are written:
+  NAME_overlay.png  the image, painted over, with a legend
+  NAME_labels.png   an indexed image: each pixel is the position of its label, counted from 0
   NAME.json         labels, their areas and mean scores
 """
 _EXAMPLE = """\
@@ -32,16 +32,16 @@ example:
   san segment street.jpg --model ./san-vit-b-16 --labels "road, car|automobile" --extend-labels coco-all
   find photos -name "*.jpg" | san segment - --labels-file classes.json --output results
 
-Exit code 0 if every picture was segmented, 2 if one was not; the others are written all the same.
+Exit code 0 if every image was segmented, 2 if one was not; the others are written all the same.
 """
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the command to the parser of `san`."""
     parser = subparsers.add_parser(
-        "segment", help="label every pixel of pictures", description=_DESCRIPTION, epilog=_EXAMPLE
+        "segment", help="label every pixel of images", description=_DESCRIPTION, epilog=_EXAMPLE
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files; - reads paths from standard input")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files; - reads paths from standard input")
     add_label_options(parser)
     add_model_option(parser)
     add_output_option(parser)
@@ -55,10 +55,10 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """
-    Segment the pictures.
+    Segment the images.
 
     Returns:
-        exit code, 2 if a picture could not be segmented.
+        exit code, 2 if an image could not be segmented.
     """
     from tqdm import tqdm
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from .results import make_folder, make_segmenter
 
     quiet_libraries()
-    paths = list_pictures(args.images)
+    paths = list_images(args.images)
     labels, templates = read_labels(args), read_templates(args.templates)
     _check_extension(args.extend_labels)
     loaded = load_model(args.model, pick_device(args.device))
@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
     folder = make_folder(args.output)
 
     failures = 0
-    # One picture needs no bar
-    bar = tqdm(paths, desc="segmenting", unit="picture", file=sys.stderr, disable=len(paths) < 2, leave=False)
+    # One image needs no bar
+    bar = tqdm(paths, desc="segmenting", unit="image", file=sys.stderr, disable=len(paths) < 2, leave=False)
     for path, name in zip(bar, output_names(paths, folder), strict=True):
         try:
             line = _segment_file(segmenter, path, folder, name, args.opacity)
@@ -95,10 +95,10 @@ def _segment_file(segmenter: Any, path: Path, folder: Path, name: str, opacity: 
     from .results import write_results
 
     start = time.perf_counter()
-    picture = load_picture(path)
+    image = load_image(path)
     try:
-        segmentation = segmenter.segment(picture)
-        result = write_results(segmenter, picture, segmentation, folder, name, source=str(path), opacity=opacity)
+        segmentation = segmenter.segment(image)
+        result = write_results(segmenter, image, segmentation, folder, name, source=str(path), opacity=opacity)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise CommandError(f"{path} does not fit into memory: shrink it, or pass --device cpu") from error
     except OSError as error:

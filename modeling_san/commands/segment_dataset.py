@@ -20,11 +20,11 @@ from .parser import (
 )
 
 _DESCRIPTION = """\
-Label all pictures of a data set, on one process or many, and write parquet files into DIR with the columns
-  row         number of the picture in the data set
+Label all images of a data set, on one process or many, and write parquet files into DIR with the columns
+  row         number of the image in the data set
   annotation  a label for each pixel, as a PNG without loss, of 8 bits (16 for more than 255 labels)
-  segments    labels present: name, index, area (share of the picture) and mean score
-  error       why a picture could not be read; its annotation is missing then
+  segments    labels present: name, index, area (share of the image) and mean score
+  error       why an image could not be read; its annotation is missing then
 and, if asked for, image, scores and columns of the data set.
 
 Killed at any moment, the same command goes on where it was, also with another number of processes: each file appears
@@ -48,7 +48,7 @@ into DIR, which may lie on a disk that all share:
 the result:
   datasets.load_dataset("parquet", data_files="labelled/part-*.parquet", split="train")
 
-Exit code 0 also where some pictures could not be read (with --strict 2), 2 if none could.
+Exit code 0 also where some images could not be read (with --strict 2), 2 if none could.
 """
 
 EXIT_TERMINATED = 143
@@ -71,7 +71,7 @@ def add_parser(subparsers: Any) -> None:
     add_templates_option(parser)
     add_extension_option(parser)
     parser.add_argument("--keep-columns", metavar="NAME,...", help="columns of the data set to store as well")
-    parser.add_argument("--with-images", action="store_true", help="store the pictures as well, encoded as they came")
+    parser.add_argument("--with-images", action="store_true", help="store the images as well, encoded as they came")
     parser.add_argument(
         "--scores",
         action="store_true",
@@ -82,14 +82,14 @@ def add_parser(subparsers: Any) -> None:
         type=positive_integer,
         default=256,
         metavar="N",
-        help="pictures in a file; what is lost at most when a process is killed (default: %(default)s)",
+        help="images in a file; what is lost at most when a process is killed (default: %(default)s)",
     )
     parser.add_argument(
         "--batch-size",
         type=positive_integer,
         default=8,
         metavar="N",
-        help="pictures that the model sees at once (default: %(default)s)",
+        help="images that the model sees at once (default: %(default)s)",
     )
     parser.add_argument(
         "--workers", type=positive_integer, metavar="N", help="threads that decode (default: one for each core)"
@@ -99,7 +99,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="I/N",
         help="label the I-th of N parts only, counted from 1: for arrays of jobs without a launcher",
     )
-    parser.add_argument("--strict", action="store_true", help="stop at the first picture that cannot be read")
+    parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
     add_device_option(parser)
 
 
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     Label the data set.
 
     Returns:
-        exit code, 2 if no picture could be read.
+        exit code, 2 if no image could be read.
     """
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -182,18 +182,18 @@ def _segment(args: argparse.Namespace) -> int:
 
 def _say_report(report: Any, folder: Path, who: str) -> int:
     """Say what was done, and return the exit code."""
-    rate = f", {report.pictures / report.seconds:.1f} pictures a second" if report.pictures else ""
-    say(f"{who}{report.pictures:,} pictures in {report.seconds / 60:.1f} minutes{rate}")
+    rate = f", {report.images / report.seconds:.1f} images a second" if report.images else ""
+    say(f"{who}{report.images:,} images in {report.seconds / 60:.1f} minutes{rate}")
     if report.first_error is not None:
         warn(f"{who}{report.failures:,} of them could not be read, the first is {report.first_error}")
     if report.total and report.total_failures == report.total:
         raise CommandError(
-            f"none of the {report.total:,} pictures could be read: the column `error` in {folder} says why; choose "
+            f"none of the {report.total:,} images could be read: the column `error` in {folder} says why; choose "
             "another folder for the next run"
         )
     files = f"{report.parts:,}" if report.expected_parts is None else f"{report.parts:,} of {report.expected_parts:,}"
     unread = f", {report.total_failures:,} of them unreadable (column `error`)" if report.total_failures else ""
-    say(f"{folder} holds {files} files with {report.total:,} pictures{unread}; load them with")
+    say(f"{folder} holds {files} files with {report.total:,} images{unread}; load them with")
     say(f'  datasets.load_dataset("parquet", data_files="{folder}/part-*.parquet", split="train")')
     return 0
 

@@ -12,7 +12,7 @@ Train a model as a recipe says: a YAML file whose keys are the options below, wh
 -m modeling_san.training.train` in place of `san train` the same runs on several GPUs or machines.
 
 OUTPUT_DIR holds in the end the model (from_pretrained loads it), metrics.jsonl, curves.png, overlays of the validation
-pictures after each evaluation, and checkpoints. Killed at any moment, the run goes on with --resume auto; SIGTERM and
+images after each evaluation, and checkpoints. Killed at any moment, the run goes on with --resume auto; SIGTERM and
 Ctrl-C save a checkpoint first.
 """
 _EXAMPLE = """\
@@ -24,7 +24,7 @@ example:
       --dataset coco_stuff --validation coco_stuff --output-dir san-vit-b-16
   san curves my-model
 
-A look at the augmented pictures before: san contact-sheet --help
+A look at the augmented images before: san contact-sheet --help
 """
 
 
@@ -68,7 +68,7 @@ def run_recipe(recipe: Any) -> int:
     if results["finished"]:
         say(
             f"{results['steps']} steps, {results['minutes']:.1f} minutes, "
-            f"{results['images_per_second']:.1f} pictures a second; saved to {recipe.output_dir}"
+            f"{results['images_per_second']:.1f} images a second; saved to {recipe.output_dir}"
         )
     else:
         say(f"stopped after step {results['steps']} of {recipe.steps}; go on with --resume auto")

@@ -10,14 +10,14 @@ from .errors import CommandError, say
 from .parser import add_device_option, positive_integer
 
 _DESCRIPTION = """\
-Train the built-in model from nothing on pictures that the project draws itself: a tiny CLIP first, then SAN beside it.
-Takes at most 90 minutes on two processor cores, and ends with the mean IoU on fresh pictures. A second call with the
+Train the built-in model from nothing on images that the project draws itself: a tiny CLIP first, then SAN beside it.
+Takes at most 90 minutes on two processor cores, and ends with the mean IoU on fresh images. A second call with the
 same OUT goes on from the trained CLIP in OUT/clip.
 """
 _EXAMPLE = """\
 example:
   san train-demo demo-model
-  san segment picture.png --model demo-model --labels "red striped, grass"
+  san segment image.png --model demo-model --labels "red striped, grass"
 """
 
 

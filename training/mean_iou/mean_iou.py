@@ -14,18 +14,18 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from modeling_san.training.files import replacing_file
+from modeling_san.processing.files import replacing_file
 from modeling_san.training.metrics import ConfusionMatrix, PairCounts
 
 _DESCRIPTION = """
 Intersection over union (IoU) of a class: pixels that are the class both in prediction and reference, divided by the
-pixels that are in either. Its mean over the classes is the usual measure of semantic segmentation. Pictures are
+pixels that are in either. Its mean over the classes is the usual measure of semantic segmentation. Images are
 counted as they are added and not kept.
 """
 
 _INPUTS = """
 Args:
-    predictions: label maps (height, width) of class indices, of any sizes: tensors, arrays, pictures or lists.
+    predictions: label maps (height, width) of class indices, of any sizes: tensors, arrays, images or lists.
     references: label maps of the same sizes, with true class indices.
     num_labels (int): number of classes. Values outside 0 ... num_labels - 1 match nothing.
     ignore_index (int): true value to leave out, 255 by default; None leaves out nothing.
@@ -79,7 +79,7 @@ class MeanIoU(evaluate.Metric):
 
     def __len__(self) -> int:
         """Label maps, or stacks of them, counted since the last result."""
-        return self._pairs.pictures
+        return self._pairs.images
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
         """
@@ -98,15 +98,15 @@ class MeanIoU(evaluate.Metric):
         if predictions is None or references is None:
             raise ValueError("add_batch needs both predictions and references.")
         if _is_stack(predictions) and _is_stack(references):
-            # One pass over many pictures; a single map is as good
+            # One pass over many images; a single map is as good
             self._pairs.add(predictions, references)
             return
         if isinstance(predictions, Image.Image) or isinstance(references, Image.Image):
-            raise ValueError("add_batch takes lists of pictures: pass [picture], or use add.")
+            raise ValueError("add_batch takes lists of images: pass [image], or use add.")
         if len(predictions) != len(references):
             raise ValueError(f"there are {len(predictions)} predictions and {len(references)} references.")
         for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
-            self._pairs.add(prediction, reference, f"picture {index} of the batch:")
+            self._pairs.add(prediction, reference, f"image {index} of the batch:")
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """
@@ -145,7 +145,7 @@ class MeanIoU(evaluate.Metric):
             raise ValueError("num_labels is missing: pass the number of classes, for example num_labels=150.")
         if predictions is not None or references is not None:
             self.add_batch(predictions=predictions, references=references)
-        if self.num_process == 1 and not self._pairs.pictures:
+        if self.num_process == 1 and not self._pairs.images:
             raise ValueError("nothing was added: call add or add_batch, or pass predictions and references.")
         if options["num_labels"] < 1:
             raise ValueError(f"num_labels is {options['num_labels']}: there has to be at least one class.")
@@ -159,14 +159,14 @@ class MeanIoU(evaluate.Metric):
         """What `load_state_dict` needs to go on counting."""
         pairs = self._pairs
         counts = None if pairs.counts is None else pairs.counts.cpu().clone()
-        return {"values": list(pairs.values), "counts": counts, "pictures": pairs.pictures}
+        return {"values": list(pairs.values), "counts": counts, "images": pairs.images}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
         self._pairs = PairCounts()
         if state["counts"] is not None:
             self._pairs.merge(state["values"], state["counts"])
-        self._pairs.pictures = state["pictures"]
+        self._pairs.images = state["images"]
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -204,7 +204,7 @@ class MeanIoU(evaluate.Metric):
         counts = torch.zeros(0, 0, dtype=torch.int64) if pairs.counts is None else pairs.counts.cpu()
         with replacing_file(self._counts_file(self.process_id)) as path, path.open("wb") as file:
             values = pairs.values[: len(counts)]
-            np.savez(file, values=np.array(values, dtype=np.int64), counts=counts.numpy(), pictures=pairs.pictures)
+            np.savez(file, values=np.array(values, dtype=np.int64), counts=counts.numpy(), images=pairs.images)
 
     def _read_counts(self, process_id: int) -> None:
         path = self._counts_file(process_id)
@@ -221,7 +221,7 @@ class MeanIoU(evaluate.Metric):
         with np.load(path, allow_pickle=False) as saved:
             if len(saved["values"]):
                 self._pairs.merge(saved["values"].tolist(), torch.from_numpy(saved["counts"]))
-            self._pairs.pictures += int(saved["pictures"])
+            self._pairs.images += int(saved["images"])
         path.unlink()
 
     def _counts_file(self, process_id: int) -> Path:

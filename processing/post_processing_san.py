@@ -41,18 +41,18 @@ _ROUNDING = 1e-3
 
 @dataclass(frozen=True)
 class MaskGeometry:
-    """Where a picture lies in its mask map and how large its segmentation is to be; all (height, width).
+    """Where an image lies in its mask map and how large its segmentation is to be; all (height, width).
 
     Attributes:
-        own: the part of the mask map, from its upper left corner, that belongs to the picture and its own padding.
+        own: the part of the mask map, from its upper left corner, that belongs to the image and its own padding.
         padded: size in pixels that this part stands for.
-        picture: size of the picture inside it, in pixels, without the padding.
+        image: size of the image inside it, in pixels, without the padding.
         target: size of the segmentation, in pixels.
     """
 
     own: tuple[int, int]
     padded: tuple[int, int]
-    picture: tuple[int, int]
+    image: tuple[int, int]
     target: tuple[int, int]
 
 
@@ -65,7 +65,7 @@ def segment(
     Args:
         mask_logits: (queries, h, w), any float type; computed in float32.
         class_logits: (queries, classes + 1), the last one being "no object".
-        geometry: the picture's place in the mask map, and the output size.
+        geometry: the image's place in the mask map, and the output size.
 
     Returns:
         The class indices (height, width) int64 and their scores (height, width) float32, at `geometry.target`.
@@ -106,12 +106,12 @@ def score_map(mask_logits: torch.Tensor, class_logits: torch.Tensor, geometry: M
     return full
 
 
-def resize_matrix(own: int, padded: int, picture: int, target: int) -> torch.Tensor:
-    """Matrix (target, own): interpolate `own` numbers to `padded`, keep the first `picture`, interpolate to `target`.
+def resize_matrix(own: int, padded: int, image: int, target: int) -> torch.Tensor:
+    """Matrix (target, own): interpolate `own` numbers to `padded`, keep the first `image`, interpolate to `target`.
 
     Interpolation is linear between pixel centres, PyTorch's `align_corners=False`.
     """
-    kept = _interpolate_rows(torch.eye(own), padded)[:picture]
+    kept = _interpolate_rows(torch.eye(own), padded)[:image]
     return _interpolate_rows(kept, target)
 
 
@@ -177,7 +177,7 @@ class _Tiling:
     def __init__(self, mask_logits: torch.Tensor, geometry: MaskGeometry) -> None:
         self._rows, self._columns = (
             _split(*lengths, mask_logits.device)
-            for lengths in zip(geometry.own, geometry.padded, geometry.picture, geometry.target, strict=True)
+            for lengths in zip(geometry.own, geometry.padded, geometry.image, geometry.target, strict=True)
         )
         own = mask_logits[:, : geometry.own[0], : geometry.own[1]].float()
         # Interpolation makes a NaN of infinity, as 0 times infinity; the bounds of the logits would not
@@ -256,10 +256,10 @@ def _contenders(corners: torch.Tensor, probabilities: torch.Tensor) -> torch.Ten
 
 
 @lru_cache(maxsize=64)
-def _split(own: int, padded: int, picture: int, target: int, device: torch.device) -> _Axis:
-    """Cut one side of the output; the lengths are those of `MaskGeometry`. Pictures of one size share the result."""
-    matrix = resize_matrix(own, padded, picture, target)
-    cell = padded / own * target / picture
+def _split(own: int, padded: int, image: int, target: int, device: torch.device) -> _Axis:
+    """Cut one side of the output; the lengths are those of `MaskGeometry`. Images of one size share the result."""
+    matrix = resize_matrix(own, padded, image, target)
+    cell = padded / own * target / image
     least, most = _TILE_SIDES
     side = min(max(round(cell), least), most)
     # Tiles that begin at the centre of a cell lie between the fewest cells

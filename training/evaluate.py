@@ -1,4 +1,4 @@
-"""Evaluation on labelled pictures: streamed, shared between processes, continued where it was cut."""
+"""Evaluation on labelled images: streamed, shared between processes, continued where it was cut."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from tqdm import tqdm
 from modeling_san.modeling_san import SANForOpenVocabSegmentation
 from modeling_san.processing import SANProcessor, normalize_labels
 from modeling_san.processing.drawing import overlay
-from modeling_san.processing.post_processing import resize_matrix
+from modeling_san.processing.files import replacing_file, write_json, write_text
+from modeling_san.processing.post_processing_san import resize_matrix
 from modeling_san.training.data import to_arrays
-from modeling_san.training.files import replacing_file, write_json, write_text
 from modeling_san.training.label_sets import LabelSet
 from modeling_san.training.metrics import RESULTS_FILE, ConfusionMatrix
 from modeling_san.training.plots import plot_class_iou
@@ -70,7 +70,7 @@ _logger = logging.getLogger(__name__)
 def evaluate(
     model: SANForOpenVocabSegmentation,
     processor: SANProcessor,
-    pictures: Any,
+    images: Any,
     label_set: LabelSet,
     *,
     output_dir: str | os.PathLike | None = None,
@@ -85,42 +85,42 @@ def evaluate(
     about: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """
-    Segment pictures at their own size and compare them with their label maps.
+    Segment images at their own size and compare them with their label maps.
 
     Args:
         model: any model; what it has stored is left alone.
         processor: its processor.
-        pictures: examples with `image` and `annotation`: a data set, streamed or not, or a list.
+        images: examples with `image` and `annotation`: a data set, streamed or not, or a list.
         label_set: the classes, and how label maps store them.
         output_dir: folder for `results.json`, `per_class.csv`, `per_class_iou.png`, `confusion_matrix.npz`,
-            `model-index.yml` and overlays of the best and worst pictures. What is done is kept there while the
+            `model-index.yml` and overlays of the best and worst images. What is done is kept there while the
             evaluation runs, and a run that was cut goes on from it: same model, data, options and processes only. All
             processes have to see the folder.
         tta: average the scores of six sizes, each with its mirror image.
-        limit: evaluate the first pictures only.
+        limit: evaluate the first images only.
         subsets: class names that get means of their own, by the name of the subset.
         progress: whether to show a progress bar.
-        accelerator: shares the pictures between its processes: process r of P takes pictures r, r + P, ...
+        accelerator: shares the images between its processes: process r of P takes images r, r + P, ...
         class_embeds: `(classes, projection_dim)` of the names; by default those stored with the model where they are
             of the same names, else the names are encoded.
-        overlays: how many of the best and how many of the worst pictures to draw into `output_dir`.
+        overlays: how many of the best and how many of the worst images to draw into `output_dir`.
         save_every: seconds between saves of what is done.
         about: `model`, `dataset` and `split` as they are to be called in the results.
 
     Returns:
-        `mean_iou`, `mean_accuracy`, `overall_accuracy`, `frequency_weighted_iou`, `pictures`, `unlabelled_pictures`
+        `mean_iou`, `mean_accuracy`, `overall_accuracy`, `frequency_weighted_iou`, `images`, `unlabelled_images`
         (no pixel of theirs has a label), `per_class_iou` and `per_class_accuracy` by name (None for a class that does
         not occur), and the means of each subset in `subsets`; in every process the same.
 
     Raises:
-        ValueError: where a picture cannot be used, a subset names unknown classes, or no pixel has a label.
+        ValueError: where an image cannot be used, a subset names unknown classes, or no pixel has a label.
     """
     subset_indices = find_subsets(subsets or {}, label_set.names)
     rank, world_size = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     folder = None if output_dir is None else Path(output_dir)
     with _evaluating(model):
         segmenter = _Segmenter(model, processor, label_set, class_embeds, tta)
-        run = _Run(label_set, pictures, rank, world_size, limit)
+        run = _Run(label_set, images, rank, world_size, limit)
         if folder is not None:
             fingerprint = _fingerprint(segmenter, run)
             run.continue_in(_progress_folder(folder, rank, world_size), fingerprint, overlays, save_every)
@@ -130,11 +130,11 @@ def evaluate(
     counted = gather_objects((run.state.done, run.state.unlabelled))
     extremes = [one for part in gather_objects(run.state.extremes) for one in part]
     if not confusion.counts.sum():
-        raise ValueError("no pixel of the pictures has a label: there is nothing to measure.")
+        raise ValueError("no pixel of the images has a label: there is nothing to measure.")
     results = {
         **{name: getattr(confusion, name)() for name in MEASURES},
-        "pictures": sum(done for done, _ in counted),
-        "unlabelled_pictures": sum(unlabelled for _, unlabelled in counted),
+        "images": sum(done for done, _ in counted),
+        "unlabelled_images": sum(unlabelled for _, unlabelled in counted),
         "per_class_iou": _by_name(label_set.names, confusion.iou()),
         "per_class_accuracy": _by_name(label_set.names, confusion.accuracy()),
         "subsets": {
@@ -160,7 +160,7 @@ def evaluate(
 def save_overlays(
     model: SANForOpenVocabSegmentation,
     processor: SANProcessor,
-    pictures: Any,
+    images: Any,
     label_set: LabelSet,
     folder: str | os.PathLike,
     *,
@@ -168,15 +168,15 @@ def save_overlays(
     class_embeds: Tensor | None = None,
 ) -> list[Path]:
     """
-    Draw the first pictures with their label maps and what the model makes of them.
+    Draw the first images with their label maps and what the model makes of them.
 
     Args:
         model: any model; what it has stored is left alone.
         processor: its processor.
-        pictures: examples with `image` and `annotation`.
+        images: examples with `image` and `annotation`.
         label_set: the classes, and how label maps store them.
-        folder: made if missing; one PNG for each picture goes there.
-        count: how many pictures.
+        folder: made if missing; one PNG for each image goes there.
+        count: how many images.
         class_embeds: as for `evaluate`.
 
     Returns:
@@ -185,19 +185,19 @@ def save_overlays(
     paths = []
     with _evaluating(model):
         segmenter = _Segmenter(model, processor, label_set, class_embeds, tta=False)
-        for index, example in enumerate(islice(iter(pictures), count)):
+        for index, example in enumerate(islice(iter(images), count)):
             image, label_map = _decode(example, label_set, index)
             drawing = draw_comparison(image, label_map, segmenter(image).cpu().numpy(), label_set)
-            paths.append(_save_png(drawing, Path(folder) / f"picture_{index:06d}.png"))
+            paths.append(_save_png(drawing, Path(folder) / f"image_{index:06d}.png"))
     return paths
 
 
 def draw_comparison(image: Image.Image, true: np.ndarray, predicted: np.ndarray, label_set: LabelSet) -> Image.Image:
     """
-    A picture, its label map and a prediction side by side, each with a title and the maps with legends.
+    An image, its label map and a prediction side by side, each with a title and the maps with legends.
 
     Args:
-        image: the picture.
+        image: the image.
         true: label map `(height, width)`; what is ignored stays unpainted in both maps.
         predicted: the same size.
         label_set: the classes.
@@ -209,11 +209,11 @@ def draw_comparison(image: Image.Image, true: np.ndarray, predicted: np.ndarray,
     nothing = np.full(true.shape, unpainted)
     score = _score(true, predicted, label_set)
     panels = {
-        "picture": overlay(image, nothing, names, opacity=0, legend=False),
+        "image": overlay(image, nothing, names, opacity=0, legend=False),
         "truth": overlay(image, shown[0], names, opacity=0.7),
         f"prediction{score}": overlay(image, shown[1], names, opacity=0.7),
     }
-    size = max(14, max(panels["picture"].size) // 36)
+    size = max(14, max(panels["image"].size) // 36)
     title = 2 * size
     width = sum(panel.width for panel in panels.values()) + _MARGIN * (len(panels) + 1)
     height = max(panel.height for panel in panels.values()) + title + 2 * _MARGIN
@@ -282,7 +282,7 @@ def format_table(results: Mapping[str, Any]) -> str:
 
 
 class _Segmenter:
-    """Labels every pixel of a picture with one of the classes."""
+    """Labels every pixel of an image with one of the classes."""
 
     def __init__(
         self,
@@ -342,13 +342,13 @@ class _Segmenter:
 @dataclass(frozen=True)
 class _View:
     """
-    What the model makes of one view of a picture.
+    What the model makes of one view of an image.
 
     Attributes:
         masks: mask logits `(queries, h, w)`.
         probabilities: of the classes, `(classes, queries)`.
-        down: brings the masks' rows to the picture's, `(height, h)`.
-        across: brings the masks' columns to the picture's, `(w, width)`, mirrored where the view is.
+        down: brings the masks' rows to the image's, `(height, h)`.
+        across: brings the masks' columns to the image's, `(w, width)`, mirrored where the view is.
     """
 
     masks: Tensor
@@ -399,12 +399,12 @@ def _evaluating(model: SANForOpenVocabSegmentation) -> Iterator[None]:
         model.train(was_training)
 
 
-# Going through the pictures
+# Going through the images
 
 
 @dataclass(frozen=True)
 class _Extreme:
-    """A picture that is kept to be drawn, because it is among the best or the worst: its mean IoU and its file."""
+    """An image that is kept to be drawn, because it is among the best or the worst: its mean IoU and its file."""
 
     score: float
     index: int
@@ -413,7 +413,7 @@ class _Extreme:
 
 @dataclass(frozen=True)
 class _State:
-    """What is done. A picture's part is added at once, so that being stopped never counts half of it."""
+    """What is done. An image's part is added at once, so that being stopped never counts half of it."""
 
     confusion: ConfusionMatrix
     done: int = 0
@@ -422,13 +422,13 @@ class _State:
 
 
 class _Run:
-    """One process's share of the pictures."""
+    """One process's share of the images."""
 
-    def __init__(self, label_set: LabelSet, pictures: Any, rank: int, world_size: int, limit: int | None) -> None:
+    def __init__(self, label_set: LabelSet, images: Any, rank: int, world_size: int, limit: int | None) -> None:
         if limit is not None and limit < 1:
-            raise ValueError(f"limit is {limit}: pass at least 1, or None for all pictures.")
+            raise ValueError(f"limit is {limit}: pass at least 1, or None for all images.")
         self.label_set = label_set
-        self.pictures = pictures
+        self.images = images
         self.rank = rank
         self.world_size = world_size
         self.limit = limit
@@ -447,10 +447,10 @@ class _Run:
         self._remove_unused()
 
     def finish(self, segmenter: _Segmenter, progress: bool) -> None:
-        """Go through the pictures that are left."""
+        """Go through the images that are left."""
         saved = monotonic()
         bar = tqdm(
-            total=self._length(), initial=self.state.done, desc="evaluating", unit="picture", disable=not progress
+            total=self._length(), initial=self.state.done, desc="evaluating", unit="image", disable=not progress
         )
         try:
             for index, example in self._examples():
@@ -464,17 +464,17 @@ class _Run:
             self._save()
 
     def _examples(self) -> Iterator[tuple[int, Any]]:
-        """Index and example of each picture of this process that is not done."""
+        """Index and example of each image of this process that is not done."""
         first = self.rank + self.state.done * self.world_size
         left = None if self.limit is None else len(range(first, self.limit, self.world_size))
-        for place, example in enumerate(islice(_examples_from(self.pictures, first, self.world_size), left)):
+        for place, example in enumerate(islice(_examples_from(self.images, first, self.world_size), left)):
             yield first + place * self.world_size, example
 
     def _length(self) -> int | None:
-        """How many pictures this process has, if that is known."""
-        if not hasattr(self.pictures, "__len__"):
+        """How many images this process has, if that is known."""
+        if not hasattr(self.images, "__len__"):
             return None
-        length = len(self.pictures) if self.limit is None else min(self.limit, len(self.pictures))
+        length = len(self.images) if self.limit is None else min(self.limit, len(self.images))
         return len(range(self.rank, length, self.world_size))
 
     def _count(self, segmenter: _Segmenter, example: Any, index: int) -> None:
@@ -492,7 +492,7 @@ class _Run:
     def _choose(
         self, score: float, index: int, image: Image.Image, label_map: np.ndarray, predicted: Tensor
     ) -> tuple[_Extreme, ...]:
-        """Keep the picture if it is among the best or worst so far, and forget those that no longer are."""
+        """Keep the image if it is among the best or worst so far, and forget those that no longer are."""
         assert self.folder is not None
         new = _Extreme(score, index, f"{index:06d}.npz")
         best, worst = choose_extremes([*self.state.extremes, new], self.overlays)
@@ -522,7 +522,7 @@ class _Run:
         self._remove_unused()
 
     def _remove_unused(self) -> None:
-        """Delete pictures that are no longer among the best and worst."""
+        """Delete images that are no longer among the best and worst."""
         assert self.folder is not None
         kept = {one.path for one in self.state.extremes} | {_STATE_FILE}
         for path in self.folder.iterdir():
@@ -548,19 +548,19 @@ class _Run:
         self.state = _State(confusion, about["done"], about["unlabelled"], extremes)
 
 
-def choose_extremes(pictures: Sequence[_Extreme], count: int) -> tuple[list[_Extreme], list[_Extreme]]:
-    """The best and the worst, `count` of each at most and none twice; ties go to the earlier picture."""
-    by_score = sorted(pictures, key=lambda one: (-one.score, one.index))
+def choose_extremes(images: Sequence[_Extreme], count: int) -> tuple[list[_Extreme], list[_Extreme]]:
+    """The best and the worst, `count` of each at most and none twice; ties go to the earlier image."""
+    by_score = sorted(images, key=lambda one: (-one.score, one.index))
     worst = sorted(by_score[count:], key=lambda one: (one.score, one.index))
     return by_score[:count], worst[:count]
 
 
-def _examples_from(pictures: Any, first: int, step: int = 1) -> Iterator[Any]:
+def _examples_from(images: Any, first: int, step: int = 1) -> Iterator[Any]:
     """Every `step`-th example from the `first` on."""
-    if hasattr(pictures, "__len__"):
-        return (pictures[index] for index in range(first, len(pictures), step))
+    if hasattr(images, "__len__"):
+        return (images[index] for index in range(first, len(images), step))
     # Data sets skip examples without decoding them where they can
-    rest = pictures.skip(first) if first and hasattr(pictures, "skip") else islice(iter(pictures), first, None)
+    rest = images.skip(first) if first and hasattr(images, "skip") else islice(iter(images), first, None)
     return islice(iter(rest), 0, None, step)
 
 
@@ -594,11 +594,11 @@ def _fingerprint(segmenter: _Segmenter, run: _Run) -> str:
         "tta": segmenter.tta,
         "limit": run.limit,
         "processes": run.world_size,
-        "pictures": len(run.pictures) if hasattr(run.pictures, "__len__") else None,
-        "data": getattr(run.pictures, "_fingerprint", None),
+        "images": len(run.images) if hasattr(run.images, "__len__") else None,
+        "data": getattr(run.images, "_fingerprint", None),
     }
     digest.update(json.dumps(options, sort_keys=True, default=str).encode())
-    for example in islice(_examples_from(run.pictures, 0), 1):
+    for example in islice(_examples_from(run.images, 0), 1):
         image, label_map = _decode(example, run.label_set, 0)
         digest.update(image.tobytes())
         digest.update(label_map.tobytes())
@@ -687,13 +687,13 @@ def model_index(results: Mapping[str, Any], about: Mapping[str, Any]) -> list[di
 
 def _plot_title(results: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     where = f" on {Path(about['dataset']).stem}" if about.get("dataset") else ""
-    return f"{Path(about['model']).name}{where}: mean IoU {results['mean_iou']:.3f} ({results['pictures']} pictures)"
+    return f"{Path(about['model']).name}{where}: mean IoU {results['mean_iou']:.3f} ({results['images']} images)"
 
 
 def _draw_extremes(
     folder: Path, extremes: Sequence[_Extreme], count: int, label_set: LabelSet, world_size: int
 ) -> None:
-    """Draw the best and worst pictures of all processes."""
+    """Draw the best and worst images of all processes."""
     target = folder / OVERLAYS_FOLDER
     for kind in ("best", "worst"):
         for path in target.glob(f"{kind}_*.png"):
@@ -706,11 +706,11 @@ def _draw_extremes(
             with np.load(files[one.path], allow_pickle=False) as saved:
                 image, true, predicted = (saved[name] for name in ("image", "true", "predicted"))
             drawing = draw_comparison(Image.fromarray(image), true, predicted, label_set)
-            _save_png(drawing, target / f"{kind}_{place}_picture_{one.index:06d}.png")
+            _save_png(drawing, target / f"{kind}_{place}_image_{one.index:06d}.png")
 
 
 def _score(true: np.ndarray, predicted: np.ndarray, label_set: LabelSet) -> str:
-    """How good one picture's prediction is, for its title."""
+    """How good one image's prediction is, for its title."""
     confusion = ConfusionMatrix(len(label_set.names), label_set.ignore_index)
     confusion.update(torch.from_numpy(predicted.astype(np.int64)), torch.from_numpy(true.astype(np.int64)))
     if not confusion.counts.any():
@@ -718,9 +718,9 @@ def _score(true: np.ndarray, predicted: np.ndarray, label_set: LabelSet) -> str:
     return f", mean IoU {confusion.mean_iou():.2f}, {confusion.overall_accuracy():.0%} of the pixels right"
 
 
-def _save_png(picture: Image.Image, path: Path) -> Path:
+def _save_png(image: Image.Image, path: Path) -> Path:
     with replacing_file(path) as beside:
-        picture.save(beside, format="PNG")
+        image.save(beside, format="PNG")
     return path
 
 

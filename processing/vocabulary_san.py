@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .labels import normalize_labels, split_synonyms
+from .labels_san import normalize_labels, split_synonyms
 
 _FOLDER = Path(__file__).parent / "vocabularies"
 _TEMPLATES_FILE = "prompt_templates"
@@ -21,7 +21,7 @@ OTHER_LABEL = "other"
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class ClassList:
     """The classes of one label set, in the order of their indices.
 
     Attributes:
@@ -49,7 +49,7 @@ def vocabulary_names() -> tuple[str, ...]:
 
 
 @cache
-def load_vocabulary(name: str) -> Vocabulary:
+def load_vocabulary(name: str) -> ClassList:
     """Load a label set that ships with the package.
 
     Args:
@@ -62,7 +62,7 @@ def load_vocabulary(name: str) -> Vocabulary:
         raise ValueError(f"there is no vocabulary {name!r}: choose one of {_listed(vocabulary_names())}")
     data = _read(name)
     source_ids, is_thing = data.get("source_ids"), data.get("is_thing")
-    return Vocabulary(
+    return ClassList(
         name=name,
         classes=tuple(data["classes"]),
         ignore_index=data["ignore_index"],

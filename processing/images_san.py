@@ -1,6 +1,6 @@
-"""Whatever people pass as pictures and label maps, turned into numpy arrays of one form.
+"""Whatever people pass as images and label maps, turned into numpy arrays of one form.
 
-Pictures become (height, width, 3) arrays of uint8, or of float32 where floats were given; label maps become
+Images become (height, width, 3) arrays of uint8, or of float32 where floats were given; label maps become
 (height, width) arrays of int32. Everything that cannot be such an array is refused here, with a sentence that says
 which one it is, what it is, and what to pass.
 """
@@ -21,46 +21,46 @@ _CHANNELS = (1, 3, 4)
 _ACCEPTED = "a PIL image, a path, a numpy array or a torch tensor"
 
 
-def flatten_pictures(images: Any) -> list[Any]:
-    """One picture, a batch array (batch, ...), or lists of either, nested at will, as a flat list of pictures.
+def flatten_images(images: Any) -> list[Any]:
+    """One image, a batch array (batch, ...), or lists of either, nested at will, as a flat list of images.
 
     Raises:
-        ValueError: there is no picture at all.
+        ValueError: there is no image at all.
     """
-    pictures = _flatten(images, batch_ndim=4)
-    if not pictures:
-        raise ValueError(f"images is empty: pass at least one picture, each {_ACCEPTED}")
-    return pictures
+    images = _flatten(images, batch_ndim=4)
+    if not images:
+        raise ValueError(f"images is empty: pass at least one image, each {_ACCEPTED}")
+    return images
 
 
-def flatten_maps(maps: Any, pictures: int) -> list[Any]:
-    """Label maps as a flat list, one for each of `pictures` pictures.
+def flatten_maps(maps: Any, images: int) -> list[Any]:
+    """Label maps as a flat list, one for each of `images` images.
 
     Args:
         maps: one label map, a batch array (batch, height, width), or lists of either.
-        pictures: how many maps there have to be.
+        images: how many maps there have to be.
 
     Raises:
-        ValueError: there are more or fewer maps than pictures.
+        ValueError: there are more or fewer maps than images.
     """
-    # An array of three axes is a batch, unless there is one picture: then it is one map with a channel axis.
-    flat = _flatten(maps, batch_ndim=3 if pictures > 1 and not isinstance(maps, (list, tuple)) else 4)
-    if len(flat) != pictures:
+    # An array of three axes is a batch, unless there is one image: then it is one map with a channel axis.
+    flat = _flatten(maps, batch_ndim=3 if images > 1 and not isinstance(maps, (list, tuple)) else 4)
+    if len(flat) != images:
         raise ValueError(
-            f"there are {len(flat)} segmentation maps for {pictures} images: pass one map for each image, in order"
+            f"there are {len(flat)} segmentation maps for {images} images: pass one map for each image, in order"
         )
     return flat
 
 
-def read_picture(image: Any, name: str, *, to_rgb: bool = True, channels_first: bool | None = None) -> np.ndarray:
-    """One picture as an array: what `load_picture` gives, with PIL images as arrays of bytes (height, width, 3)."""
-    return np.asarray(load_picture(image, name, to_rgb=to_rgb, channels_first=channels_first))
+def read_image(image: Any, name: str, *, to_rgb: bool = True, channels_first: bool | None = None) -> np.ndarray:
+    """One image as an array: what `load_image` gives, with PIL images as arrays of bytes (height, width, 3)."""
+    return np.asarray(load_image(image, name, to_rgb=to_rgb, channels_first=channels_first))
 
 
-def load_picture(
+def load_image(
     image: Any, name: str, *, to_rgb: bool = True, channels_first: bool | None = None
 ) -> Image.Image | np.ndarray:
-    """One picture, decoded and checked, in the form it comes in: a PIL image stays one, which spares two copies.
+    """One image, decoded and checked, in the form it comes in: a PIL image stays one, which spares two copies.
 
     PIL images have mode RGB. Those with more than 8 bits, and all arrays, become arrays (height, width, 3): uint8 in
     0 ... 255, or float32 with the values given.
@@ -79,7 +79,7 @@ def load_picture(
             tensors first).
 
     Raises:
-        ValueError: the picture cannot be read, has no pixels, the wrong axes or channels, or values that are not
+        ValueError: the image cannot be read, has no pixels, the wrong axes or channels, or values that are not
             numbers.
     """
     if isinstance(image, (str, os.PathLike)):
@@ -100,30 +100,30 @@ def load_picture(
     else:
         raise ValueError(f"{name} is a {type(image).__name__}: pass {_ACCEPTED}")
     if array.size == 0:
-        raise ValueError(f"{name} has no pixels (shape {_shape(array)}): pass a picture of at least 1 x 1")
+        raise ValueError(f"{name} has no pixels (shape {_shape(array)}): pass an image of at least 1 x 1")
     return _to_values(_to_three_channels(array, name, to_rgb, channels_first), name)
 
 
-def draft_picture(
+def draft_image(
     image: Any, name: str, wanted_size: Callable[[int, int], tuple[int, int]], resample: int
 ) -> tuple[Any, tuple[int, int] | None]:
-    """Decode a large JPEG picture at 1/2, 1/4 or 1/8 of its size, and resize that: faster, and not quite the same.
+    """Decode a large JPEG image at 1/2, 1/4 or 1/8 of its size, and resize that: faster, and not quite the same.
 
     It is decoded to at least twice the size wanted, so that resizing still averages over its pixels.
 
     Args:
-        image: what `load_picture` takes. Drafted are JPEG files, and PIL images of them that are not decoded yet;
+        image: what `load_image` takes. Drafted are JPEG files, and PIL images of them that are not decoded yet;
             these stay as they are, another image is made of their file.
         name: what an error calls it.
-        wanted_size: gives the height and width to resize to, for a picture of such a height and width.
+        wanted_size: gives the height and width to resize to, for an image of such a height and width.
         resample: one of `PIL.Image.Resampling`.
 
     Returns:
-        What to pass to `load_picture`, and the height and width that it has in full and upright, None if it is not
+        What to pass to `load_image`, and the height and width that it has in full and upright, None if it is not
         drafted.
 
     Raises:
-        ValueError: the picture cannot be opened or decoded.
+        ValueError: the image cannot be opened or decoded.
     """
     opened = _open(image, name) if isinstance(image, (str, os.PathLike)) else image
     # PIL lets go of the file when it has decoded it; the frame or draft that someone chose stays chosen
@@ -141,7 +141,7 @@ def draft_picture(
     if draft is None or drafted.size == (width, height):
         return opened, None
     with _decoding(name):
-        # The box ends where the picture does: where its sides are no multiples of 8, the last pixels lie beyond
+        # The box ends where the image does: where its sides are no multiples of 8, the last pixels lie beyond
         return drafted.resize((new_width, new_height), Image.Resampling(resample), box=draft[1]), full_size
 
 
@@ -173,67 +173,67 @@ def read_map(segmentation_map: Any, name: str) -> np.ndarray:
     return _to_indices(_without_channel_axis(array, name), name)
 
 
-def to_byte_scale(picture: np.ndarray, name: str) -> np.ndarray:
-    """Bring a picture of floats to 0 ... 255, the scale of bytes; bytes are returned as they are.
+def to_byte_scale(image: np.ndarray, name: str) -> np.ndarray:
+    """Bring an image of floats to 0 ... 255, the scale of bytes; bytes are returned as they are.
 
     Floats that lie within 0 ... 1 are taken to be on that scale already, so that they are not rescaled twice.
 
     Args:
-        picture: (height, width, 3), uint8 or float32.
+        image: (height, width, 3), uint8 or float32.
         name: what an error calls it.
 
     Raises:
         ValueError: values lie outside 0 ... 255.
     """
-    if picture.dtype == np.uint8:
-        return picture
-    low, high = float(picture.min()), float(picture.max())
+    if image.dtype == np.uint8:
+        return image
+    low, high = float(image.min()), float(image.max())
     if low < 0 or high > 255:
         raise ValueError(
             f"{name} holds floats from {low:g} to {high:g}, expected 0 ... 1 or 0 ... 255: scale it, or pass "
             "do_rescale=False (and do_normalize=False if it is normalised already)"
         )
-    return picture * np.float32(255) if high <= 1 else picture
+    return image * np.float32(255) if high <= 1 else image
 
 
-def read_byte_picture(image: Any, name: str) -> np.ndarray:
-    """One picture as bytes (height, width, 3): `read_picture` on the scale of `to_byte_scale`, rounded.
+def read_byte_image(image: Any, name: str) -> np.ndarray:
+    """One image as bytes (height, width, 3): `read_image` on the scale of `to_byte_scale`, rounded.
 
     Args:
-        image: what `read_picture` takes.
+        image: what `read_image` takes.
         name: what an error calls it.
 
     Raises:
         ValueError: as those two.
     """
-    picture = to_byte_scale(read_picture(image, name), name)
-    return picture if picture.dtype == np.uint8 else np.rint(picture).astype(np.uint8)
+    image = to_byte_scale(read_image(image, name), name)
+    return image if image.dtype == np.uint8 else np.rint(image).astype(np.uint8)
 
 
-def picture_size(picture: Image.Image | np.ndarray) -> tuple[int, int]:
-    """Height and width of what `load_picture` gives."""
-    height, width = picture.size[::-1] if isinstance(picture, Image.Image) else picture.shape[:2]
+def image_size(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """Height and width of what `load_image` gives."""
+    height, width = image.size[::-1] if isinstance(image, Image.Image) else image.shape[:2]
     return height, width
 
 
-def resize_picture(picture: Image.Image | np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:
+def resize_image(image: Image.Image | np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:
     """Resize with PIL's filters: bytes as bytes (rounded, like the reference), floats as floats.
 
     Args:
-        picture: a PIL image of mode RGB, or (height, width, 3), uint8 or float32.
+        image: a PIL image of mode RGB, or (height, width, 3), uint8 or float32.
         size: height and width to reach, in pixels.
         resample: one of `PIL.Image.Resampling`.
     """
     height, width = size
-    if picture_size(picture) == (height, width):
-        return np.asarray(picture)
-    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8:
-        picture = Image.fromarray(picture)
-    if isinstance(picture, Image.Image):
-        return np.asarray(picture.resize((width, height), Image.Resampling(resample)))
-    resized = np.empty((height, width, picture.shape[2]), dtype=np.float32)
-    for channel in range(picture.shape[2]):
-        plane = Image.fromarray(np.ascontiguousarray(picture[..., channel]))
+    if image_size(image) == (height, width):
+        return np.asarray(image)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+        image = Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        return np.asarray(image.resize((width, height), Image.Resampling(resample)))
+    resized = np.empty((height, width, image.shape[2]), dtype=np.float32)
+    for channel in range(image.shape[2]):
+        plane = Image.fromarray(np.ascontiguousarray(image[..., channel]))
         resized[..., channel] = np.asarray(plane.resize((width, height), Image.Resampling(resample)))
     return resized
 
@@ -256,26 +256,26 @@ def _flatten(items: Any, batch_ndim: int) -> list[Any]:
 
 
 def _open(path: str | os.PathLike, name: str) -> Image.Image:
-    """Open a picture file; PIL reads its pixels later."""
+    """Open an image file; PIL reads its pixels later."""
     try:
         return Image.open(path)
     except FileNotFoundError as error:
         raise ValueError(f"{name}: there is no file {os.fspath(path)!r}: check the path") from error
     except (OSError, Image.DecompressionBombError, ValueError) as error:
         raise ValueError(
-            f"{name}: {os.fspath(path)!r} cannot be opened as a picture ({error}): pass an image file"
+            f"{name}: {os.fspath(path)!r} cannot be opened as an image ({error}): pass an image file"
         ) from error
 
 
 def _decoded(image: Image.Image, name: str) -> Image.Image:
     """The pixels of a PIL image, turned upright by its EXIF orientation."""
     if 0 in image.size:
-        raise ValueError(f"{name} has no pixels (size {image.size}): pass a picture of at least 1 x 1")
+        raise ValueError(f"{name} has no pixels (size {image.size}): pass an image of at least 1 x 1")
     if isinstance(image, ImageFile.ImageFile) and image.tile and image.fp is None:
         raise ValueError(f"{name} was closed before it was decoded: pass it inside its `with` block, or pass its path")
     with _decoding(name):
         image.load()
-        # exif_transpose copies what is upright already, which most pictures are
+        # exif_transpose copies what is upright already, which most images are
         turned = image.getexif().get(_EXIF_ORIENTATION, 1) != 1
         return ImageOps.exif_transpose(image) if turned else image
 

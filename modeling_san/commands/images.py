@@ -1,4 +1,4 @@
-"""Picture files that a command reads, and the names of what it writes for each."""
+"""Image files that a command reads, and the names of what it writes for each."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 STANDARD_INPUT = "-"
 OVERLAY_ENDING, LABELS_ENDING, SUMMARY_ENDING = "_overlay.png", "_labels.png", ".json"
-"""What is put behind a picture's name for the files that are written."""
+"""What is put behind an image's name for the files that are written."""
 
 
-def list_pictures(arguments: Sequence[str]) -> list[Path]:
+def list_images(arguments: Sequence[str]) -> list[Path]:
     """
     Paths on the command line, `-` replaced by the lines of standard input; a path given twice counts once.
 
@@ -28,7 +28,7 @@ def list_pictures(arguments: Sequence[str]) -> list[Path]:
     """
     paths = list(dict.fromkeys(Path(text) for text in _with_standard_input(arguments)))
     if not paths:
-        raise CommandError("standard input holds no paths: write one path of a picture per line")
+        raise CommandError("standard input holds no paths: write one path of an image per line")
     return paths
 
 
@@ -42,11 +42,11 @@ def _with_standard_input(arguments: Sequence[str]) -> Iterator[str]:
 
 def output_names(paths: Sequence[Path], folder: Path) -> list[str]:
     """
-    A name for each picture to write its results under: its own without the ending, and with a number behind where
-    several have the same, or where a result would replace one of the pictures.
+    A name for each image to write its results under: its own without the ending, and with a number behind where
+    several have the same, or where a result would replace one of the images.
 
     Args:
-        paths: of the pictures.
+        paths: of the images.
         folder: that results go to.
     """
     inputs = {_place(path) for path in paths}
@@ -76,29 +76,29 @@ def _place(path: Path) -> str:
     return str(path.resolve()).casefold()
 
 
-def load_picture(path: Path) -> np.ndarray:
+def load_image(path: Path) -> np.ndarray:
     """
-    Read a picture file.
+    Read an image file.
 
     Returns:
         `(height, width, 3)` bytes, upright, red, green and blue.
 
     Raises:
-        CommandError: says why the file is no picture that can be read.
+        CommandError: says why the file is no image that can be read.
     """
     from PIL import Image, UnidentifiedImageError
 
-    from modeling_san.processing.image_arrays import read_byte_picture
+    from modeling_san.processing.images_san import read_byte_image
 
     _check_file(path)
     try:
         with warnings.catch_warnings():
-            # Pictures of this size would take gigabytes; PIL itself refuses them from twice as many pixels only
+            # Images of this size would take gigabytes; PIL itself refuses them from twice as many pixels only
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                return read_byte_picture(image, "the picture")
+                return read_byte_image(image, "the image")
     except UnidentifiedImageError as error:
-        raise CommandError(f"{path} is no picture of a known format: pass PNG, JPEG, WebP, TIFF ...") from error
+        raise CommandError(f"{path} is no image of a known format: pass PNG, JPEG, WebP, TIFF ...") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise CommandError(
             f"{path} has more than the {Image.MAX_IMAGE_PIXELS or 0:,} pixels that are read: shrink it before"
@@ -117,6 +117,6 @@ def _check_file(path: Path) -> None:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise CommandError(f"{path} cannot be read ({reason}): check the path") from error
     if path.is_dir():
-        raise CommandError(f"{path} is a folder: pass the pictures in it, for example {path}/*.jpg")
+        raise CommandError(f"{path} is a folder: pass the images in it, for example {path}/*.jpg")
     if size == 0 and path.is_file():
         raise CommandError(f"{path} is empty (0 bytes): it may not have been copied completely")

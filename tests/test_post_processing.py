@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from modeling_san.processing import SANImageProcessor, post_processing
+from modeling_san.processing import SANImageProcessor
+from modeling_san.processing import post_processing_san as post_processing
 from modeling_san.processing.post_processing_san import MaskGeometry, score_map, segment
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
@@ -58,7 +59,7 @@ def test_blocks_give_what_two_interpolations_of_whole_tensors_give(processor, ta
 def test_segmentation_is_the_best_score_at_every_pixel(processor, classes):
     outputs = make_outputs([(90, 120)], classes)
     scores = processor.post_process_semantic_scores(outputs, [(50, 70)])[0]
-    maps, winning = processor.post_process_semantic_segmentation(outputs, [(50, 70)], return_scores=True)
+    maps, winning = processor.post_process_with_scores(outputs, [(50, 70)])
     assert maps[0].dtype == torch.int64
     assert maps[0].shape == (50, 70)
     assert torch.equal(maps[0], scores.argmax(0))

@@ -93,8 +93,8 @@ _FALLBACK_FONTS = ("NotoSans-Regular.ttf", "DejaVuSans.ttf", "NotoSansCJK-Regula
 def palette(n: int) -> np.ndarray:
     """Colours for `n` labels.
 
-    They depend on the index alone: `palette(3)` begins `palette(100)`. The first 256 are chosen to differ much; beyond,
-    colours are only different from each other.
+    They depend on the index alone: `palette(3)` begins `palette(100)`. The first 256 differ much from each other,
+    those beyond only somehow.
 
     Args:
         n: how many, at most 2 ** 23.
@@ -213,8 +213,11 @@ def overlay(
     pixels, indices = _enlarge(pixels, indices)
     painted = _paint(pixels, indices, colors[: len(labels)], opacity, outlines)
     if names and opacity > 0:
+        # Places for names are sought on every few pixels alone
+        step = max(1, max(indices.shape) // 256)
+        sample = indices[::step, ::step]
         for index, entry in zip(shown, entries, strict=True):
-            _write_name(painted, indices == index, entry)
+            _write_name(painted, sample == index, step, entry)
     if rest := order[len(shown) :]:
         entries.append(_Entry(f"{len(rest)} more", counts[rest].sum() / indices.size, None))
     return _with_legend(painted, entries) if legend and entries else painted
@@ -291,14 +294,12 @@ def _outline_mask(rows: np.ndarray) -> Image.Image:
 # Names in regions
 
 
-def _write_name(painted: Image.Image, region: np.ndarray, entry: "_Entry") -> None:
-    """Write a name where a region is widest, on a ground of the label's colour, if there is room for it."""
+def _write_name(painted: Image.Image, region: np.ndarray, step: int, entry: "_Entry") -> None:
+    """Write a name where a region, given on every `step`th pixel, is widest, if there is room for it."""
     size = max(13, round(0.022 * max(painted.size)))
     font = _font(size, entry.name)
     half_width, half_height = round(font.getlength(entry.name) / 2 + 0.5 * size), round(0.8 * size)
-    # A place is sought on every few pixels alone
-    step = max(1, max(region.shape) // 256)
-    center = _roomiest(region[::step, ::step], -(-half_height // step), -(-half_width // step))
+    center = _roomiest(region, -(-half_height // step), -(-half_width // step))
     if center is None or entry.color is None:
         return
     y, x = (position * step for position in center)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from modeling_san import BUILTIN_MODEL
 
 from .errors import say
-from .parser import add_device_option, add_model_option, add_output_option
+from .parser import add_device_option, add_model_option, add_output_option, make_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,10 +49,11 @@ def run(args: argparse.Namespace) -> int:
     """
     from PIL import Image
 
+    from modeling_san.processing.device import pick_device
     from modeling_san.training.world import NEVER_SEEN_COMBINATIONS
 
-    from .models import load_model, pick_device, quiet_libraries
-    from .results import make_folder, make_segmenter, write_results
+    from .models import load_model, quiet_libraries
+    from .segment import main_labels, write_results
 
     quiet_libraries()
     loaded = load_model(args.model, pick_device(args.device))
@@ -61,15 +62,16 @@ def run(args: argparse.Namespace) -> int:
     image_path = folder / "demo.png"
     Image.fromarray(image).save(image_path)
 
-    segmenter = make_segmenter(loaded, [*names, *(name for name in _DISTRACTORS if name not in names)])
-    label_map, scores = segmenter.segment(image)
-    result = write_results(segmenter, image, (label_map, scores), folder, "demo", source=str(image_path))
+    vocabulary = loaded.vocabulary([*names, *(name for name in _DISTRACTORS if name not in names)])
+    [segmentation] = loaded.segmenter(image, vocabulary)
+    overlay = write_results(segmentation, image, folder, "demo", source=str(image_path), model=loaded.name)
+    right = (segmentation.label_map.numpy() == truth).mean()
     say(f"image: {image_path}, drawn with {', '.join(names)}")
-    say(f"labels:  {', '.join(segmenter.labels)}")
-    say(f"found:   {result} ({(label_map == truth).mean():.0%} of the pixels are right)")
+    say(f"labels:  {', '.join(segmentation.labels)}")
+    say(f"found:   {main_labels(segmentation)} ({right:.0%} of the pixels are right)")
     if unseen := [name for name in names if name in NEVER_SEEN_COMBINATIONS]:
         say(f"         without ever having had a mask of: {', '.join(unseen)}")
-    say(f"overlay: {result.overlay}")
+    say(f"overlay: {overlay}")
     if table := _results_table(BUILTIN_MODEL if args.model is None else Path(args.model)):
         say(f"\n{table}")
     return 0

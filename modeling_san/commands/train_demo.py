@@ -43,10 +43,11 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         exit code.
     """
+    from modeling_san.processing.device import pick_device
     from modeling_san.training.train_demo import UndertrainedError, train_demo
 
-    from .models import pick_device, quiet_libraries
-    from .results import make_folder
+    from .models import quiet_libraries
+    from .parser import make_folder
 
     quiet_libraries()
     output = Path(args.output)

@@ -316,7 +316,7 @@ class Segmenter:
 
     def unknown_words(self, labels: Iterable[str]) -> list[str]:
         """Words that the model says it was not trained on; none where it does not say."""
-        trained = self.model.config.training_labels
+        trained = getattr(self.model.config, "training_labels", None)
         return unknown_words(normalize_labels(labels), trained) if trained else []
 
     def prepare(self, images: Any, **options: Any) -> PreparedImages:
@@ -423,8 +423,8 @@ class Segmenter:
         maps, scores = self.processor.post_process_semantic_segmentation(
             outputs, target_sizes=list(target_sizes), return_scores=True
         )
-        kept = {name: getattr(outputs, name, None) for name in _KEPT_OUTPUTS}
-        kept = {name: value.cpu() for name, value in kept.items() if value is not None}
+        found = {name: getattr(outputs, name, None) for name in _KEPT_OUTPUTS}
+        kept = {name: value.cpu() for name, value in found.items() if value is not None}
         return [
             replace(
                 _finish(label_map, score, vocabulary, threshold),

@@ -98,16 +98,16 @@ def load_image(path: Path) -> np.ndarray:
     """
     from PIL import Image
 
-    from modeling_san.processing.images_san import read_byte_image
+    from modeling_san.processing.images_san import open_image, read_byte_image
 
     _check_file(path)
     try:
         with warnings.catch_warnings():
             # Images of this size would take gigabytes; PIL itself refuses them from twice as many pixels only
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 return read_byte_image(image, str(path))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombWarning as error:
         raise CommandError(
             f"{path} has more than the {Image.MAX_IMAGE_PIXELS or 0:,} pixels that are read: shrink it before"
         ) from error

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     for path, name in zip(bar, output_names(paths, folder), strict=True):
         try:
             line = _segment_file(path, loaded, vocabulary, folder, name, args)
-        except CommandError as error:
+        except (CommandError, ValueError) as error:
             report_error(error)
             failures += 1
         else:
@@ -120,8 +120,6 @@ def _segment_file(
         raise CommandError(f"{path} does not fit into memory: shrink it, or pass --device cpu") from error
     except OSError as error:
         raise CommandError(f"{path}: its results cannot be written to {folder}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise CommandError(f"{path}: {error}") from error
     return f"{path}: {main_labels(segmentation)} -> {overlay} ({time.perf_counter() - start:.1f} s)"
 
 

@@ -27,7 +27,6 @@ _COMMANDS = (
     "curves",
     "prepare",
     "push",
-    "train-demo",
     "app",
 )
 
@@ -77,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # The others are needed only to say which there are
     parser = make_parser(argv[:1] if argv and argv[0] in _COMMANDS else _COMMANDS)
-    args, args.others = parser.parse_known_args(argv)
+    args, others = parser.parse_known_args(argv)
+    args.others = others
     if args.others and args.command not in _TAKES_OTHERS:
         parser.error(f"unrecognized arguments: {' '.join(args.others)}")
     # Names of files may be any bytes, and the terminal need not have letters for them

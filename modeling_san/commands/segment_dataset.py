@@ -124,8 +124,7 @@ def _segment(args: argparse.Namespace) -> int:
     from modeling_san.training.segment_dataset import Labeler, Options, Part, open_rows, segment_dataset
 
     from .models import load_model, quiet_libraries
-    from .results import make_folder, make_segmenter, untrained_words
-    from .segment import _check_extension
+    from .parser import make_folder
 
     share = _read_part(args.part)
     quiet_libraries()
@@ -133,7 +132,6 @@ def _segment(args: argparse.Namespace) -> int:
     state: Any = PartialState(cpu=args.device == "cpu")
     # A job of an array may itself be launched as several processes
     part = Part(share[0] * state.num_processes + state.process_index, share[1] * state.num_processes)
-    _check_extension(args.extend_labels)
     labels, templates = _read_labels(args.labels, args.extend_labels), read_templates(args.templates)
     rows = open_rows(
         args.dataset,
@@ -144,8 +142,8 @@ def _segment(args: argparse.Namespace) -> int:
     )
     folder = make_folder(Path(args.output))
     loaded = load_model(args.model, _device(args.device, state))
-    segmenter = make_segmenter(loaded, labels, templates=templates, added=args.extend_labels)
-    unknown, trained = untrained_words(loaded, labels or [])
+    vocabulary = loaded.segmenter.vocabulary(labels, templates=templates, extend=args.extend_labels)
+    unknown, trained = loaded.segmenter.unknown_words(labels or []), loaded.model.config.training_labels or []
     if unknown and state.is_main_process:
         warn(
             f"model {loaded.name} was not trained on {_listed(unknown)}; expect poor results for them. It was trained "
@@ -154,9 +152,9 @@ def _segment(args: argparse.Namespace) -> int:
     labeler = Labeler(
         model=loaded.model,
         processor=loaded.processor,
-        labels=tuple(segmenter.labels),
-        class_embeds=segmenter.class_embeds,
-        own_labels=segmenter.own_labels,
+        labels=vocabulary.shown_labels,
+        class_embeds=vocabulary.class_embeds,
+        own_labels=vocabulary.num_own,
         templates=tuple(loaded.processor.templates if templates is None else resolve_templates(templates)[1]),
     )
     report = segment_dataset(
@@ -250,7 +248,7 @@ def _device(name: str | None, state: Any) -> Any:
     """The device of this process; those of one machine share its GPUs out among them."""
     import torch
 
-    from .models import pick_device
+    from modeling_san.processing.device import pick_device
 
     device = pick_device(name)
     if device.type == "cuda" and device.index is None:

@@ -231,7 +231,8 @@ def test_a_batch_too_large_for_the_memory_is_run_image_by_image(label, segmenter
 def test_a_killed_run_goes_on_without_a_row_twice_or_missing(arguments, san, label, tmp_path):
     data = write_dataset(tmp_path / "many.parquet", [encoded(seed, SIZES[seed % 4]) for seed in range(80)])
     changes = {"dataset": data, "output": tmp_path / "cut", "shard-size": 2}
-    process = subprocess.Popen([sys.executable, "-m", "modeling_san.commands.main", *arguments(**changes)])
+    command = [sys.executable, "-m", "modeling_san.commands.main", *arguments(**changes)]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     kill_when(process, lambda: len(list((tmp_path / "cut").glob("part-*.parquet"))) >= 3)
     done = len(stored(tmp_path / "cut"))
     assert 0 < done < 80
@@ -455,3 +456,34 @@ def test_without_ray_its_extra_is_named(san, monkeypatch):
     code, _, errors = san("--ray")
     assert code == 2
     assert "[ray]" in errors[-1]
+
+
+# --------------------------------------------------------------------------------------------------------------- Ray
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes of one CPU each; the address to connect to."""
+    pytest.importorskip("ray")
+    # Workers take the interpreter that runs, whatever started it
+    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 80 * 1024**2, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    cluster.add_node(**{name: value for name, value in node.items() if name != "include_dashboard"})
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_cluster_writes_the_files_that_one_process_writes(cluster, san, label, tmp_path, streaming):
+    options = ["--streaming"] if streaming else []
+    code, lines, _ = san("--keep-columns", "name", "--scores", *options, ray=cluster)
+    assert code == 0
+    assert lines[0].startswith("22 images")
+    label("local", keep_columns=("name",), with_scores=True)
+    assert stored(tmp_path / "out") == stored(tmp_path / "local")
+    assert label(keep_columns=("name",), with_scores=True).images == 0

@@ -32,7 +32,7 @@ from modeling_san.hub_card.model_card import (
 )
 from modeling_san.modeling_san import SANForOpenVocabSegmentation
 from modeling_san.processing import SANProcessor
-from modeling_san.processing.wording_san import first_line
+from modeling_san.processing.wording_san import one_line
 from modeling_san.training.metrics import RESULTS_FILE
 
 _CONFIG_FILE = "config.json"
@@ -410,7 +410,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _first_sentence(error: BaseException) -> str:
-    return first_line(error).strip().rstrip(".:")
+    return one_line(error).strip().rstrip(".:")
 
 
 __all__ = [

@@ -28,7 +28,6 @@ from modeling_san.processing import (
     label_png,
     normalize_labels,
     overlay,
-    parse_labels,
 )
 from modeling_san.processing.images_san import read_byte_image, resize_image
 from modeling_san.processing.results import color_code, list_segments, make_summary, unknown_words
@@ -68,7 +67,7 @@ def read_words(given: Any) -> list[str]:
     characters = len(given) if isinstance(given, str) else sum(map(len, given))
     if characters > MAX_CHARACTERS:
         raise ValueError(f"The words have {characters:,} letters: keep to {MAX_CHARACTERS:,}")
-    labels = parse_labels(given) if isinstance(given, str) else normalize_labels(given)
+    labels = normalize_labels(given)
     if len(labels) > MAX_LABELS:
         raise ValueError(f"There are {len(labels)} labels: keep to {MAX_LABELS}")
     return labels

@@ -216,6 +216,14 @@ class SANConfig(PreTrainedConfig):
         return saved
 
     @property
+    def stored_labels(self) -> tuple[str, ...] | None:
+        """The vocabulary that is stored with the model, by index; None where there is none."""
+        if not self.has_stored_labels:
+            return None
+        by_index = {int(index): label for index, label in dict(self.id2label or {}).items()}
+        return tuple(by_index[index] for index in sorted(by_index))
+
+    @property
     def num_recognition_layers(self) -> int:
         """CLIP layers that [SLS] tokens pass through."""
         return self.vision_config.num_hidden_layers - self.sls_start_layer

@@ -1,24 +1,45 @@
-"""Images and words in, tensors out, and back again."""
+"""Images and words in, tensors out, and back again. The public names load on first use."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from .drawing import label_colors, label_png, overlay, palette, summarize
-from .image_processing_san import SANImageProcessor, SANImageProcessorKwargs
-from .labels_san import normalize_labels, parse_labels, split_synonyms
-from .processing_san import DEFAULT_TEMPLATES, SANProcessor
-from .vocabulary_san import (
-    EXTENSIONS,
-    OTHER_LABEL,
-    ClassList,
-    extend_labels,
-    load_vocabulary,
-    prompt_templates,
-    template_names,
-    vocabulary_names,
-)
+_HOMES = {
+    "drawing": ("label_colors", "label_png", "overlay", "palette", "summarize"),
+    "image_processing_san": ("SANImageProcessor", "SANImageProcessorKwargs"),
+    "labels_san": ("normalize_labels", "split_synonyms", "unknown_words"),
+    "pipeline_san": ("OpenVocabularySegmentationPipeline",),
+    "processing_san": ("DEFAULT_TEMPLATES", "SANProcessor"),
+    "segmenter": ("Segment", "Segmentation", "Segmenter", "Vocabulary"),
+    "vocabulary_san": (
+        "EXTENSIONS",
+        "OTHER_LABEL",
+        "ClassList",
+        "extend_labels",
+        "load_vocabulary",
+        "prompt_templates",
+        "template_names",
+        "vocabulary_names",
+    ),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
+    from .drawing import label_colors, label_png, overlay, palette, summarize
+    from .image_processing_san import SANImageProcessor, SANImageProcessorKwargs
+    from .labels_san import normalize_labels, split_synonyms, unknown_words
     from .pipeline_san import OpenVocabularySegmentationPipeline
+    from .processing_san import DEFAULT_TEMPLATES, SANProcessor
+    from .segmenter import Segment, Segmentation, Segmenter, Vocabulary
+    from .vocabulary_san import (
+        EXTENSIONS,
+        OTHER_LABEL,
+        ClassList,
+        extend_labels,
+        load_vocabulary,
+        prompt_templates,
+        template_names,
+        vocabulary_names,
+    )
 
 __all__ = [
     "DEFAULT_TEMPLATES",
@@ -29,6 +50,10 @@ __all__ = [
     "SANImageProcessor",
     "SANImageProcessorKwargs",
     "SANProcessor",
+    "Segment",
+    "Segmentation",
+    "Segmenter",
+    "Vocabulary",
     "extend_labels",
     "label_colors",
     "label_png",
@@ -36,19 +61,19 @@ __all__ = [
     "normalize_labels",
     "overlay",
     "palette",
-    "parse_labels",
     "prompt_templates",
     "split_synonyms",
     "summarize",
     "template_names",
+    "unknown_words",
     "vocabulary_names",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """The pipeline, imported on first use: it takes all of transformers' pipelines with it."""
-    if name != "OpenVocabularySegmentationPipeline":
+    """Import a public name from its home on first use."""
+    if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .pipeline_san import OpenVocabularySegmentationPipeline
-
-    return OpenVocabularySegmentationPipeline
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,12 +1,11 @@
 """Image processor of SAN on transformers' PIL backend: images in, padded batches out, and segmentations back."""
 
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from threading import Lock
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -26,13 +25,12 @@ from .images_san import (
     read_map,
     resize_image,
     resize_map,
+    side_by_side,
     to_byte_scale,
 )
 from .post_processing_san import MaskGeometry, score_map, segment
 
 _SIZE_FORMS = '{"shortest_edge": 640, "longest_edge": 2560}, {"shortest_edge": 640} or {"height": 640, "width": 640}'
-
-_Result = TypeVar("_Result")
 
 
 class SANImageProcessorKwargs(ImagesKwargs, total=False):
@@ -251,7 +249,7 @@ class SANImageProcessor(PilBackend):
             full_size = full_size or image_size(image)
             return resize_image(image, wanted_size(*full_size), resample), full_size
 
-        images, full_sizes = zip(*_side_by_side(prepare, len(items)), strict=True)
+        images, full_sizes = zip(*side_by_side(prepare, len(items)), strict=True)
         pixel_values = _padded_batch(images, do_rescale=do_rescale, **kwargs)
         sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)
         data = {"pixel_values": pixel_values, "image_sizes": sizes}
@@ -298,18 +296,6 @@ class SANImageProcessor(PilBackend):
 
 def _same_size(height: int, width: int) -> tuple[int, int]:
     return height, width
-
-
-def _side_by_side(function: Callable[[int], _Result], count: int) -> list[_Result]:
-    """The function of 0 ... count - 1, in as many threads as torch computes with: PIL lets go of the GIL meanwhile.
-
-    In the workers of a data loader that is one thread. Of several errors, that of the smallest number is raised.
-    """
-    threads = min(count, torch.get_num_threads())
-    if threads == 1:
-        return [function(index) for index in range(count)]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(function, range(count)))
 
 
 def _padded_batch(

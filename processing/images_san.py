@@ -7,8 +7,10 @@ which one it is, what it is, and what to pass.
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from threading import Lock
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 _EXIF_ORIENTATION = 0x0112
 _ON_ITS_SIDE = (5, 6, 7, 8)
 _CHANNELS = (1, 3, 4)
+_Result = TypeVar("_Result")
+
 _ACCEPTED = "a PIL image, a path, a numpy array or a torch tensor"
 
 
@@ -102,6 +106,35 @@ def load_image(
     if array.size == 0:
         raise ValueError(f"{name} has no pixels (shape {_shape(array)}): pass an image of at least 1 x 1")
     return _to_values(_to_three_channels(array, name, to_rgb, channels_first), name)
+
+
+def decode_images(images: Any) -> list[Image.Image | np.ndarray]:
+    """One image or a list, nested at will, decoded side by side: what `load_image` gives of each.
+
+    Raises:
+        ValueError: as `load_image`; the sentence says which image it is, counted from 0.
+    """
+    items = flatten_images(images)
+    # Images in memory may share a file, or be one and the same object
+    one_at_a_time = Lock()
+
+    def decode(index: int) -> Image.Image | np.ndarray:
+        with nullcontext() if isinstance(items[index], (str, os.PathLike)) else one_at_a_time:
+            return load_image(items[index], f"image {index}")
+
+    return side_by_side(decode, len(items))
+
+
+def side_by_side(function: Callable[[int], _Result], count: int) -> list[_Result]:
+    """The function of 0 ... count - 1, in as many threads as torch computes with: PIL lets go of the GIL meanwhile.
+
+    In the workers of a data loader that is one thread. Of several errors, that of the smallest number is raised.
+    """
+    threads = min(count, torch.get_num_threads())
+    if threads == 1:
+        return [function(index) for index in range(count)]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, range(count)))
 
 
 def draft_image(

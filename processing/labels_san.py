@@ -1,49 +1,82 @@
 """What people type as labels, made uniform: one string per label, synonyms joined by `|`."""
 
 import csv
+import itertools
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 SYNONYM_SEPARATOR = "|"
 """Between names of one label, as in "car|automobile"."""
 
+MAX_LABELS = 50_000
+"""More would be a mistake, or an iterator that does not end."""
 
-def normalize_labels(labels: str | Iterable[str]) -> list[str]:
-    """Lower-case labels, strip them and fold their inner white space.
+_EXAMPLE = '["sky", "road"]'
+
+
+def list_labels(labels: str | Iterable[str]) -> list[str]:
+    """
+    What a user gives as labels, as a list; the labels themselves stay as they were given.
 
     Args:
-        labels: class names in any order; one string is one label. Names inside a label that are joined by
-            `|` ("car|automobile") are synonyms and stay in one label.
-
-    Returns:
-        One string per label, in the order given.
+        labels: an iterable of class names, or one string of them, separated by commas or line breaks as in
+            `red striped, blue dotted, "road, route"`: a label that holds a comma goes in double quotes, and a double
+            quote inside quotes is doubled, as in a CSV file.
 
     Raises:
-        ValueError: there are no labels, one is empty or not a string, or one is given twice.
+        ValueError: there are none or more than `MAX_LABELS`, one is not a string, or quotes do not match.
     """
-    given = [labels] if isinstance(labels, str) else list(labels)
+    if isinstance(labels, str):
+        return _split_line(labels)
+    if isinstance(labels, (Mapping, bytes)) or not isinstance(labels, Iterable):
+        raise ValueError(f"labels are a {type(labels).__name__}: pass a list of class names, for example {_EXAMPLE}")
+    given = list(itertools.islice(labels, MAX_LABELS + 1))
+    if len(given) > MAX_LABELS:
+        raise ValueError(f"there are more than {MAX_LABELS} labels: pass fewer of them")
     if not given:
-        raise ValueError('text holds no labels: pass at least one class name, for example text=["sky", "road"]')
-    normalized = [_normalize_label(label, position) for position, label in enumerate(given)]
+        raise ValueError(f"there are no labels: pass at least one class name, for example {_EXAMPLE}")
+    for position, label in enumerate(given):
+        if not isinstance(label, str):
+            raise ValueError(
+                f"label {position} is {label!r} ({type(label).__name__}) and not a string: pass a flat list of class "
+                f"names, for example {_EXAMPLE}"
+            )
+    return given
+
+
+def normalize_labels(labels: str | Iterable[str]) -> list[str]:
+    """
+    Lower-case labels, strip them and fold their inner white space.
+
+    Args:
+        labels: what `list_labels` takes, in any order. Names inside a label that are joined by `|`
+            ("car|automobile") are synonyms and stay in one label.
+
+    Returns:
+        one string per label, in the order given.
+
+    Raises:
+        ValueError: `list_labels` refuses them, one is empty, or one is given twice.
+    """
+    normalized = [_normalize_label(label, position) for position, label in enumerate(list_labels(labels))]
     _refuse_duplicates(normalized)
     return normalized
 
 
-def parse_labels(text: str) -> list[str]:
-    """Split a line such as `red striped, blue dotted, "road, route"` into labels.
-
-    Labels are separated by commas or line breaks; a label that holds a comma goes in double quotes, and a double
-    quote inside quotes is doubled, as in a CSV file.
+def unknown_words(labels: Iterable[str], known: Iterable[str]) -> list[str]:
+    """
+    Words among labels and their synonyms that are not among those known.
 
     Args:
-        text: what the user typed.
-
-    Returns:
-        The labels as `normalize_labels` returns them.
-
-    Raises:
-        ValueError: the quotes do not match, or `normalize_labels` refuses the labels.
+        labels: normalised labels.
+        known: labels too; each of their synonyms counts as known.
     """
+    names = {name for label in known for name in split_synonyms(label)}
+    return [name for label in labels for name in split_synonyms(label) if name not in names]
+
+
+def _split_line(text: str) -> list[str]:
+    """A line of labels, see `list_labels`."""
     try:
         rows = list(csv.reader(text.splitlines(), skipinitialspace=True, strict=True))
     except csv.Error as error:
@@ -51,7 +84,7 @@ def parse_labels(text: str) -> list[str]:
             f"labels cannot be split ({error}): separate them by commas and put a label that holds a comma "
             "between double quotes, for example 'sky, \"road, route\"'"
         ) from error
-    return normalize_labels([cell for row in rows for cell in row])
+    return list_labels([cell for row in rows for cell in row])
 
 
 def split_synonyms(label: str) -> list[str]:
@@ -59,13 +92,8 @@ def split_synonyms(label: str) -> list[str]:
     return label.split(SYNONYM_SEPARATOR)
 
 
-def _normalize_label(label: object, position: int) -> str:
+def _normalize_label(label: str, position: int) -> str:
     """One label in its uniform form; `position` counts from 0 and is for the error alone."""
-    if not isinstance(label, str):
-        raise ValueError(
-            f"label {position} is {label!r} ({type(label).__name__}) and not a string: "
-            'pass a flat list of class names, for example text=["sky", "road"]'
-        )
     # One spelling of accented letters, as CLIP's tokenizer has it: "é" typed in two ways is one label.
     lowered = unicodedata.normalize("NFC", label).lower()
     names = [" ".join(name.split()) for name in split_synonyms(lowered)]

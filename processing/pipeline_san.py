@@ -19,7 +19,7 @@ from transformers import Pipeline
 from transformers.image_utils import load_image
 
 from .images_san import read_image, to_byte_scale
-from .labels_san import normalize_labels, parse_labels
+from .labels_san import normalize_labels
 from .processing_san import resolve_templates
 from .vocabulary_san import EXTENSIONS, OTHER_LABEL, vocabulary_names
 from .vocabulary_san import extend_labels as add_common_names
@@ -500,7 +500,7 @@ def _list_labels(labels: Any, limit: int) -> list[str]:
     """Labels as a list; one string is split at commas."""
     if isinstance(labels, str):
         try:
-            labels = parse_labels(labels) if labels.strip() else []
+            labels = normalize_labels(labels) if labels.strip() else []
         except ValueError as error:
             raise ValueError(f"candidate_labels: {error}") from error
     if isinstance(labels, (Mapping, bytes)) or not isinstance(labels, Iterable):

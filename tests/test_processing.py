@@ -16,7 +16,6 @@ from modeling_san.processing import (
     extend_labels,
     load_vocabulary,
     normalize_labels,
-    parse_labels,
     prompt_templates,
     vocabulary_names,
 )
@@ -506,11 +505,11 @@ def test_labels_that_cannot_be_told_apart_are_refused(processor, labels, sentenc
 
 
 def test_typed_labels_split_at_commas_outside_quotes():
-    assert parse_labels('red striped, "road, route",GRASS') == ["red striped", "road, route", "grass"]
-    assert parse_labels("sky\nroad") == ["sky", "road"]
+    assert normalize_labels('red striped, "road, route",GRASS') == ["red striped", "road, route", "grass"]
+    assert normalize_labels("sky\nroad") == ["sky", "road"]
     for text in ("", "sky,,road", 'sky, "road'):
         with pytest.raises(ValueError, match="label"):
-            parse_labels(text)
+            normalize_labels(text)
 
 
 def test_prompts_are_the_label_in_every_template_word_for_word(processor, tokenizer):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from modeling_san.processing.files import new_folder, remove_unfinished, write_json
-from modeling_san.processing.wording_san import first_line
+from modeling_san.processing.wording_san import one_line
 
 _STATE_FILE = "training_state.pt"
 _PROGRESS_FILE = "progress.json"
@@ -114,7 +114,7 @@ def load_training_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except Exception as error:
         # torch.load raises what its parts raise: unpickling, zip, end of file, ...
         raise ValueError(
-            f"{path} cannot be resumed from ({first_line(error)}): pass a "
+            f"{path} cannot be resumed from ({one_line(error)}): pass a "
             "checkpoint folder that training wrote, such as OUTPUT/checkpoints/step-00001000."
         ) from error
     return state, progress

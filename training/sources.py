@@ -12,7 +12,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Value, load_dataset
 from datasets import Image as ImageFeature
 
-from modeling_san.processing.wording_san import first_line
+from modeling_san.processing.wording_san import one_line
 
 IMAGE_COLUMNS = ("image", "pixel_values", "img", "picture")
 LABEL_COLUMNS = (
@@ -72,7 +72,7 @@ def load_images(
         features = dict(dataset.features or dict.fromkeys(columns))
     except Exception as error:
         # The readers behind raise dozens of types; what a user can do about them is the same.
-        reason = first_line(error)
+        reason = one_line(error)
         if "corresponds to no data" in reason:
             raise ValueError(f"{source} (split {split!r}) holds no images.") from error
         raise ValueError(

@@ -34,7 +34,7 @@ from modeling_san.modeling_san import SANForOpenVocabSegmentation
 from modeling_san.processing import SANProcessor
 from modeling_san.processing.device import pick_device_and_dtype
 from modeling_san.processing.files import filling_folder, remove_unfinished, write_json, write_text
-from modeling_san.processing.wording_san import first_line
+from modeling_san.processing.wording_san import one_line
 from modeling_san.training.augmentation import Augmentation
 from modeling_san.training.checkpoints import Checkpoints, load_training_state
 from modeling_san.training.data import (
@@ -274,7 +274,7 @@ class _Run:
             # safetensors, torch and the system name a full disk in three ways; none may cost days of training
             older = self.checkpoints.latest()
             latest = f"the latest is {older}." if older else "there is no older one."
-            return f"The checkpoint of step {self.step} cannot be written ({first_line(error)}); {latest}", error
+            return f"The checkpoint of step {self.step} cannot be written ({one_line(error)}); {latest}", error
         return f"The state after step {self.step} is in {path}.", None
 
     def _write_model(self, folder: Path) -> None:
@@ -294,7 +294,7 @@ class _Run:
             except Exception as error:
                 latest = self.checkpoints.latest() or "the beginning, as there is no checkpoint"
                 raise OSError(
-                    f"the model cannot be saved to {self.folder} ({first_line(error)}); free some space and go on "
+                    f"the model cannot be saved to {self.folder} ({one_line(error)}); free some space and go on "
                     f"with resume: auto, from {latest}."
                 ) from error
             if self.results:
@@ -387,7 +387,7 @@ class _Run:
         try:
             draw()
         except (OSError, ImportError, ValueError) as error:
-            _warn(f"the {what} cannot be drawn: {first_line(error)}")
+            _warn(f"the {what} cannot be drawn: {one_line(error)}")
 
     @contextmanager
     def _bar(self) -> Iterator[tqdm]:
@@ -620,7 +620,7 @@ def _make_accelerator(recipe: Recipe) -> Accelerator:
             step_scheduler_with_optimizer=False,
         )
     except (ValueError, ImportError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"this run cannot be set up on this machine: {first_line(error)}") from error
+        raise ValueError(f"this run cannot be set up on this machine: {one_line(error)}") from error
     # Accelerate leaves out what is not installed
     usable = {str(getattr(kind, "value", kind)) for kind in accelerator.log_with}
     missing = [name for name in recipe.trackers if name not in usable and name != "all"]
@@ -653,7 +653,7 @@ def _load_model(recipe: Recipe, checkpoint: Path | None) -> tuple[SANForOpenVoca
         processor = SANProcessor.from_pretrained(source)
     except Exception as error:
         # Damaged files and missing networks raise many kinds
-        raise ValueError(f"{source} cannot be loaded as a model to train: {first_line(error)}") from error
+        raise ValueError(f"{source} cannot be loaded as a model to train: {one_line(error)}") from error
     if templates is not None:
         processor = SANProcessor(processor.image_processor, processor.tokenizer, templates=templates)
     return model, processor

@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _read_subsets(given: list[str]) -> dict[str, list[str]]:
     """Class names of `--subset NAME=FILE_OR_NAMES`."""
-    from modeling_san.processing import parse_labels
+    from modeling_san.processing import normalize_labels
 
     from .labels import read_labels_file
 
@@ -133,7 +133,7 @@ def _read_subsets(given: list[str]) -> dict[str, list[str]]:
         if name in subsets:
             raise CommandError(f"--subset {name} is given twice: name each subset once")
         try:
-            subsets[name] = read_labels_file(members) if Path(members).is_file() else parse_labels(members)
+            subsets[name] = read_labels_file(members) if Path(members).is_file() else normalize_labels(members)
         except ValueError as error:
             raise CommandError(f"--subset {name}: {error}") from error
     return subsets

@@ -31,7 +31,7 @@ def read_labels(args: argparse.Namespace) -> list[str] | None:
     Raises:
         CommandError: the labels or their file cannot be used.
     """
-    from modeling_san.processing import parse_labels
+    from modeling_san.processing import normalize_labels
 
     if args.labels_file is not None:
         return read_labels_file(args.labels_file)
@@ -41,7 +41,7 @@ def read_labels(args: argparse.Namespace) -> list[str] | None:
         raise CommandError('--labels is empty: name what to look for, for example --labels "sky, road"')
     try:
         # Where the locale is not UTF-8 Python keeps the bytes of other letters aside; those are what was typed
-        return parse_labels(os.fsencode(args.labels).decode("utf-8"))
+        return normalize_labels(os.fsencode(args.labels).decode("utf-8"))
     except ValueError as error:
         raise CommandError(f"--labels: {error}") from error
 

@@ -214,7 +214,7 @@ def _read_part(text: str | None) -> tuple[int, int]:
 
 def _read_labels(text: str | None, extended: str) -> list[str] | None:
     """What `--labels` stands for; None where nothing was given."""
-    from modeling_san.processing import parse_labels, vocabulary_names
+    from modeling_san.processing import normalize_labels, vocabulary_names
     from modeling_san.training.label_sets import load_label_set
 
     if text is None:
@@ -224,7 +224,7 @@ def _read_labels(text: str | None, extended: str) -> list[str] | None:
     if text in vocabulary_names() or Path(text).is_file():
         return list(load_label_set(text).names)
     try:
-        labels = parse_labels(text)
+        labels = normalize_labels(text)
     except ValueError as error:
         raise CommandError(f"--labels: {error}") from error
     # More likely a name mistyped than a wish to give every pixel the same label

@@ -6,15 +6,12 @@ know the models once a public name is used, or at once where transformers is imp
 
 import importlib
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .auto import register
+from .builtin import BUILTIN_MODEL
 
 __version__ = "0.1.0"
-
-BUILTIN_MODEL = Path(__file__).parent / "builtin_model"
-"""Folder of the small model that ships with the package; `from_pretrained(BUILTIN_MODEL)` loads it."""
 
 _HOMES = {
     "SANConfig": "modeling_san.configuration_san",

@@ -54,14 +54,14 @@ class ContactSheet:
         seen = [f"{self.names[index]} {_percent(self.pixels[index] / total)}" for index in order]
         missing = [name for name, number in zip(self.names, self.pixels, strict=False) if not number]
         known = "images, their number is not known" if self.images is None else f"{self.images} images"
-        without = self.without_labels
+        without = f"{len(self.without_labels)} (examples {listed(self.without_labels, _LISTED)})"
         return [
             f"{known}; looked at {self.sampled}",
             f"{len(seen)} of {len(self.names)} classes seen, with their share of the pixels: "
             f"{listed(seen, _LISTED) or 'none'}",
             *([f"{len(missing)} not seen: {listed(missing, _LISTED)}"] if missing else []),
             f"pixels without a label: {_percent(self.pixels[-1] / total)}",
-            f"images without any label: {f'{len(without)} (examples {listed(without, _LISTED)})' if without else 'none'}",
+            f"images without any label: {without if self.without_labels else 'none'}",
         ]
 
 

@@ -397,13 +397,13 @@ PROCESSES = """
 import multiprocessing, os, signal, sys
 
 from modeling_san.commands.main import main
-from modeling_san.processing import views_san
-from modeling_san.processing.segmenter import Segmenter
 from modeling_san.training import data
 from modeling_san.training import evaluate as evaluation
 
-model, data, labels, distributed, killed, port = sys.argv[1:]
-command = ["evaluate", "--model", model, "--dataset", data, "--labels", labels, "--device", "cpu", "--overlays", "1"]
+model, images, labels, distributed, killed, port = sys.argv[1:]
+command = ["evaluate", "--model", model, "--dataset", images, "--labels", labels, "--device", "cpu", "--overlays", "1"]
+# Every image is saved, so that the killed process leaves something
+evaluation.evaluate.__kwdefaults__.update(save_every=0)
 
 
 def process(rank):

@@ -25,8 +25,11 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import os
 import re
+import signal
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -223,7 +226,7 @@ def segment_dataset_with_ray(
     written = []
     with ExitStack() as stack:
         if address is not None or not ray.is_initialized():
-            ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="warning")
+            _connect(ray, address)
             stack.callback(ray.shutdown)
         bar = stack.enter_context(_bar(rows, output, options, progress))
         for outcome in _ray_outcomes(ray, _RayLabeler(load, open_rows, output, options), rows, actors):
@@ -574,10 +577,17 @@ class _RayLabeler:
         return {name: [value] for name, value in outcome.items()}
 
 
+def _connect(ray: Any, address: str | None) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        # Ray has put its own in place
+        signal.signal(signal.SIGTERM, handler)
+
+
 def _ray_outcomes(ray: Any, labeler: _RayLabeler, rows: Any, actors: int | None) -> Iterator[dict[str, Any]]:
     """What the actors return of each shard."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     actors = actors or gpus or len(nodes)
@@ -599,7 +609,12 @@ def _ray_outcomes(ray: Any, labeler: _RayLabeler, rows: Any, actors: int | None)
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
         **needs,
+        # A shard that kills every actor ends the run
+        max_task_retries=5,
     )
+    outcomes.context.enable_progress_bars = False
+    # One shard is one block, which goes to whichever actor is free
+    outcomes.context.target_max_block_size = 1
     yield from outcomes.iter_rows()
 
 

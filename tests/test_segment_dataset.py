@@ -478,12 +478,51 @@ def cluster():
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_cluster_writes_the_files_that_one_process_writes(cluster, san, label, tmp_path, streaming):
-    options = ["--streaming"] if streaming else []
-    code, lines, _ = san("--keep-columns", "name", "--scores", *options, ray=cluster)
+def test_a_cluster_writes_of_a_stream_what_one_process_writes(cluster, san, label, tmp_path):
+    code, lines, _ = san("--keep-columns", "name", "--scores", "--streaming", ray=cluster)
     assert code == 0
     assert lines[0].startswith("22 images")
-    label("local", keep_columns=("name",), with_scores=True)
+    options = {"streaming": True, "keep_columns": ("name",), "with_scores": True}
+    assert label(**options).images == 0
+    label("local", **options)
     assert stored(tmp_path / "out") == stored(tmp_path / "local")
-    assert label(keep_columns=("name",), with_scores=True).images == 0
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("one_thread")
+def test_a_killed_driver_and_a_killed_worker_cost_no_row_and_repeat_none(
+    cluster, arguments, model_folder, label, tmp_path
+):
+    data = write_dataset(tmp_path / "many.parquet", [encoded(seed, SIZES[seed % 4]) for seed in range(40)])
+    driver = [sys.executable, "-m", "modeling_san.commands.main"]
+    driver += arguments(dataset=data, ray=cluster, output=tmp_path / "cut", **{"shard-size": 2})
+    kill_when(subprocess.Popen(driver), lambda: len(list((tmp_path / "cut").glob("part-*.parquet"))) >= 2)
+    done = len(stored(tmp_path / "cut"))
+    assert 0 < done < 40
+
+    died = tmp_path / "died"
+
+    def load(device):
+        segmenter, vocabulary = command.load(str(model_folder), list(LABELS), None, "none", "cpu")
+        whole, calls = segmenter.segment, []
+
+        def segment(*prepared):
+            calls.append(prepared)
+            if len(calls) == 3 and not died.exists():
+                died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return whole(*prepared)
+
+        segmenter.segment = segment
+        return segmenter, vocabulary
+
+    open_rows = partial(load_dataset, "parquet", data_files=str(data), split="train")
+    options = Options(shard_size=2, batch_size=4)
+    report = segment_dataset_with_ray(
+        load, open_rows, tmp_path / "cut", options, address=cluster, actors=2, progress=False
+    )
+    assert died.exists()
+    assert (report.parts, report.total) == (20, 40)
+    label("uncut", data, shard_size=2)
+    assert [row["row"] for row in stored(tmp_path / "cut")] == list(range(40))
+    assert stored(tmp_path / "cut") == stored(tmp_path / "uncut")

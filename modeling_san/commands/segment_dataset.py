@@ -115,7 +115,7 @@ def _segment(args: argparse.Namespace) -> int:
     if args.ray is None and args.ray_actors is not None:
         raise CommandError("--ray-actors says how --ray shares the work out: pass --ray as well")
     labels, templates = read_labels(args), read_templates(args.templates)
-    load = partial(_load, _absolute(args.model), labels, templates, args.extend_labels, args.device)
+    load_here = partial(load, _absolute(args.model), labels, templates, args.extend_labels, args.device)
     keep = tuple(name.strip() for name in args.keep_columns.split(",") if name.strip())
     source = partial(
         _open_rows, _absolute(args.dataset), args.split, args.streaming, args.image_column, keep_all=bool(keep)
@@ -137,11 +137,11 @@ def _segment(args: argparse.Namespace) -> int:
         "about": {"model": args.model or "built-in", "dataset": args.dataset, "split": args.split},
     }
     if args.ray is None:
-        report = segment_dataset(*load(), rows, folder, options, **notes)
+        report = segment_dataset(*load_here(), rows, folder, options, **notes)
     else:
         try:
             report = segment_dataset_with_ray(
-                load, partial(_first, source), folder, options, address=args.ray or None, actors=args.ray_actors, **notes
+                load_here, partial(_first, source), folder, options, address=args.ray or None, actors=args.ray_actors, **notes
             )
         except ImportError as error:
             raise CommandError(str(error)) from error
@@ -161,7 +161,7 @@ def _segment(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(model: str | None, labels: Any, templates: Any, extend: str, chosen: str | None, device: str | None = None):
+def load(model: str | None, labels: Any, templates: Any, extend: str, chosen: str | None, device: str | None = None):
     """The segmenter and its vocabulary, here or in another process; `device` goes before the one that was chosen."""
     import torch
 

@@ -23,25 +23,23 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import json
 import logging
 import os
 import re
 import signal
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import fsspec
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, Features, IterableDataset, Value
@@ -72,9 +70,14 @@ _BATCHES_AT_ONCE = 4
 """Images of so many batches are sorted by their padded size."""
 
 _RAY_TASKS = 10_000
+_PART_NAME = re.compile(r"part-(\d{6,})\.parquet")
 _OUR_UNFINISHED = re.compile(r"(part-\d{6,}\.parquet|run\.json|id2label\.json|README\.md)\.unfinished-[0-9a-f]{8}")
 _VOLATILE = {"_name_or_path", "architectures", "auto_map", "custom_pipelines", "dtype", "transformers_version"}
 """Entries of a config that say nothing about what the model computes."""
+
+
+Shard = tuple[int, Sequence[Mapping[str, Any]]]
+"""Its number, from 0 on, and its rows of the data set."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,14 @@ class Options:
             )
 
 
+class Written(NamedTuple):
+    """How many rows a part file holds, how many of their images could not be read, and why the first could not."""
+
+    images: int
+    failures: int
+    first_error: str | None
+
+
 @dataclass(frozen=True)
 class Report:
     """
@@ -123,10 +134,8 @@ class Report:
     Attributes:
         images: rows written in this run.
         failures: those among them whose image could not be read.
-        first_error: of these.
-        seconds: that the run took.
+        first_error: why the first could not.
         parts: part files in the folder, of all runs.
-        expected_parts: how many there have to be; None for a stream.
         total: rows in them.
         total_failures: those among them whose image could not be read.
     """
@@ -134,9 +143,7 @@ class Report:
     images: int
     failures: int
     first_error: str | None
-    seconds: float
     parts: int
-    expected_parts: int | None
     total: int
     total_failures: int
 
@@ -158,7 +165,7 @@ def segment_dataset(
     Args:
         segmenter: labels the images.
         vocabulary: that it chooses from.
-        rows: a data set with a column of images; of a stream nothing but a shard is in memory.
+        rows: a data set with a column of images; of a stream two shards are in memory at most.
         output: folder for the part files; one that holds a part of the same run is continued.
         options: what to write.
         settings: what else decides the results, such as prompt templates: a folder begun with others is refused.
@@ -169,13 +176,12 @@ def segment_dataset(
         ValueError: the folder holds something else, there is no such column, or (strict) an image cannot be read.
         OSError: a file cannot be written. What was written stays, and the next run goes on from there.
     """
-    start, options, output = time.perf_counter(), options or Options(), Path(output)
+    options, output = options or Options(), Path(output)
     rows = _encoded(rows, options)
     _claim(output, vocabulary, _fingerprint(segmenter, vocabulary, rows, options, settings or {}), about or {})
-    with _bar(rows, output, options, progress) as bar:
+    with _bar(rows, output, progress) as bar:
         labeler = ShardLabeler(segmenter, vocabulary, rows.features, output, options, bar.update)
-        written = list(labeler.run(_open_shards(rows, output, options)))
-    return _report(written, start, rows, output, options)
+        return _report(labeler.run(_shards(rows, output, options)), output)
 
 
 def segment_dataset_with_ray(
@@ -193,13 +199,10 @@ def segment_dataset_with_ray(
     """
     Label a data set with all GPUs of a Ray cluster, or its CPUs where it has none: the same files as without Ray.
 
-    A data set of known length is opened by each actor, which reads the rows of its shards. A stream is read by one
-    task, which sends shards to the actors as they take them.
-
     Args:
         load: makes the segmenter and its vocabulary on a device, None standing for the best there is. It is called
             with "cpu" here, and with None in every actor.
-        open_rows: opens the data set.
+        open_rows: opens the data set, here and in every actor.
         output: folder for the part files, which all machines share.
         options: as for `segment_dataset`.
         address: of a running cluster, as `ray.init` takes it; None takes the one at hand, or starts one of this
@@ -212,68 +215,31 @@ def segment_dataset_with_ray(
     Raises:
         ImportError: Ray is not installed.
         ValueError: as for `segment_dataset`.
-        OSError: as for `segment_dataset`, or files are missing since the machines do not share the folder.
+        OSError: as for `segment_dataset`, in an actor for whatever reason, or the machines do not share the folder.
     """
     try:
         import ray
         import ray.data
     except ImportError as error:
         raise ImportError('Ray is not installed: pip install "modeling-san[ray]"') from error
-    start, options, output = time.perf_counter(), options or Options(), Path(output).absolute()
+    options, output = options or Options(), Path(output).absolute()
     segmenter, vocabulary = load("cpu")
     rows = _encoded(open_rows(), options)
     _claim(output, vocabulary, _fingerprint(segmenter, vocabulary, rows, options, settings or {}), about or {})
-    written = []
     with ExitStack() as stack:
         if address is not None or not ray.is_initialized():
             _connect(ray, address)
             stack.callback(ray.shutdown)
-        bar = stack.enter_context(_bar(rows, output, options, progress))
-        for outcome in _ray_outcomes(ray, _RayLabeler(load, open_rows, output, options), rows, actors):
-            if outcome["stopped"]:
-                raise OSError(outcome["stopped"])
-            written.append(Written(outcome["images"], outcome["failures"], outcome["first_error"]))
-            bar.update(outcome["images"])
-    report = _report(written, start, rows, output, options)
-    if report.expected_parts is not None and report.parts < report.expected_parts:
+        bar = stack.enter_context(_bar(rows, output, progress))
+        report = _report(_label_with_ray(ray, _RayActor(load, open_rows, output, options), rows, actors, bar), output)
+    if isinstance(rows, Dataset) and (missing := len(_unfinished(rows, output, options.shard_size))):
         raise OSError(
-            f"{output} holds {report.parts:,} of {report.expected_parts:,} part files: it has to be a folder that all "
-            "machines of the cluster share"
+            f"{missing:,} part files are not in {output}: it has to be a folder that all machines of the cluster share"
         )
     return report
 
 
-# Shards
-
-
-@dataclass(frozen=True)
-class Shard:
-    """
-    Rows that become one part file.
-
-    Attributes:
-        index: of the shard, from 0 on.
-        rows: of the data set, images encoded.
-    """
-
-    index: int
-    rows: Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Written:
-    """
-    What a new part file holds.
-
-    Attributes:
-        images: its rows.
-        failures: those among them whose image could not be read.
-        first_error: of these.
-    """
-
-    images: int
-    failures: int
-    first_error: str | None
+# The data set
 
 
 def _encoded(rows: Any, options: Options) -> Any:
@@ -290,34 +256,42 @@ def _encoded(rows: Any, options: Options) -> Any:
     return rows
 
 
-def _shard_count(rows: Any, options: Options) -> int | None:
-    return -(-len(rows) // options.shard_size) if isinstance(rows, Dataset) else None
+def _unfinished(rows: Dataset, output: Path, size: int) -> list[int]:
+    """The shards without a part file; a damaged one does not count."""
+    numbers = range(-(-len(rows) // size))
+    return [number for number in numbers if _counts(output, number)[0] != min(size, len(rows) - number * size)]
 
 
-def _read_shard(rows: Dataset, index: int, size: int) -> Shard:
-    columns = rows[index * size : (index + 1) * size]
-    return Shard(index, [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)])
+def _read_shard(rows: Dataset, number: int, size: int) -> Shard:
+    return number, rows.select(range(number * size, min((number + 1) * size, len(rows)))).to_list()
 
 
-def _open_shards(rows: Any, output: Path, options: Options) -> Iterator[Shard]:
-    """The shards that have no part file yet; of a stream the finished ones pass by."""
+def _shards(rows: Any, output: Path, options: Options) -> Iterator[Shard]:
+    """The shards without a part file, with their rows; those of a stream pass by."""
     size = options.shard_size
     if isinstance(rows, Dataset):
-        yield from (_read_shard(rows, index, size) for index in _open_indices(rows, output, options))
+        yield from (_read_shard(rows, number, size) for number in _unfinished(rows, output, size))
         return
     stream = iter(rows)
-    for index in itertools.count():
-        shard = Shard(index, list(itertools.islice(stream, size)))
-        if not shard.rows:
+    for number in count():
+        if not (shard := list(islice(stream, size))):
             return
-        if _rows_in(_part_file(output, index)) != len(shard.rows):
-            yield shard
+        if _counts(output, number)[0] != len(shard):
+            yield number, shard
 
 
-def _open_indices(rows: Dataset, output: Path, options: Options) -> list[int]:
-    size = options.shard_size
-    shards = range(-(-len(rows) // size))
-    return [i for i in shards if _rows_in(_part_file(output, i)) != min(size, len(rows) - i * size)]
+def result_features(features: Mapping[str, Any] | None, options: Options) -> Features:
+    """Columns of the part files; `features` are those of the data set."""
+    segment = {"label": Value("string"), "index": Value("int32"), "area": Value("float32")}
+    columns: dict[str, Any] = {ROW: Value("int64"), **{name: (features or {})[name] for name in options.keep_columns}}
+    columns |= {IMAGE: ImageFeature()} if options.with_images else {}
+    columns |= {ANNOTATION: ImageFeature()} | ({SCORES: ImageFeature()} if options.with_scores else {})
+    columns |= {SEGMENTS: [segment | {"mean_score": Value("float32")}], ERROR: Value("string")}
+    decoded = {name: ImageFeature() if isinstance(kind, ImageFeature) else kind for name, kind in columns.items()}
+    return Features(decoded)
+
+
+# One process
 
 
 @dataclass(frozen=True)
@@ -385,7 +359,7 @@ class ShardLabeler:
             while (window := upcoming.result()) is not None:
                 # The next images are read and decoded, and the last ones encoded, while the model computes
                 upcoming = reader.submit(next, windows, None)
-                index, images, is_last = window
+                number, images, is_last = window
                 labelled = self._label([image.result() for image in images], pool)
                 wait(rows)
                 rows += labelled
@@ -393,21 +367,19 @@ class ShardLabeler:
                 if is_last:
                     if written is not None:
                         yield written.result()
-                    written, rows = writer.submit(self._write, index, rows), []
+                    written, rows = writer.submit(self._write, number, rows), []
             if written is not None:
                 yield written.result()
 
     def _begin_windows(
         self, shards: Iterable[Shard], pool: ThreadPoolExecutor
     ) -> Iterator[tuple[int, list[Future[_Image]], bool]]:
-        """Begin to read the images of a few batches; the index of their shard, the images, and whether it ends."""
+        """Begin to read the images of a few batches; the number of their shard, the images, and whether it ends."""
         size = _BATCHES_AT_ONCE * self.options.batch_size
-        for shard in shards:
-            first = shard.index * self.options.shard_size
-            for start in range(0, len(shard.rows), size):
-                rows = enumerate(shard.rows[start : start + size], first + start)
-                images = [pool.submit(self._read, number, values) for number, values in rows]
-                yield shard.index, images, start + size >= len(shard.rows)
+        for shard, rows in shards:
+            for start in range(0, len(rows), size):
+                numbered = enumerate(rows[start : start + size], shard * self.options.shard_size + start)
+                yield shard, [pool.submit(self._read, *row) for row in numbered], start + size >= len(rows)
 
     def _read(self, number: int, values: Mapping[str, Any]) -> _Image:
         try:
@@ -470,12 +442,12 @@ class ShardLabeler:
                 row[SCORES] = _file(_png(thousandths))
         return {name: row[name] for name in self.features}
 
-    def _write(self, index: int, futures: Sequence[Future[dict[str, Any]]]) -> Written:
+    def _write(self, number: int, futures: Sequence[Future[dict[str, Any]]]) -> Written:
         rows = [future.result() for future in futures]
-        path = _part_file(self.output, index)
+        path = _part_file(self.output, number)
         try:
             with replacing_file(path) as beside:
-                pq.write_table(Dataset.from_list(rows, features=self.features).data.table, beside)
+                _write_rows(rows, self.features, beside)
         except OSError as error:
             # The reason may be a number only, or a sentence of pyarrow's that names the file beside
             reason = os.strerror(error.errno) if error.errno else one_line(error)
@@ -485,17 +457,6 @@ class ShardLabeler:
             ) from error
         errors = [f"row {row[ROW]}: {row[ERROR]}" for row in rows if row[ERROR] is not None]
         return Written(len(rows), len(errors), errors[0] if errors else None)
-
-
-def result_features(features: Mapping[str, Any] | None, options: Options) -> Features:
-    """Columns of the part files; `features` are those of the data set."""
-    segment = {"label": Value("string"), "index": Value("int32"), "area": Value("float32")}
-    columns: dict[str, Any] = {ROW: Value("int64"), **{name: (features or {})[name] for name in options.keep_columns}}
-    columns |= {IMAGE: ImageFeature()} if options.with_images else {}
-    columns |= {ANNOTATION: ImageFeature()} | ({SCORES: ImageFeature()} if options.with_scores else {})
-    columns |= {SEGMENTS: [segment | {"mean_score": Value("float32")}], ERROR: Value("string")}
-    decoded = {name: ImageFeature() if isinstance(kind, ImageFeature) else kind for name, kind in columns.items()}
-    return Features(decoded)
 
 
 def _open(value: Any) -> tuple[bytes | None, Any]:
@@ -529,6 +490,10 @@ def _file(encoded: bytes | None) -> dict[str, Any] | None:
     return None if encoded is None else {"bytes": encoded, "path": None}
 
 
+def _write_rows(rows: Sequence[Mapping[str, Any]], features: Features | None, place: Any) -> None:
+    pq.write_table(Dataset.from_list([dict(row) for row in rows], features=features).data.table, place)
+
+
 def _without_path(value: Any) -> Any:
     """An encoded file without its path, which `datasets` would store in place of the content."""
     is_file = isinstance(value, Mapping) and set(value) == {"bytes", "path"} and value["bytes"] is not None
@@ -536,45 +501,6 @@ def _without_path(value: Any) -> Any:
 
 
 # Ray
-
-
-class _RayLabeler:
-    """What an actor of the pool runs; the model is loaded with its first shard."""
-
-    def __init__(self, load: Callable, open_rows: Callable, output: Path, options: Options) -> None:
-        self.load, self.open_rows, self.output, self.options = load, open_rows, output, options
-        self.labeler: ShardLabeler | None = None
-
-    def read_stream(self, batch: Any) -> Iterator[dict[str, Any]]:
-        """The shards of a stream that have no part file yet, each as one row, so that blocks do not cut them."""
-        rows = _encoded(self.open_rows(), self.options)
-        for shard in _open_shards(rows, self.output, self.options):
-            table = Dataset.from_list(list(shard.rows), features=rows.features).data.table
-            sink = io.BytesIO()
-            with pa.ipc.new_stream(sink, table.schema) as stream:
-                stream.write_table(table)
-            yield {"index": [shard.index], "rows": np.array([sink.getvalue()], dtype=object)}
-
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Label one shard. What the user has to mend comes back as a sentence, in place of Ray's pages."""
-        images, failures, first_error, stopped = 0, 0, None, None
-        try:
-            if self.labeler is None:
-                self.rows = _encoded(self.open_rows(), self.options)
-                self.labeler = ShardLabeler(*self.load(None), self.rows.features, self.output, self.options)
-            index = int(batch["index"][0])
-            if "rows" in batch:
-                shard = Shard(index, pa.ipc.open_stream(batch["rows"][0]).read_all().to_pylist())
-            else:
-                shard = _read_shard(self.rows, index, self.options.shard_size)
-            # Ray asks again where it does not know whether an actor that died was done
-            if _rows_in(_part_file(self.output, index)) != len(shard.rows):
-                [written] = self.labeler.run([shard])
-                images, failures, first_error = written.images, written.failures, written.first_error
-        except (OSError, ValueError) as error:
-            stopped = str(error)
-        outcome = {"images": images, "failures": failures, "first_error": first_error, "stopped": stopped}
-        return {name: [value] for name, value in outcome.items()}
 
 
 def _connect(ray: Any, address: str | None) -> None:
@@ -586,83 +512,111 @@ def _connect(ray: Any, address: str | None) -> None:
         signal.signal(signal.SIGTERM, handler)
 
 
-def _ray_outcomes(ray: Any, labeler: _RayLabeler, rows: Any, actors: int | None) -> Iterator[dict[str, Any]]:
-    """What the actors return of each shard."""
+class _RayActor:
+    """What works in a process of its own: there it opens the data set, and loads the model with its first shard."""
+
+    def __init__(self, load: Callable, open_rows: Callable, output: Path, options: Options) -> None:
+        self.parts = load, open_rows, output, options
+        self.labeler: ShardLabeler | None = None
+
+    def read_stream(self, batch: Any) -> Iterator[dict[str, Any]]:
+        """The shards of a stream without a part file, each in one value, which no block cuts."""
+        _, open_rows, output, options = self.parts
+        rows = _encoded(open_rows(), options)
+        for number, shard in _shards(rows, output, options):
+            _write_rows(shard, rows.features, content := io.BytesIO())
+            yield {"number": [number], "rows": np.array([content.getvalue()], dtype=object)}
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """Label one shard. What the user has to mend comes back as a sentence, in place of Ray's pages."""
+        load, open_rows, output, options = self.parts
+        written, stopped = Written(0, 0, None), None
+        try:
+            if self.labeler is None:
+                self.rows = _encoded(open_rows(), options)
+                self.labeler = ShardLabeler(*load(None), self.rows.features, output, options)
+            number = int(batch["number"][0])
+            if "rows" in batch:
+                shard = number, pq.read_table(io.BytesIO(batch["rows"][0])).to_pylist()
+            else:
+                shard = _read_shard(self.rows, number, options.shard_size)
+            # Ray asks again where an actor died before it could say that it was done
+            if _counts(output, number)[0] != len(shard[1]):
+                [written] = self.labeler.run([shard])
+        except (OSError, ValueError) as error:
+            stopped = str(error)
+        return {name: [value] for name, value in {**written._asdict(), "stopped": stopped}.items()}
+
+
+def _label_with_ray(ray: Any, actor: _RayActor, rows: Any, actors: int | None, bar: tqdm) -> Iterator[Written]:
+    """Let a pool of actors label what has no part file yet."""
+    _, _, output, options = actor.parts
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     actors = actors or gpus or len(nodes)
     # Ray gives an actor as many threads as CPUs
-    shares = min(min(node["CPU"] for node in nodes), sum(node["CPU"] for node in nodes) // actors)
-    needs = {"num_gpus": 1} if gpus else {"num_cpus": max(1, int(shares))}
+    cpus = min(min(node["CPU"] for node in nodes), sum(node["CPU"] for node in nodes) // actors)
     if isinstance(rows, Dataset):
-        indices = _open_indices(rows, labeler.output, labeler.options)
-        if not indices:
-            return
-        items = [{"index": index} for index in indices]
+        items = [{"number": number} for number in _unfinished(rows, output, options.shard_size)]
         shards = ray.data.from_items(items, override_num_blocks=min(len(items), _RAY_TASKS))
     else:
-        # With needs of its own, so that Ray does not put it into an actor
-        shards = ray.data.from_items([{"index": 0}]).map_batches(labeler.read_stream, num_cpus=0)
+        # One reader, which needs no CPU of its own: with the needs of an actor Ray would let that one read
+        shards = ray.data.from_items([{}]).map_batches(actor.read_stream, num_cpus=0)
     outcomes = shards.map_batches(
-        _RayLabeler,
-        fn_constructor_args=(labeler.load, labeler.open_rows, labeler.output, labeler.options),
+        _RayActor,
+        fn_constructor_args=actor.parts,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
-        **needs,
-        # A shard that kills every actor ends the run
-        max_task_retries=5,
+        **({"num_gpus": 1} if gpus else {"num_cpus": max(1, int(cpus))}),
     )
     outcomes.context.enable_progress_bars = False
     # One shard is one block, which goes to whichever actor is free
     outcomes.context.target_max_block_size = 1
-    yield from outcomes.iter_rows()
+    for outcome in outcomes.iter_rows():
+        if stopped := outcome.pop("stopped"):
+            raise OSError(stopped)
+        written = Written(**outcome)
+        bar.update(written.images)
+        yield written
 
 
 # The folder
 
 
-def _part_file(output: Path, index: int) -> Path:
-    return output / f"part-{index:06d}.parquet"
+def _part_file(output: Path, number: int) -> Path:
+    return output / f"part-{number:06d}.parquet"
 
 
-def _counts(path: Path) -> tuple[int, int] | None:
-    """Rows of a part file and how many have an error, from its footer alone; None if it cannot be read."""
+def _counts(output: Path, number: int) -> tuple[int, int]:
+    """Rows of a part file and how many have an error; none if it is not there or damaged."""
     try:
-        with pq.ParquetFile(path) as file:
-            metadata = file.metadata
+        with pq.ParquetFile(_part_file(output, number)) as file:
+            errors = file.read(columns=[ERROR]).column(ERROR)
     except (OSError, ValueError):
         # pyarrow's own errors are ValueErrors
-        return None
-    paths = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
-    if ERROR not in paths:
-        return None
-    groups = [metadata.row_group(group).column(paths.index(ERROR)) for group in range(metadata.num_row_groups)]
-    return metadata.num_rows, sum(group.num_values - group.statistics.null_count for group in groups)
+        return 0, 0
+    return len(errors), len(errors) - errors.null_count
 
 
-def _rows_in(path: Path) -> int:
-    """Rows of a part file; 0 where there is none, or a damaged one that has to be made anew."""
-    return (_counts(path) or (0, 0))[0]
+def _count_all(output: Path) -> list[tuple[int, int]]:
+    numbers = [int(match[1]) for path in output.iterdir() if (match := _PART_NAME.fullmatch(path.name))]
+    return [counts for counts in (_counts(output, number) for number in numbers) if counts[0]]
 
 
-def _bar(rows: Any, output: Path, options: Options, progress: bool) -> tqdm:
-    done = 0
-    if isinstance(rows, Dataset):
-        size = options.shard_size
-        done = len(rows) - sum(min(size, len(rows) - i * size) for i in _open_indices(rows, output, options))
+def _bar(rows: Any, output: Path, progress: bool) -> tqdm:
     total = len(rows) if isinstance(rows, Dataset) else None
+    done = sum(images for images, _ in _count_all(output))
     return tqdm(desc="segmenting", total=total, initial=done, unit="image", disable=not progress, smoothing=0.05)
 
 
-def _report(written: Sequence[Written], start: float, rows: Any, output: Path, options: Options) -> Report:
-    counts = [count for count in map(_counts, output.glob("part-*.parquet")) if count is not None]
+def _report(outcomes: Iterable[Written], output: Path) -> Report:
+    written = list(outcomes)
+    counts = _count_all(output)
     return Report(
         images=sum(part.images for part in written),
         failures=sum(part.failures for part in written),
         first_error=next((part.first_error for part in written if part.first_error), None),
-        seconds=time.perf_counter() - start,
         parts=len(counts),
-        expected_parts=_shard_count(rows, options),
         total=sum(images for images, _ in counts),
         total_failures=sum(failures for _, failures in counts),
     )
@@ -735,11 +689,13 @@ def _fingerprint(
         weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     configs = [
-        json.loads(config.to_json_string(), object_hook=lambda entry: {k: v for k, v in entry.items() if k not in _VOLATILE})
+        json.loads(
+            config.to_json_string(), object_hook=lambda entry: {k: v for k, v in entry.items() if k not in _VOLATILE}
+        )
         for config in (segmenter.model.config, segmenter.processor.image_processor)
     ]
     if isinstance(rows, Dataset):
-        length, sample = len(rows), [rows[len(rows) * step // 8] for step in range(8 if len(rows) else 0)]
+        length, sample = len(rows), [rows[len(rows) * eighth // 8] for eighth in range(8 if len(rows) else 0)]
     else:
         length, sample = None, list(rows.take(2))
     return {
@@ -756,19 +712,17 @@ def _digest(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
-def _describe(value: Any) -> str:
+def _describe(value: Any) -> Any:
     """The content of an image, or its name: the same wherever the data set lies."""
-    if isinstance(value, Mapping):
-        content = value.get("bytes")
-        return hashlib.blake2b(content).hexdigest() if content else Path(value.get("path") or "").name
-    return repr(value)[:1000]
+    if not isinstance(value, Mapping):
+        return repr(value)[:1000]
+    return value.get("bytes") or Path(value.get("path") or "").name
 
 
 __all__ = [
     "RUN_FILE",
     "Options",
     "Report",
-    "Shard",
     "ShardLabeler",
     "Written",
     "result_features",

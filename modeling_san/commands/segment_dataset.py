@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import time
 from functools import partial
 from typing import Any
 
@@ -136,18 +137,26 @@ def _segment(args: argparse.Namespace) -> int:
         "settings": {} if templates is None else {"templates": resolve_templates(templates)[1]},
         "about": {"model": args.model or "built-in", "dataset": args.dataset, "split": args.split},
     }
+    start = time.perf_counter()
     if args.ray is None:
         report = segment_dataset(*load_here(), rows, folder, options, **notes)
     else:
         try:
             report = segment_dataset_with_ray(
-                load_here, partial(_first, source), folder, options, address=args.ray or None, actors=args.ray_actors, **notes
+                load_here,
+                partial(_first, source),
+                folder,
+                options,
+                address=args.ray or None,
+                actors=args.ray_actors,
+                **notes,
             )
         except ImportError as error:
             raise CommandError(str(error)) from error
 
-    rate = f", {report.images / report.seconds:.1f} images a second" if report.images else ""
-    say(f"{report.images:,} images in {report.seconds / 60:.1f} minutes{rate}")
+    seconds = time.perf_counter() - start
+    rate = f", {report.images / seconds:.1f} images a second" if report.images else ""
+    say(f"{report.images:,} images in {seconds / 60:.1f} minutes{rate}")
     if report.first_error is not None:
         warn(f"{report.failures:,} of them could not be read, the first is {report.first_error}")
     if report.total and report.total_failures == report.total:

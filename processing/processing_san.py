@@ -161,17 +161,17 @@ class SANProcessor(ProcessorMixin):
         paddings = {name: options.pop(name, None) for name in ("pad_to_multiple_of", "padding_side")}
         encoded = self.tokenizer(flat, padding=False, truncation=truncation, **{"verbose": False, **options})
         # The tokenizer would pad by a setting of its own, which is saved with it and which threads share
-        encoded = self.tokenizer.pad(encoded, padding=padding, max_length=options.get("max_length"), **paddings)
+        longest = options.get("max_length") if padding == "max_length" else None
+        encoded = self.tokenizer.pad(encoded, padding=padding, max_length=longest, **paddings)
         lengths = [len(ids) for ids in encoded["input_ids"]]
         if len(set(lengths)) > 1:
             raise ValueError(f"prompts of {min(lengths)} to {max(lengths)} tokens make no tensor: leave padding=True")
         ids, mask = (np.array(encoded[name], dtype=np.int64) for name in ("input_ids", "attention_mask"))
         owner = np.repeat(np.arange(len(names)), [len(of_label) for of_label in prompts])
-        limit, longest = self.tokenizer.model_max_length, mask.sum(axis=1)
-        if longest.max() > limit:
-            worst = longest.argmax()
+        limit, worst = self.tokenizer.model_max_length, mask.sum(axis=1).argmax()
+        if mask[worst].sum() > limit:
             raise ValueError(
-                f"label {names[owner[worst]]!r} makes a prompt of {longest[worst]} tokens and the model reads at most "
+                f"label {names[owner[worst]]!r} makes a prompt of {mask[worst].sum()} tokens and the model reads at most "
                 f"{limit}: shorten the label or the templates, or pass truncation=True"
             )
         data = {"input_ids": _rows(ids, owner, fill=True), "attention_mask": _rows(mask, owner, fill=False)}

@@ -239,7 +239,7 @@ def test_damaged_files_are_refused_in_one_sentence(image_processor, tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:5000])
     (tmp_path / "text.png").write_text("no image")
     for name in ("cut.png", "text.png"):
-        with pytest.raises(ValueError, match="^image 0"):
+        with pytest.raises(ValueError, match=r"^image 0"):
             image_processor(tmp_path / name, **AS_IS)
 
 
@@ -251,7 +251,7 @@ def test_whatever_a_decoder_raises_is_one_sentence_about_its_image(image_process
         raise error
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
-    with pytest.raises(ValueError, match="^image 1 cannot be decoded"):
+    with pytest.raises(ValueError, match=r"^image 1 cannot be decoded"):
         image_processor([random_image(), tmp_path / "image.png"], **AS_IS)
 
 

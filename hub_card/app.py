@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from modeling_san import SANForOpenVocabSegmentation, SANProcessor
+from modeling_san.builtin import is_drawn_world, load_examples
 from modeling_san.processing import EXTENSIONS, normalize_labels
-from modeling_san.processing.results import unknown_words
 
 from .segmenting import MAX_BYTES, Segmentation, Segmenter, read_upload, read_words
 
@@ -43,8 +43,6 @@ _MIME_TYPES = {"overlay": "image/png", "labels": "image/png", "json": "applicati
 _SUGGESTED_WORDS = 60
 _FIRST_WORDS = ("sky", "tree", "road", "person", "building", "grass")
 
-_WORLD, _IMAGES, _SIZE, _ENLARGEMENT = 5, (15, 1, 25, 28), (128, 192), 4
-"""Example images: numbers of the drawn world and of the images in it, their size, and how often it is enlarged."""
 _DISTRACTORS = ("red plain", "green dotted", "water", "brick")
 
 _Example = tuple[Image.Image, tuple[str, ...]]
@@ -444,19 +442,12 @@ def _heading(segmenter: Segmenter, is_drawn_world: bool) -> str:
 
 def _knows_drawn_world(segmenter: Segmenter) -> bool:
     """Whether a model was trained on the images that the project draws, and on no others."""
-    from modeling_san.training.world import CLASS_NAMES
-
-    trained = segmenter.trained_words
-    return bool(trained) and not unknown_words(trained, CLASS_NAMES)
+    return is_drawn_world(segmenter.trained_words)
 
 
 def _draw_examples() -> list[_Example]:
     """Images to start with and the names of what is in each."""
-    from modeling_san.training.world import draw_scene
-
-    size = (_SIZE[1] * _ENLARGEMENT, _SIZE[0] * _ENLARGEMENT)
-    scenes = [draw_scene(_WORLD, number, size=_SIZE, min_regions=2, max_regions=4) for number in _IMAGES]
-    return [(Image.fromarray(scene.image).resize(size, Image.Resampling.LANCZOS), scene.names) for scene in scenes]
+    return [(example.image, example.labels) for example in load_examples(enlargement=4)]
 
 
 def _with_distractors(names: Sequence[str]) -> list[str]:

@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from modeling_san.builtin import describe_groups, is_drawn_world, words
 from modeling_san.configuration_san import SANConfig
 from modeling_san.conversion import RELEASED_CONFIGS
 from modeling_san.modeling_san import SANForOpenVocabSegmentation
@@ -27,7 +28,6 @@ from modeling_san.training.metrics import RESULTS_FILE
 from modeling_san.training.recipe import read_recipe
 from modeling_san.training.tracking import METRICS_FILE, read_metrics
 from modeling_san.training.train import RECIPE_FILE
-from modeling_san.training.world import BACKGROUNDS, CLASS_NAMES, NEVER_SEEN_COMBINATIONS, SEEN_COMBINATIONS
 
 CARD_FILE = "README.md"
 EXAMPLE_FILES = ("example.jpg", "example.jpeg", "example.png")
@@ -68,11 +68,7 @@ _LISTED_LABELS = 24
 _LISTED_CLASSES = 5
 _LONGEST_NAME = 80
 
-_DRAWN_GROUPS = {
-    "seen": f"{len(SEEN_COMBINATIONS)} combinations with masks in training",
-    "never seen": f"{len(NEVER_SEEN_COMBINATIONS)} combinations without any mask",
-    "backgrounds": f"{len(BACKGROUNDS)} backgrounds",
-}
+_DRAWN_GROUPS = describe_groups()
 
 PUBLISHED_BENCHMARKS = ("COCO-Stuff 171", "ADE-847", "PC-459", "ADE-150", "PC-59", "VOC-20")
 PUBLISHED_RESULTS: dict[int, dict[str, tuple[float | None, ...]]] = {
@@ -151,8 +147,8 @@ def make_model_card(
         stored_labels=_stored_labels(config),
         num_words=len(config.training_labels or ()),
         from_drawn_world=any(measurement.of_drawn_world for measurement in measurements),
-        num_drawn=len(SEEN_COMBINATIONS) + len(NEVER_SEEN_COMBINATIONS),
-        num_masked=len(SEEN_COMBINATIONS),
+        num_drawn=len(words()["seen"]) + len(words()["never seen"]),
+        num_masked=len(words()["seen"]),
         training=_training_rows(recipe),
         record=_training_record(folder),
         measurements=measurements,
@@ -169,7 +165,7 @@ def make_model_card(
 def find_example(folder: Path, config: SANConfig) -> Path | None:
     """The image that goes to the Hub for the widget: the folder's own, or a drawn one for a model of that world."""
     own = next((folder / name for name in EXAMPLE_FILES if (folder / name).is_file()), None)
-    if own is None and set(config.training_labels or ()) == set(CLASS_NAMES):
+    if own is None and is_drawn_world(config.training_labels):
         return _DRAWN_EXAMPLE
     return own
 

@@ -28,7 +28,7 @@ PACKAGES = (
 _DISTRIBUTION = "modeling-san"
 _LICENSE = "apache-2.0"
 _PYTHON_VERSION = "3.11"
-_CODE_ENDINGS = (".py", ".typed", ".json", ".yaml", ".md", ".css", ".js", ".tmpl", ".html")
+_CODE_ENDINGS = (".py", ".typed", ".json", ".yaml", ".md", ".css", ".js", ".tmpl", ".html", ".png")
 _LEFT_OUT_FOLDERS = ("__pycache__", modeling_san.BUILTIN_MODEL.name)
 
 _APP = '''\

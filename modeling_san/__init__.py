@@ -4,15 +4,12 @@ The public names load on first use, so that `import modeling_san` stays cheap.
 """
 
 import importlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .auto import register_when_imported
+from .builtin import BUILTIN_MODEL
 
 __version__ = "0.1.0"
-
-BUILTIN_MODEL = Path(__file__).parent / "builtin_model"
-"""Folder of the small model that ships with the package; `from_pretrained(BUILTIN_MODEL)` loads it."""
 
 _HOMES = {
     "SANConfig": "modeling_san.configuration_san",

@@ -20,13 +20,13 @@ import pytest
 import torch
 from PIL import Image
 
+from drawn_world.world import draw_scene
 from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor
 from modeling_san.commands.main import main
 from modeling_san.hub_card import segmenting
 from modeling_san.hub_card.app import is_upload
 from modeling_san.hub_card.segmenting import Segmenter, open_upload, read_upload, read_words
 from modeling_san.processing import extend_labels
-from modeling_san.training.world import draw_scene
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"

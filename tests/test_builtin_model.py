@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from drawn_world.make_model import RESULTS_FILE, attention_bias_off, evaluate_demo
+from drawn_world.world import CLASS_NAMES, draw_scene
 from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor
-from modeling_san.training.train_demo import RESULTS_FILE, attention_bias_off, evaluate_demo
-from modeling_san.training.world import CLASS_NAMES, draw_scene
 
 FRESH_SEED = 424_242
 """A world that neither training nor the published figures have seen."""

@@ -561,7 +561,8 @@ def test_the_console_command_does_what_main_does(model_folder, image, bad_image,
 
 
 def test_demo_segments_its_image_and_prints_the_results_of_the_model(san, model_copy, tmp_path):
-    from modeling_san.training.train_demo import RESULTS_FILE, format_results
+    from modeling_san.builtin import format_results
+    from modeling_san.training.metrics import RESULTS_FILE
 
     scores = {"seen": 0.8, "never seen": 0.6, "backgrounds": 0.9}
     figures = {"bias on": scores, "bias off": {group: score / 4 for group, score in scores.items()}}
@@ -571,35 +572,6 @@ def test_demo_segments_its_image_and_prints_the_results_of_the_model(san, model_
     assert f"overlay: {tmp_path / 'out' / 'demo_overlay.png'}" in out
     assert "\n".join(out).endswith(format_results(figures))
     assert Image.open(tmp_path / "out" / "demo.png").size == Image.open(tmp_path / "out" / "demo_labels.png").size
-
-
-def test_demo_knows_what_it_drew():
-    from modeling_san.commands.demo import draw_example
-
-    image, truth, names = draw_example()
-    assert image.shape[:2] == truth.shape
-    assert len(names) == 4
-    assert set(np.unique(truth)) == {0, 1, 2, 3}
-
-
-def test_train_demo_passes_its_options_on(san, tmp_path, monkeypatch):
-    from modeling_san.training import train_demo
-
-    calls = []
-    monkeypatch.setattr(train_demo, "train_demo", lambda *args, **kwargs: calls.append((args, kwargs)))
-    code, _, _ = san("train-demo", tmp_path / "new", "--clip-steps", 3, "--seed", 7, "--device", "cpu")
-    assert code == 0
-    assert calls == [((tmp_path / "new",), {"clip_steps": 3, "seed": 7, "device": torch.device("cpu")})]
-
-
-def test_train_demo_says_in_one_line_that_clip_did_not_learn(san, tmp_path, monkeypatch):
-    from modeling_san.training import train_demo
-
-    def fail(*args, **kwargs):
-        raise train_demo.UndertrainedError("CLIP's accuracy is 0.1, below 0.9: train it for more steps.")
-
-    monkeypatch.setattr(train_demo, "train_demo", fail)
-    assert_refused(san("train-demo", tmp_path / "new"), "train it for more steps")
 
 
 # Conversion

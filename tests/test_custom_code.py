@@ -16,8 +16,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
 
+from drawn_world.world import draw_scene
 from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor
-from modeling_san.training.world import draw_scene
 
 INSTALLED = ("transformers", "torch", "pillow")
 """All that a user of a folder has to install; what these require comes with them."""

@@ -5,8 +5,8 @@ import sys
 import pytest
 from transformers import AutoTokenizer, CLIPTokenizer
 
-from modeling_san.training.tokenizer import build_tokenizer, training_sentences
-from modeling_san.training.world import CLASS_NAMES
+from drawn_world.tokenizer import build_tokenizer, training_sentences
+from drawn_world.world import CLASS_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +69,11 @@ def test_it_reloads_from_a_small_folder(tokenizer, tmp_path):
 
 def test_it_is_the_same_in_every_process(tokenizer):
     program = (
-        "from modeling_san.training.tokenizer import build_tokenizer; import hashlib;"
+        "from drawn_world.tokenizer import build_tokenizer; import hashlib;"
         "print(hashlib.sha256(build_tokenizer().backend_tokenizer.to_str().encode()).hexdigest())"
     )
     run = [sys.executable, "-c", program]
-    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     digests = {subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stdout for _ in "ab"}
     assert len(digests) == 1
 

@@ -27,9 +27,9 @@ from transformers import (
 )
 
 import modeling_san  # noqa: F401
+from drawn_world.world import CLASS_NAMES, draw_scene, world_dataset
 from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor
 from modeling_san.training.mean_iou import MEAN_IOU
-from modeling_san.training.world import CLASS_NAMES, draw_scene, world_dataset
 
 # Not the order in which the built-in model stores them: the vocabulary is what the code asks for
 NAMES = ("water", "red plain", "grass", "blue striped", "yellow dotted")

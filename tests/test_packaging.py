@@ -99,7 +99,7 @@ def test_the_wheel_holds_every_module_and_data_file(wheel):
 def test_everything_imports_from_the_wheel_beside_other_projects_folders(python, elsewhere):
     printed = run(python, "-c", IMPORT_EVERYTHING, cwd=elsewhere)
     modules = dict(line.split(" ", 1) for line in printed.splitlines())
-    assert {"modeling_san.processing.labels_san", "modeling_san.training.world", "modeling_san.hub_card"} <= set(
+    assert {"modeling_san.processing.labels_san", "modeling_san.training.train", "modeling_san.hub_card"} <= set(
         modules
     )
     environment = python.parents[1].resolve()

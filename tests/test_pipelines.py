@@ -24,9 +24,9 @@ from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import logging
 
+from drawn_world.world import CLASS_NAMES, draw_scene
 from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANForSemanticSegmentation, SANProcessor
 from modeling_san.processing import OpenVocabularySegmentationPipeline, SANImageProcessor, load_vocabulary, vocabulary
-from modeling_san.training.world import CLASS_NAMES, draw_scene
 
 TASK = "open-vocabulary-segmentation"
 LABELS = ["sky", "road", "car|truck", "tree"]

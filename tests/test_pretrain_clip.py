@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import CLIPModel, CLIPTokenizer
 
-from modeling_san.training.pretrain_clip import (
+from drawn_world.pretrain_clip import (
     contrastive_loss,
     demo_clip_config,
     draw_pool,
@@ -11,7 +11,7 @@ from modeling_san.training.pretrain_clip import (
     patches_of_regions,
     pretrain_clip,
 )
-from modeling_san.training.tokenizer import build_tokenizer
+from drawn_world.tokenizer import build_tokenizer
 
 
 @pytest.fixture(scope="module")

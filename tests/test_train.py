@@ -20,6 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
+from drawn_world.make_model import SAN_OPTIONS, make_processor
+from drawn_world.tokenizer import build_tokenizer
 from modeling_san import SANForOpenVocabSegmentation, SANProcessor
 from modeling_san.commands.main import main
 from modeling_san.commands.train import parse_recipe
@@ -31,10 +33,8 @@ from modeling_san.training.evaluate import evaluate
 from modeling_san.training.label_sets import load_label_set
 from modeling_san.training.metrics import ConfusionMatrix
 from modeling_san.training.recipe import Recipe, read_recipe, recipe_names
-from modeling_san.training.tokenizer import build_tokenizer
 from modeling_san.training.tracking import read_metrics
 from modeling_san.training.train import NonFiniteLossError, train
-from modeling_san.training.train_demo import SAN_OPTIONS, make_processor
 from modeling_san.training.trainer import SANTrainer, SeedEachStep, StreamingMeanIoU
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,7 +48,7 @@ def start(tmp_path_factory):
     """A folder with a tiny untrained model, six images as parquet, and their label names."""
     from transformers import CLIPModel
 
-    from modeling_san.training.pretrain_clip import demo_clip_config
+    from drawn_world.pretrain_clip import demo_clip_config
 
     folder = tmp_path_factory.mktemp("start")
     processor = make_processor(build_tokenizer(600))

@@ -9,13 +9,13 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from drawn_world.make_model import SAN_OPTIONS, WorldImages, attention_bias_off, make_processor
+from drawn_world.tokenizer import build_tokenizer
+from drawn_world.world import BACKGROUNDS, CLASS_NAMES, SEEN_COMBINATIONS, draw_scene
 from modeling_san.processing import SANProcessor
 from modeling_san.training.data import Collator, load_images, to_arrays
 from modeling_san.training.label_sets import LabelSet
 from modeling_san.training.metrics import ConfusionMatrix
-from modeling_san.training.tokenizer import build_tokenizer
-from modeling_san.training.train_demo import SAN_OPTIONS, WorldImages, attention_bias_off, make_processor
-from modeling_san.training.world import BACKGROUNDS, CLASS_NAMES, SEEN_COMBINATIONS, draw_scene
 
 LABELS = ["dark", "light"]
 
@@ -29,8 +29,8 @@ def processor() -> SANProcessor:
 def small_model(processor):
     from transformers import CLIPModel
 
+    from drawn_world.pretrain_clip import demo_clip_config
     from modeling_san import SANForOpenVocabSegmentation
-    from modeling_san.training.pretrain_clip import demo_clip_config
 
     torch.manual_seed(0)
     clip = CLIPModel(demo_clip_config(processor.tokenizer))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from datasets import Image
 
-from modeling_san.training.world import (
+from drawn_world.world import (
     BACKGROUNDS,
     CLASS_NAMES,
     COLOURS,

@@ -1,1 +1,1 @@
-"""Training: the small drawn world, the built-in model, fine-tuning."""
+"""Training: data sets, recipes, the training loop, evaluation."""

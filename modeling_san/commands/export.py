@@ -270,9 +270,10 @@ def draw_batch(batch: int, height: int, width: int) -> np.ndarray:
     """Images to check with, `(batch, 3, height, width)` uint8."""
     import numpy as np
 
-    from modeling_san.training.world import draw_scene
+    from modeling_san.builtin import load_examples
 
-    images = [draw_scene(0, index, size=(height, width)).image for index in range(batch)]
+    examples = load_examples()
+    images = [examples[index % len(examples)].image.resize((width, height)) for index in range(batch)]
     return np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
 
 

@@ -22,7 +22,6 @@ from . import (
     segment,
     segment_dataset,
     train,
-    train_demo,
 )
 from .errors import CommandError, report_error
 from .parser import CommandParser
@@ -41,7 +40,6 @@ _COMMANDS = {
     "curves": curves,
     "prepare": prepare,
     "push": push,
-    "train-demo": train_demo,
     "app": app,
 }
 

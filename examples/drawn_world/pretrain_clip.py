@@ -21,11 +21,8 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, get_cosine_schedule_with_warmup
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from modeling_san.attention_bias import recognize_regions
-
-from .device import pick_device_and_dtype
-from .tokenizer import build_tokenizer
-from .world import (
+from drawn_world.tokenizer import build_tokenizer
+from drawn_world.world import (
     BACKGROUNDS,
     CLASS_NAMES,
     COMBINATIONS,
@@ -35,6 +32,8 @@ from .world import (
     draw_texture,
     write_caption,
 )
+from modeling_san.attention_bias import recognize_regions
+from modeling_san.processing.device import pick_device_and_dtype
 
 IMAGE_SIZE = 128
 """Height and width of a drawn image, in pixels."""

@@ -9,9 +9,8 @@ from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import CLIPTokenizer
 
+from drawn_world.world import CLASS_NAMES, ON_BACKGROUND_TEMPLATES, SEVERAL_TEMPLATES, SINGLE_TEMPLATES
 from modeling_san.processing import load_vocabulary, prompt_templates, vocabulary_names
-
-from .world import CLASS_NAMES, ON_BACKGROUND_TEMPLATES, SEVERAL_TEMPLATES, SINGLE_TEMPLATES
 
 BOS_TOKEN = "<|startoftext|>"
 EOS_TOKEN = "<|endoftext|>"

@@ -18,11 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
-from modeling_san.modeling_san import SANForOpenVocabSegmentation
-from modeling_san.processing import SANImageProcessor, SANProcessor
-from modeling_san.training.label_sets import IGNORE_INDEX
-from modeling_san.training.metrics import RESULTS_FILE, ConfusionMatrix
-from modeling_san.training.pretrain_clip import (
+from drawn_world.pretrain_clip import (
     CLIP_RESIZE_FACTOR,
     GATE_TEMPLATES,
     IMAGE_SIZE,
@@ -30,14 +26,19 @@ from modeling_san.training.pretrain_clip import (
     pretrain_clip,
     zero_shot_accuracy,
 )
-from modeling_san.training.trainer import run_training
-from modeling_san.training.world import (
+from drawn_world.world import (
     BACKGROUNDS,
     CLASS_NAMES,
     NEVER_SEEN_COMBINATIONS,
     SEEN_COMBINATIONS,
     draw_scene,
 )
+from modeling_san.builtin import format_results
+from modeling_san.modeling_san import SANForOpenVocabSegmentation
+from modeling_san.processing import SANImageProcessor, SANProcessor
+from modeling_san.training.label_sets import IGNORE_INDEX
+from modeling_san.training.metrics import RESULTS_FILE, ConfusionMatrix
+from modeling_san.training.trainer import run_training
 
 SAN_SEED = 2
 EVALUATION_SEED = 90_011
@@ -279,19 +280,6 @@ def attention_bias_off(model: SANForOpenVocabSegmentation) -> Iterator[None]:
             scaling.bias.copy_(before[1])
 
 
-def format_results(figures: dict[str, dict[str, float]]) -> str:
-    """The table that `san train-demo` and `san demo` print."""
-    rows = [f"{'mean IoU on fresh images':<44}{'bias on':>9}{'bias off':>10}"]
-    explanations = {
-        "seen": f"{len(SEEN_COMBINATIONS)} combinations with masks in training",
-        "never seen": f"{len(NEVER_SEEN_COMBINATIONS)} combinations without any mask",
-        "backgrounds": f"{len(BACKGROUNDS)} backgrounds",
-    }
-    for group, explanation in explanations.items():
-        rows.append(f"{explanation:<44}{figures['bias on'][group]:>9.3f}{figures['bias off'][group]:>10.3f}")
-    return "\n".join(rows)
-
-
 __all__ = [
     "RESULTS_FILE",
     "SAN_OPTIONS",
@@ -300,7 +288,6 @@ __all__ = [
     "attention_bias_off",
     "check_clip",
     "evaluate_demo",
-    "format_results",
     "make_processor",
     "train_demo",
 ]

@@ -40,7 +40,7 @@ def view_sizes(size: Mapping[str, int]) -> list[dict[str, int]]:
     return [{name: max(1, round(length * scale)) for name, length in size.items() if length} for scale in VIEW_SCALES]
 
 
-def make_views(outputs: Any, padded_size: tuple[int, int], target_size: tuple[int, int]) -> list[View]:
+def make_views(outputs: Any, padded_size: Sequence[int], target_size: tuple[int, int]) -> list[View]:
     """
     Views from the outputs of a batch of two: an image, and its mirror image.
 

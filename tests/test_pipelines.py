@@ -26,7 +26,8 @@ from transformers.utils import logging
 
 from drawn_world.world import CLASS_NAMES, draw_scene
 from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANForSemanticSegmentation, SANProcessor
-from modeling_san.processing import OpenVocabularySegmentationPipeline, SANImageProcessor, load_vocabulary, vocabulary
+from modeling_san.processing import OpenVocabularySegmentationPipeline, SANImageProcessor, load_vocabulary
+from modeling_san.processing import vocabulary_san as vocabulary
 
 TASK = "open-vocabulary-segmentation"
 LABELS = ["sky", "road", "car|truck", "tree"]
@@ -106,9 +107,7 @@ def directly(model, processor):
     @torch.no_grad()
     def segment(image, labels):
         outputs = model(**processor(images=image, text=labels))
-        [label_map], [scores] = processor.post_process_semantic_segmentation(
-            outputs, target_sizes=[image.size[::-1]], return_scores=True
-        )
+        [label_map], [scores] = processor.post_process_with_scores(outputs, target_sizes=[image.size[::-1]])
         return label_map.numpy(), scores.numpy()
 
     return segment

@@ -27,13 +27,12 @@ from modeling_san.commands.main import main
 from modeling_san.commands.train import parse_recipe
 from modeling_san.training import train as train_module
 from modeling_san.training.augmentation import Augmentation
-from modeling_san.training.checkpoints import Checkpoints, load_training_state
 from modeling_san.training.data import Collator, EndlessOrder, TrainingImages, load_images
 from modeling_san.training.evaluate import evaluate
 from modeling_san.training.label_sets import load_label_set
 from modeling_san.training.metrics import ConfusionMatrix
 from modeling_san.training.recipe import Recipe, read_recipe, recipe_names
-from modeling_san.training.tracking import read_metrics
+from modeling_san.training.callbacks import read_metrics
 from modeling_san.training.train import NonFiniteLossError, train
 from modeling_san.training.trainer import SANTrainer, SeedEachStep, StreamingMeanIoU
 

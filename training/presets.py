@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from modeling_san.processing.vocabulary_san import Vocabulary, load_vocabulary, vocabulary_names
+from modeling_san.processing.vocabulary_san import ClassList, load_vocabulary, vocabulary_names
 
 _LISTED = 12
 _UNKNOWN = -1
@@ -138,7 +138,7 @@ class Preset:
     find: Callable[[Path, str], FoundSplit]
 
     @property
-    def vocabulary(self) -> Vocabulary:
+    def vocabulary(self) -> ClassList:
         """Class names and ignore label."""
         return load_vocabulary(self.name)
 

@@ -214,14 +214,24 @@ def _from_pairs(images: dict[str, Path], labels: dict[str, Path]) -> Dataset:
     return Dataset.from_dict(columns).cast_column("image", ImageFeature()).cast_column("annotation", ImageFeature())
 
 
+def undecoded(dataset: Any) -> Any:
+    """
+    A data set that leaves its images encoded: what is passed over costs nothing, and `open_image` opens the rest.
+
+    Args:
+        dataset: of `datasets`; anything else is returned as it is.
+    """
+    for name, feature in (getattr(dataset, "features", None) or {}).items():
+        if isinstance(feature, ImageFeature) and feature.decode:
+            dataset = dataset.cast_column(name, ImageFeature(decode=False))
+    return dataset
+
+
 def _first_columns(dataset: Any) -> tuple[str, ...]:
     """Columns of the first example; none of an empty data set."""
     if isinstance(dataset, Dataset):
         return tuple(dataset.column_names) if len(dataset) else ()
-    for name, feature in (dataset.features or {}).items():
-        if isinstance(feature, ImageFeature):
-            dataset = dataset.cast_column(name, ImageFeature(decode=False))
-    return tuple(next(iter(dataset), ()))
+    return tuple(next(iter(undecoded(dataset)), ()))
 
 
 def find_column(features: dict[str, Any], chosen: str | None, known: Sequence[str], kind: str, source: object) -> str:
@@ -254,4 +264,12 @@ def find_column(features: dict[str, Any], chosen: str | None, known: Sequence[st
     )
 
 
-__all__ = ["IMAGE_COLUMNS", "LABEL_COLUMNS", "class_names_in", "find_column", "load_images", "open_source"]
+__all__ = [
+    "IMAGE_COLUMNS",
+    "LABEL_COLUMNS",
+    "class_names_in",
+    "find_column",
+    "load_images",
+    "open_source",
+    "undecoded",
+]

@@ -74,10 +74,11 @@ def run(args: argparse.Namespace) -> int:
     """
     from accelerate import Accelerator
 
+    from modeling_san.processing.device import pick_device
     from modeling_san.training.evaluate import evaluate, find_subsets, format_table
 
-    from .models import load_model, pick_device, quiet_libraries
-    from .results import make_folder
+    from .models import load_model, quiet_libraries
+    from .parser import make_folder
 
     quiet_libraries()
     if args.overlays < 0:

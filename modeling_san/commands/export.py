@@ -100,7 +100,6 @@ def run(args: argparse.Namespace) -> int:
     from modeling_san.export import export_program, quantize_onnx, replacing, write_onnx
 
     from .models import load_model, quiet_libraries
-    from .results import make_segmenter
 
     quiet_libraries()
     labels, templates = read_labels(args), read_templates(args.templates)
@@ -110,8 +109,8 @@ def run(args: argparse.Namespace) -> int:
     if args.class_embeds_input:
         class_embeds = _any_class_embeds(loaded)
     else:
-        segmenter = make_segmenter(loaded, labels, templates=templates)
-        class_embeds, names = segmenter.class_embeds.clone(), list(segmenter.labels)
+        vocabulary = loaded.vocabulary(labels, templates=templates)
+        class_embeds, names = vocabulary.class_embeds.clone(), list(vocabulary.labels)
     size = _recommended_size(processor, args.size)
 
     say(f"exporting {loaded.name}; this takes a minute or more")

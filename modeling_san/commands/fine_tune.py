@@ -73,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         exit code.
     """
+    from modeling_san.processing.device import pick_device
     from modeling_san.training.recipe import Recipe, read_recipe
 
-    from .models import pick_device
     from .train import run_recipe
 
     if args.device is not None:

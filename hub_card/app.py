@@ -26,10 +26,9 @@ from starlette.middleware import Middleware
 from modeling_san import SANForOpenVocabSegmentation, SANProcessor
 from modeling_san.builtin import is_drawn_world, load_examples
 from modeling_san.processing import EXTENSIONS, normalize_labels
-from modeling_san.processing.images_san import read_byte_image, resize_image
+from modeling_san.processing.images_san import open_image, read_byte_image, resize_image
 from modeling_san.processing.segmenter import Segmentation, Segmenter
 from modeling_san.processing.wording_san import listed
-from modeling_san.training.data import open_encoded
 
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 32_000_000
@@ -121,7 +120,7 @@ def open_upload(content: bytes) -> np.ndarray:
         ValueError: it is no image of a usual format, damaged, or too large.
     """
     try:
-        with open_encoded(content) as image:
+        with open_image(content) as image:
             width, height = image.size
             if width * height <= MAX_PIXELS:
                 return read_byte_image(image, "The image")

@@ -98,7 +98,7 @@ def load_model(name: str | None, device: torch.device) -> LoadedModel:
     if missing := sorted(loading["missing_keys"]):
         raise CommandError(
             f"model {source} lacks {len(missing)} of its weights, {missing[0]} for example: write it anew with "
-            "save_pretrained, `san convert` or `san fine-tune`"
+            "save_pretrained, `san convert` or `san train`"
         )
     _check_tokenizer(source, len(processor.tokenizer), model.text_model.config.vocab_size)
     return LoadedModel("built-in" if name is None else name, model.to(device).eval(), processor)
@@ -110,7 +110,7 @@ def _check_source(source: str, is_builtin: bool) -> None:
     if is_builtin and not folder.is_dir():
         raise CommandError(
             "this installation lacks the built-in model: install the package anew, make the model with "
-            "`san train-demo DIR`, or pass another one with --model"
+            "examples/drawn_world, or pass another one with --model"
         )
     if not folder.exists():
         if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or "\\" in source:
@@ -146,7 +146,7 @@ def _check_model_type(source: str) -> None:
     if model_type != _MODEL_TYPE:
         what = "has a config.json without a model type" if model_type is None else f"is of type {model_type!r}"
         raise CommandError(
-            f"model {source} {what} and not a SAN model: pass one that `san convert` or `san fine-tune` wrote"
+            f"model {source} {what} and not a SAN model: pass one that `san convert` or `san train` wrote"
         )
 
 

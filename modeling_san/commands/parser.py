@@ -29,7 +29,7 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="PATH_OR_HUB_ID",
-        help="folder that `san convert`, `san fine-tune` or save_pretrained wrote, or the name of a Hub repository "
+        help="folder that `san convert`, `san train` or save_pretrained wrote, or the name of a Hub repository "
         "(default: the built-in model)",
     )
 

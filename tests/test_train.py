@@ -19,8 +19,11 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import TrainingArguments
+from transformers import CLIPModel, TrainingArguments
 
+from drawn_world.make_model import RECIPE
+from drawn_world.pretrain_clip import demo_clip_config
+from drawn_world.tokenizer import build_tokenizer
 from modeling_san import SANForOpenVocabSegmentation, SANImageProcessor, SANProcessor
 from modeling_san.commands.main import main
 from modeling_san.commands.train import parse_recipe
@@ -60,16 +63,14 @@ def write_images(pairs, path):
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory, make_config, tokenizer):
+def start(tmp_path_factory):
     """A folder with a tiny untrained model, six images as parquet, and their label names."""
     folder = tmp_path_factory.mktemp("start")
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    tokenizer = build_tokenizer(600)
     torch.manual_seed(0)
-    config = make_config(
-        vision_config={**vision, "image_size": 32, "patch_size": 8},
-        side_image_size=64, side_patch_size=8, size_divisor=16, num_queries=4, train_num_points=64,
-    )  # fmt: skip
-    SANForOpenVocabSegmentation(config).save_pretrained(folder / "model")
+    clip = CLIPModel(demo_clip_config(tokenizer))
+    shape = {**read_recipe(RECIPE)["san"], "num_queries": 4, "train_num_points": 64}
+    SANForOpenVocabSegmentation.from_clip(clip, **shape).save_pretrained(folder / "model")
     image_processor = SANImageProcessor(size_divisor=16, mask_stride=8)
     SANProcessor(image_processor, tokenizer, templates=["a photo of a {}."]).save_pretrained(folder / "model")
     write_images([two_tone(seed) for seed in range(6)], folder / "data.parquet")

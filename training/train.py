@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -375,6 +376,7 @@ def _write_model(run: Run, folder: Path) -> None:
         with _as_saved(model):
             model.set_labels(run.label_set.names, run.processor)
     weights = run.accelerator.get_state_dict(run.model)
+    weights = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in weights.items()}
     weights.update({name: weights[name].reshape(()) for name in run.scalars if name in weights})
     if not run.accelerator.is_main_process:
         return
@@ -490,7 +492,9 @@ def prepare_run(recipe: Recipe) -> Run:
     run = Run(
         recipe, accelerator, wrapped, processor, label_set, validation, optimizer, schedule, batches, state, scalars
     )
-    accelerator.register_save_state_pre_hook(lambda models, weights, path: _write_own_state(run, weights, Path(path)))
+    # Not the run itself: in a circle of references it, and the processes that prepare images, would outlive its end
+    own = weakref.proxy(run)
+    accelerator.register_save_state_pre_hook(lambda models, weights, path: _write_own_state(own, weights, Path(path)))
     # They are loaded already
     accelerator.register_load_state_pre_hook(lambda models, path: models.clear())
     if checkpoint is not None:

@@ -1,5 +1,6 @@
 """Parameters that are spread over processes train, are saved and resumed as whole ones."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,35 +26,37 @@ from modeling_san.training.recipe import Recipe
 from modeling_san.training.train import compute_gradients
 
 
-def spread(recipe, *trackers):
+def spread(policy, recipe, *trackers):
     """Accelerate with FSDP on a CPU, which it takes for a GPU's business until it is told otherwise."""
     accelerator = make_accelerator(recipe, *trackers)
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="no_wrap", state_dict_type="FULL_STATE_DICT",
+        fsdp_version=2, auto_wrap_policy=policy, state_dict_type="FULL_STATE_DICT",
         cpu_ram_efficient_loading=False, transformer_cls_names_to_wrap=["CLIPEncoderLayer", "SideAdapterLayer"],
     )  # fmt: skip
     accelerator.state._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
     return accelerator
 
 
-def train_spread(rank, port, recipes):
+def train_spread(rank, port, policy, recipes):
     def checked_gradients(run):
         assert sum(isinstance(module, FSDPModule) for module in run.san.modules()) > 0
         return compute_gradients(run)
 
-    train_module.make_accelerator = spread
+    train_module.make_accelerator = partial(spread, policy)
     train_module.compute_gradients = checked_gradients
     for recipe in recipes:
         join_group(rank, 1, port)
         train_module.train(Recipe(**recipe), progress=False)
 
 
-@pytest.mark.parametrize("trainable", ["paper", "everything"])
-def test_a_run_with_spread_parameters_equals_one_with_whole_ones(options, tmp_path, trainable):  # noqa: F811
+@pytest.mark.parametrize(
+    ("policy", "trainable"), [("no_wrap", "everything"), ("transformer_based_wrap", "paper")], ids=["model", "layers"]
+)
+def test_a_run_with_spread_parameters_equals_one_with_whole_ones(options, tmp_path, policy, trainable):  # noqa: F811
     options = {**options, "steps": 2, "checkpoint_every": 1, "trainable": trainable, "validation": options["dataset"]}
     together = {**options, "output_dir": str(tmp_path / "spread")}
     runs = [{**together, "steps": 2}, {**together, "steps": 3, "resume": "auto"}]
-    mp.spawn(train_spread, args=(free_port(), runs), nprocs=1)
+    mp.spawn(train_spread, args=(free_port(), policy, runs), nprocs=1)
     torch.set_num_threads(1)
     for run in runs:
         train_module.train(Recipe(**{**run, "output_dir": options["output_dir"]}), progress=False)

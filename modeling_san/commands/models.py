@@ -129,7 +129,8 @@ def _check_source(source: str, is_builtin: bool) -> None:
     folder = Path(source)
     if is_builtin and not folder.is_dir():
         raise CommandError(
-            "this installation lacks the built-in model: install the package anew, or pass another one with --model"
+            "this installation lacks the built-in model: install the package anew, make the model with "
+            "examples/drawn_world, or pass another one with --model"
         )
     if not folder.exists():
         if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or "\\" in source:

@@ -230,7 +230,8 @@ def _measure(
     """Measure all that was asked for; the file is written anew after each part."""
     import torch
 
-    from modeling_san.commands.models import pick_device, quiet_libraries
+    from modeling_san.commands.models import quiet_libraries
+    from modeling_san.processing.device import pick_device
 
     from .agreement import format_agreement, measure_agreement
     from .machine import describe_machine, load_average

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_san.processing.files import replacing_file
-from modeling_san.training.tracking import read_metrics
+from modeling_san.training.callbacks import read_metrics
 
 
 def plot_curves(metrics: Path, image: Path) -> Path:

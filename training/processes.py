@@ -1,8 +1,7 @@
-"""What the processes of a run tell one another, and what they are told from outside."""
+"""What the processes of a run tell one another."""
 
 from __future__ import annotations
 
-import signal
 from typing import Any
 
 import torch.distributed as dist
@@ -17,15 +16,4 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def ignore_stop_signals(worker: int = 0) -> None:
-    """
-    Leave SIGTERM and Ctrl-C to the main process; the `worker_init_fn` of data loaders.
-
-    Schedulers and terminals signal a whole group of processes: workers that die of it would take the step with them
-    that the main process wants to finish.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-__all__ = ["gather_objects", "ignore_stop_signals"]
+__all__ = ["gather_objects"]

@@ -7,13 +7,12 @@ the position of its name in [`CLASS_NAMES`].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 
 import numpy as np
-from datasets import Dataset, Features, Image, IterableDataset, Value
+from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 COLOURS: dict[str, tuple[float, float, float]] = {
@@ -214,72 +213,37 @@ def write_caption(rng: np.random.Generator, regions: Sequence[str], background: 
     return Caption(_pick(rng, ON_BACKGROUND_TEMPLATES).format(listed, background), names)
 
 
-def world_dataset(num_images: int, seed: int = 0, *, start: int = 0, **scene_options) -> Dataset:
+def world_dataset(
+    num_images: int, seed: int = 0, *, start: int = 0, names: Sequence[str] = CLASS_NAMES, **scene_options
+) -> Dataset:
     """Draw `num_images` images as a `datasets.Dataset` held in memory.
 
     Args:
         num_images: number of images.
         seed: which world.
         start: index of the first image.
+        names: what the values of the label maps stand for, in order; drawn names that are not among them get
+            [`IGNORE_INDEX`].
         scene_options: options of [`draw_scene`], such as `size` and `combinations`.
 
     Returns:
         A dataset with the features `image` (RGB image), `annotation` (label map, one channel) and `caption`
         (a sentence that names everything in the image).
     """
+    values = np.full(len(CLASS_NAMES), IGNORE_INDEX, np.uint8)
+    for value, name in enumerate(names):
+        values[CLASS_NAMES.index(name)] = value
     columns: dict[str, list] = {"image": [], "annotation": [], "caption": []}
-    for row in _rows([(start, start + num_images)], seed, scene_options):
-        for name, value in row.items():
-            columns[name].append(value)
-    return Dataset.from_dict(columns, features=_features())
+    for index in range(start, start + num_images):
+        scene = draw_scene(seed, index, **scene_options)
+        columns["image"].append(PILImage.fromarray(scene.image))
+        columns["annotation"].append(PILImage.fromarray(values[scene.label_map]))
+        columns["caption"].append(scene.captions[0].text)
+    features = Features(image=Image(), annotation=Image(), caption=Value("string"))
+    return Dataset.from_dict(columns, features=features)
 
 
-def world_iterable_dataset(
-    num_images: int, seed: int = 0, *, start: int = 0, num_shards: int = 1, **scene_options
-) -> IterableDataset:
-    """Like [`world_dataset`], but images are drawn as they are asked for.
-
-    Args:
-        num_images: number of images.
-        seed: which world.
-        start: index of the first image.
-        num_shards: in how many parts a data loader's workers may share the images out.
-        scene_options: options of [`draw_scene`].
-
-    Raises:
-        ValueError: if `num_shards` is not positive.
-    """
-    if num_shards < 1:
-        raise ValueError(f"num_shards={num_shards}: expected at least 1.")
-    edges = [start + num_images * shard // num_shards for shard in range(num_shards + 1)]
-    return IterableDataset.from_generator(
-        _rows,
-        features=_features(),
-        # `datasets` shares lists out among workers, and lists only: the options travel as a dictionary.
-        gen_kwargs={
-            "ranges": list(pairwise(edges)),
-            "seed": seed,
-            "scene_options": scene_options,
-        },
-    )
-
-
-# ---------------------------------------------------------------------------------------------------- rows and names
-
-
-def _features() -> Features:
-    return Features(image=Image(), annotation=Image(), caption=Value("string"))
-
-
-def _rows(ranges: Sequence[tuple[int, int]], seed: int, scene_options: dict) -> Iterator[dict]:
-    for first, last in ranges:
-        for index in range(first, last):
-            scene = draw_scene(seed, index, **scene_options)
-            yield {
-                "image": PILImage.fromarray(scene.image),
-                "annotation": PILImage.fromarray(scene.label_map),
-                "caption": scene.captions[0].text,
-            }
+# ---------------------------------------------------------------------------------------------------- names
 
 
 def _checked_names(names: Sequence[str] | None, known: Sequence[str], argument: str) -> Sequence[str]:

@@ -59,8 +59,9 @@ def run(args: argparse.Namespace) -> int:
     if args.space is not None:
         return _write_space(args)
     from modeling_san.hub_card.app import serve
+    from modeling_san.processing.device import pick_device
 
-    from .models import load_model, pick_device, quiet_libraries
+    from .models import load_model, quiet_libraries
 
     quiet_libraries()
     labels = read_labels(args)

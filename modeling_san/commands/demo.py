@@ -10,7 +10,7 @@ from typing import Any
 from modeling_san import BUILTIN_MODEL
 
 from .errors import say
-from .parser import add_device_option, add_model_option, add_output_option
+from .parser import add_device_option, add_model_option, add_output_option, make_folder
 
 _DESCRIPTION = """\
 Segment a drawn image with the built-in model, and print how well that model does on fresh images.
@@ -44,9 +44,10 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from modeling_san.builtin import load_examples, words
+    from modeling_san.processing.device import pick_device
 
-    from .models import load_model, pick_device, quiet_libraries
-    from .results import make_folder, make_segmenter, write_results
+    from .models import load_model, quiet_libraries
+    from .segment import main_labels, write_results
 
     quiet_libraries()
     loaded = load_model(args.model, pick_device(args.device))
@@ -56,16 +57,16 @@ def run(args: argparse.Namespace) -> int:
     image_path = folder / "demo.png"
     example.image.save(image_path)
 
-    segmenter = make_segmenter(loaded, [*names, *(name for name in _DISTRACTORS if name not in names)])
-    image = np.asarray(example.image)
-    label_map, scores = segmenter.segment(image)
-    result = write_results(segmenter, image, (label_map, scores), folder, "demo", source=str(image_path))
+    vocabulary = loaded.vocabulary([*names, *(name for name in _DISTRACTORS if name not in names)])
+    [segmentation] = loaded.segmenter(example.image, vocabulary)
+    overlay = write_results(segmentation, example.image, folder, "demo", source=str(image_path), model=loaded.name)
+    right = (segmentation.label_map.numpy() == np.asarray(example.label_map)).mean()
     say(f"image: {image_path}, drawn with {', '.join(names)}")
-    say(f"labels:  {', '.join(segmenter.labels)}")
-    say(f"found:   {result} ({(label_map == np.asarray(example.label_map)).mean():.0%} of the pixels are right)")
+    say(f"labels:  {', '.join(segmentation.labels)}")
+    say(f"found:   {main_labels(segmentation)} ({right:.0%} of the pixels are right)")
     if unseen := [name for name in names if name in words()["never seen"]]:
         say(f"         without ever having had a mask of: {', '.join(unseen)}")
-    say(f"overlay: {result.overlay}")
+    say(f"overlay: {overlay}")
     if table := _results_table(BUILTIN_MODEL if args.model is None else Path(args.model)):
         say(f"\n{table}")
     return 0

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import CommandError, one_line
+from modeling_san.processing.wording_san import one_line
+
+from .errors import CommandError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,8 +64,9 @@ def output_names(paths: Sequence[Path], folder: Path) -> list[str]:
         return not belongs_to_another and folded not in used and inputs.isdisjoint(_places(folder, name))
 
     names = []
+    numbers: dict[str, Iterator[int]] = defaultdict(lambda: count(2))
     for stem in (path.stem for path in paths):
-        candidates = chain([stem], (f"{stem}-{number}" for number in count(2)))
+        candidates = chain([stem], (f"{stem}-{number}" for number in numbers[stem.casefold()]))
         name = next(candidate for candidate in candidates if is_free(candidate, stem))
         used.add(name.casefold())
         names.append(name)
@@ -73,7 +78,12 @@ def _places(folder: Path, name: str) -> Iterable[str]:
 
 
 def _place(path: Path) -> str:
-    return str(path.resolve()).casefold()
+    try:
+        # Unlike `Path.resolve`, this takes a link that leads to itself
+        return os.path.realpath(path).casefold()
+    except ValueError:
+        # Nothing can have such a name
+        return str(path)
 
 
 def load_image(path: Path) -> np.ndarray:
@@ -86,25 +96,25 @@ def load_image(path: Path) -> np.ndarray:
     Raises:
         CommandError: says why the file is no image that can be read.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    from modeling_san.processing.images_san import read_byte_image
+    from modeling_san.processing.images_san import open_image, read_byte_image
 
     _check_file(path)
     try:
         with warnings.catch_warnings():
             # Images of this size would take gigabytes; PIL itself refuses them from twice as many pixels only
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return read_byte_image(image, "the image")
-    except UnidentifiedImageError as error:
-        raise CommandError(f"{path} is no image of a known format: pass PNG, JPEG, WebP, TIFF ...") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            with open_image(path) as image:
+                return read_byte_image(image, str(path))
+    except Image.DecompressionBombWarning as error:
         raise CommandError(
             f"{path} has more than the {Image.MAX_IMAGE_PIXELS or 0:,} pixels that are read: shrink it before"
         ) from error
     except MemoryError as error:
         raise CommandError(f"{path} does not fit into memory: shrink it before") from error
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     except Exception as error:
         # Decoders of damaged files raise what they please
         raise CommandError(f"{path} cannot be read: {one_line(error)}") from error

@@ -2,23 +2,29 @@
 
 import argparse
 import os
+from difflib import get_close_matches
 from pathlib import Path
+
+from modeling_san.processing.label_files import FILE_FORMS, describe_json, read_json_or_lines, read_label_file
+from modeling_san.processing.labels_san import normalize_labels
+from modeling_san.processing.vocabulary_san import load_vocabulary, template_names, vocabulary_names
 
 from .errors import CommandError
 
-_FILE_FORMS = 'a JSON list ["sky", "road"], an object {"classes": ["sky", "road"]}, or one name per line'
+_TEMPLATE_FORMS = 'a JSON list ["a photo of a {}."], or one template per line'
 
 
 def add_label_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--labels` and `--labels-file`, of which at most one may be given."""
+    """Add `--labels` and `--labels-file`, of which at most one may be given, for `read_labels`."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--labels",
-        metavar="NAMES",
+        metavar="NAMES_OR_SET",
         help='names separated by commas, such as "sky, road, car|automobile" (| joins synonyms; a name that holds a '
-        "comma goes in double quotes)",
+        "comma goes in double quotes), a label set that ships with the package (ade20k_150, coco_stuff_171, ...), or "
+        "a file with names (default: those stored with the model)",
     )
-    group.add_argument("--labels-file", metavar="FILE", help=f"file with names: {_FILE_FORMS}")
+    group.add_argument("--labels-file", metavar="FILE", help=f"file with names: {FILE_FORMS}")
 
 
 def read_labels(args: argparse.Namespace) -> list[str] | None:
@@ -29,42 +35,54 @@ def read_labels(args: argparse.Namespace) -> list[str] | None:
         normalised labels; None where neither option was used.
 
     Raises:
-        CommandError: the labels or their file cannot be used.
+        ValueError, CommandError: the labels or their file cannot be used.
     """
-    from modeling_san.processing import normalize_labels
-
     if args.labels_file is not None:
         return read_labels_file(args.labels_file)
-    if args.labels is None:
-        return None
-    if not args.labels.strip():
+    return None if args.labels is None else parse_labels(args.labels)
+
+
+def parse_labels(text: str) -> list[str]:
+    """
+    Labels from the name of a set that ships with the package, a file, or names separated by commas.
+
+    Returns:
+        normalised labels.
+
+    Raises:
+        ValueError, CommandError: there are none, or they cannot be used.
+    """
+    if not text.strip():
         raise CommandError('--labels is empty: name what to look for, for example --labels "sky, road"')
+    if text in vocabulary_names():
+        return list(load_vocabulary(text).classes)
+    # Unlike `Path.is_file`, this takes a text that is too long for a path
+    if os.path.isfile(text):
+        return read_labels_file(text)
     try:
         # Where the locale is not UTF-8 Python keeps the bytes of other letters aside; those are what was typed
-        return normalize_labels(os.fsencode(args.labels).decode("utf-8"))
+        labels = normalize_labels(os.fsencode(text).decode("utf-8"))
     except ValueError as error:
         raise CommandError(f"--labels: {error}") from error
+    if len(labels) == 1 and (get_close_matches(text, vocabulary_names()) or Path(text).suffix in (".json", ".txt")):
+        raise CommandError(
+            f"--labels {text}: there is no such file and no such label set: check the spelling; the sets are "
+            f"{', '.join(vocabulary_names())}"
+        )
+    return labels
 
 
 def read_labels_file(path: str | Path) -> list[str]:
     """
-    Read class names from a JSON or a text file.
-
-    Args:
-        path: of a file in one of the forms that `processing.label_files` knows.
+    Read class names from a file in one of the forms that `processing.label_files` knows.
 
     Returns:
         normalised labels, in the file's order.
 
     Raises:
-        CommandError: the file cannot be read or has another shape, or a label is refused.
+        ValueError: the file cannot be read or has another shape, or a label is refused.
     """
-    from modeling_san.processing.label_files import read_label_file
-
-    try:
-        return list(read_label_file(path).names)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    return list(read_label_file(path).names)
 
 
 def read_templates(given: str | None) -> str | list[str] | None:
@@ -78,28 +96,21 @@ def read_templates(given: str | None) -> str | list[str] | None:
         the name, the templates of the file, or None where nothing was given.
 
     Raises:
-        CommandError: there is neither a set nor a file of that name, or its templates cannot be used.
+        ValueError, CommandError: there is neither a set nor a file of that name, or its templates cannot be used.
     """
-    from modeling_san.processing import template_names
-    from modeling_san.processing.label_files import describe_json, read_json_or_lines
     from modeling_san.processing.processing_san import resolve_templates
 
     if given is None or given in template_names():
         return given
-    path = Path(given)
-    if not path.is_file():
+    if not os.path.isfile(given):
         raise CommandError(
             f"--templates {given}: there is no set of prompt templates and no file of that name: choose "
             f"{' or '.join(template_names())}, or pass a file with one template per line, such as: a photo of a {{}}."
         )
-    forms = 'a JSON list ["a photo of a {}."], or one template per line'
-    try:
-        templates = read_json_or_lines(path, "templates file", forms)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    templates = read_json_or_lines(given, "templates file", _TEMPLATE_FORMS)
     if not isinstance(templates, list):
-        raise CommandError(f"templates file {path} holds {describe_json(templates)}: expected {forms}")
+        raise CommandError(f"templates file {given} holds {describe_json(templates)}: expected {_TEMPLATE_FORMS}")
     try:
         return resolve_templates(templates)[1]
     except ValueError as error:
-        raise CommandError(f"templates file {path}: {error}") from error
+        raise CommandError(f"templates file {given}: {error}") from error

@@ -4,44 +4,29 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from types import ModuleType
 
 from modeling_san import __version__
 
-from . import (
-    app,
-    contact_sheet,
-    convert,
-    curves,
-    demo,
-    evaluate,
-    export,
-    fine_tune,
-    prepare,
-    push,
-    segment,
-    segment_dataset,
-    train,
-)
 from .errors import CommandError, report_error
 from .parser import CommandParser
 
-# Modules with `add_parser(subparsers)` and `run(args)`, which import what is heavy inside `run` only.
-_COMMANDS = {
-    "segment": segment,
-    "segment-dataset": segment_dataset,
-    "demo": demo,
-    "convert": convert,
-    "contact-sheet": contact_sheet,
-    "train": train,
-    "fine-tune": fine_tune,
-    "evaluate": evaluate,
-    "export": export,
-    "curves": curves,
-    "prepare": prepare,
-    "push": push,
-    "app": app,
-}
+# Each is a module beside this one, with `add_parser(subparsers)` and `run(args)`
+_COMMANDS = (
+    "segment",
+    "segment-dataset",
+    "demo",
+    "convert",
+    "contact-sheet",
+    "train",
+    "evaluate",
+    "export",
+    "prepare",
+    "push",
+    "app",
+)
 
 # Commands that read further options themselves, from `args.others`
 _TAKES_OTHERS = ("train",)
@@ -57,8 +42,13 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
-def make_parser() -> CommandParser:
-    """The parser of `san` and all its commands."""
+def make_parser(commands: Iterable[str] = _COMMANDS) -> CommandParser:
+    """
+    The parser of `san`.
+
+    Args:
+        commands: those that it knows; the module of each is imported.
+    """
     parser = CommandParser(
         prog="san",
         description="Side Adapter Network: label every pixel of an image with any words.",
@@ -66,8 +56,8 @@ def make_parser() -> CommandParser:
     )
     parser.add_argument("--version", action="version", version=f"san {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
-    for module in _COMMANDS.values():
-        module.add_parser(subparsers)
+    for command in commands:
+        _module(command).add_parser(subparsers)
     return parser
 
 
@@ -81,19 +71,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         exit code: 0, 2 for bad input, 130 after Ctrl-C.
     """
-    parser = make_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    # The others are needed only to say which there are
+    parser = make_parser(argv[:1] if argv and argv[0] in _COMMANDS else _COMMANDS)
     args, others = parser.parse_known_args(argv)
     args.others = others
     if args.others and args.command not in _TAKES_OTHERS:
         parser.error(f"unrecognized arguments: {' '.join(args.others)}")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A name that the terminal has no letters for must not end a run
-        sys.stdout.reconfigure(errors="backslashreplace")
+    # Names of files may be any bytes, and the terminal need not have letters for them
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
     try:
         with warnings.catch_warnings():
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")
-            return _COMMANDS[args.command].run(args) or 0
+            return _module(args.command).run(args) or 0
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -103,6 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CommandError, OSError, ValueError) as error:
         report_error(error)
         return EXIT_BAD_INPUT
+
+
+def _module(command: str) -> ModuleType:
+    return import_module(f".{command.replace('-', '_')}", __package__)
 
 
 if __name__ == "__main__":

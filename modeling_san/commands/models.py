@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modeling_san import BUILTIN_MODEL
+from modeling_san.processing.wording_san import listed, one_line
 
-from .errors import CommandError, one_line
+from .errors import CommandError, warn
 
 if TYPE_CHECKING:
     import torch
 
-    from modeling_san import SANForOpenVocabSegmentation, SANProcessor
+    from modeling_san.processing import Segmenter, Vocabulary
 
-_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-_MODEL_TYPE = "san"
+_PACKAGE = __name__.partition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,47 @@ class LoadedModel:
 
     Attributes:
         name: what the user called it, or "built-in".
-        model: in evaluation mode and float32.
-        processor: that was saved with it.
+        segmenter: the model, in evaluation mode and float32, with the processor that was saved with it.
     """
 
     name: str
-    model: SANForOpenVocabSegmentation
-    processor: SANProcessor
+    segmenter: Segmenter
+
+    @property
+    def model(self) -> Any:
+        """The network."""
+        return self.segmenter.model
+
+    @property
+    def processor(self) -> Any:
+        """What makes its inputs."""
+        return self.segmenter.processor
+
+    def vocabulary(
+        self, labels: Sequence[str] | None, *, templates: str | Sequence[str] | None = None, extend: str = "none"
+    ) -> Vocabulary:
+        """
+        Encode what the user asked for, with a warning of words that the model was not trained on.
+
+        Args:
+            labels: names; None takes those stored with the model.
+            templates: prompt templates; None takes those saved with the processor.
+            extend: how to extend the labels, see `modeling_san.processing.extend_labels`.
+
+        Raises:
+            ValueError, CommandError: there are no labels, or they cannot be used.
+        """
+        if labels is None and self.model.config.stored_labels is None:
+            raise CommandError(
+                f'model {self.name} has no labels of its own: name what to look for, for example --labels "sky, road"'
+            )
+        if unknown := self.segmenter.unknown_words(labels or []):
+            trained = self.model.config.training_labels
+            warn(
+                f"model {self.name} was not trained on: {listed(unknown, 10)}; expect poor results for them. It was "
+                f"trained on: {listed(trained, 40)}"
+            )
+        return self.segmenter.vocabulary(labels, templates=templates, extend=extend)
 
 
 def quiet_libraries() -> None:
@@ -44,29 +79,6 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
     enable_progress_bars()
-
-
-def pick_device(name: str | None) -> torch.device:
-    """
-    The device to compute on.
-
-    Args:
-        name: as PyTorch writes it; None takes a GPU if there is one.
-
-    Raises:
-        CommandError: there is no such device on this machine.
-    """
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()
-    except Exception as error:
-        # Each kind of device that is not there has its own kind of exception
-        raise CommandError(f"--device {name} cannot be used on this machine: leave it out, or pass cpu") from error
-    return device
 
 
 def load_model(name: str | None, device: torch.device) -> LoadedModel:
@@ -82,14 +94,14 @@ def load_model(name: str | None, device: torch.device) -> LoadedModel:
     """
     import torch
 
-    from modeling_san import SANForOpenVocabSegmentation, SANProcessor
+    from modeling_san.processing import Segmenter
 
     source = str(BUILTIN_MODEL) if name is None else name
     _check_source(source, is_builtin=name is None)
-    _check_model_type(source)
+    model_class, processor_class = _find_classes(source)
     try:
-        processor = SANProcessor.from_pretrained(source)
-        model, loading = SANForOpenVocabSegmentation.from_pretrained(
+        processor = processor_class.from_pretrained(source)
+        model, loading = model_class.from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:
@@ -98,19 +110,26 @@ def load_model(name: str | None, device: torch.device) -> LoadedModel:
     if missing := sorted(loading["missing_keys"]):
         raise CommandError(
             f"model {source} lacks {len(missing)} of its weights, {missing[0]} for example: write it anew with "
-            "save_pretrained, `san convert` or `san fine-tune`"
+            "save_pretrained, `san convert` or `san train`"
         )
-    _check_tokenizer(source, len(processor.tokenizer), model.text_model.config.vocab_size)
-    return LoadedModel("built-in" if name is None else name, model.to(device).eval(), processor)
+    tokens, expected = len(processor.tokenizer), model.config.text_config.vocab_size
+    if tokens != expected:
+        # The library makes an empty tokenizer where it finds no files
+        raise CommandError(
+            f"model {source}: its tokenizer has {tokens} tokens and the model {expected}: the tokenizer's files are "
+            "missing or another model's, save the processor into the folder once more"
+        )
+    return LoadedModel("built-in" if name is None else name, Segmenter(model.to(device).eval(), processor))
 
 
 def _check_source(source: str, is_builtin: bool) -> None:
     """A folder has to hold a config and weights; anything else may be a Hub repository unless it looks like a path."""
+    from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
     folder = Path(source)
     if is_builtin and not folder.is_dir():
         raise CommandError(
-            "this installation lacks the built-in model: install the package anew, make the model with "
-            "`san train-demo DIR`, or pass another one with --model"
+            "this installation lacks the built-in model: install the package anew, or pass another one with --model"
         )
     if not folder.exists():
         if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or "\\" in source:
@@ -121,20 +140,27 @@ def _check_source(source: str, is_builtin: bool) -> None:
             f"model {source} is a file: pass a folder that save_pretrained wrote (`san convert {source} DIR` makes "
             "one of a released checkpoint)"
         )
-    if not (folder / "config.json").is_file():
-        raise CommandError(f"model folder {source} has no config.json: pass a folder that save_pretrained wrote")
-    if not any((folder / weights).is_file() for weights in _WEIGHT_FILES):
-        raise CommandError(
-            f"model folder {source} has no weights (model.safetensors): pass a folder that save_pretrained wrote"
-        )
+    for what, files in (
+        (CONFIG_NAME, (CONFIG_NAME,)),
+        (f"weights ({SAFE_WEIGHTS_NAME})", (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)),
+    ):
+        if not any((folder / file).is_file() for file in files):
+            raise CommandError(f"model folder {source} has no {what}: pass a folder that save_pretrained wrote")
 
 
-def _check_model_type(source: str) -> None:
-    """Refuse other models: the library would fill a SAN model with random weights."""
-    from modeling_san import SANConfig
+def _find_classes(source: str) -> tuple[Any, Any]:
+    """
+    The classes of a model and its processor, by the type in its config.
 
+    Only those of this package: the library would fill another model with random weights, or run a folder's own code.
+    """
+    from transformers import CONFIG_MAPPING, MODEL_MAPPING, PROCESSOR_MAPPING, PreTrainedConfig
+
+    from modeling_san.auto import register
+
+    register()
     try:
-        config, _ = SANConfig.get_config_dict(source)
+        config, _ = PreTrainedConfig.get_config_dict(source)
     except OSError as error:
         if Path(source).is_dir():
             raise CommandError(f"model folder {source}: config.json cannot be read: {one_line(error)}") from error
@@ -143,17 +169,10 @@ def _check_model_type(source: str) -> None:
             "name and the network"
         ) from error
     model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type != _MODEL_TYPE:
+    config_class = CONFIG_MAPPING[model_type] if isinstance(model_type, str) and model_type in CONFIG_MAPPING else None
+    if config_class is None or not config_class.__module__.startswith(f"{_PACKAGE}."):
         what = "has a config.json without a model type" if model_type is None else f"is of type {model_type!r}"
         raise CommandError(
-            f"model {source} {what} and not a SAN model: pass one that `san convert` or `san fine-tune` wrote"
+            f"model {source} {what}, which is none of this package's: pass one that `san convert` or `san train` wrote"
         )
-
-
-def _check_tokenizer(source: str, tokens: int, expected: int) -> None:
-    """A missing tokenizer file goes unnoticed by the library, which then makes an empty one."""
-    if tokens != expected:
-        raise CommandError(
-            f"model {source}: its tokenizer has {tokens} tokens and the model {expected}: the tokenizer's files are "
-            "missing or another model's, save the processor into the folder once more"
-        )
+    return MODEL_MAPPING[config_class], PROCESSOR_MAPPING[config_class]

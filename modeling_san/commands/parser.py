@@ -1,11 +1,14 @@
 """Argument parsing that all commands share."""
 
 import argparse
-import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from .errors import one_line
+from modeling_san.processing.vocabulary_san import EXTENSIONS
+
+from .errors import CommandError, report_error
 
 _Number = TypeVar("_Number", int, float)
 
@@ -20,7 +23,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with exit code 2."""
-        print(f"san: error: {one_line(message)} (see {self.prog} --help)", file=sys.stderr)
+        report_error(f"{message} (see {self.prog} --help)")
         raise SystemExit(2)
 
 
@@ -29,20 +32,44 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="PATH_OR_HUB_ID",
-        help="folder that `san convert`, `san fine-tune` or save_pretrained wrote, or the name of a Hub repository "
+        help="folder that `san convert`, `san train` or save_pretrained wrote, or the name of a Hub repository "
         "(default: the built-in model)",
     )
 
 
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`, for `pick_device`; None stands for a GPU if there is one."""
+    parser.add_argument("--device", help='"cpu", "cuda" or "cuda:1" (default: a GPU if there is one)')
+
+
 def add_output_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--output`, the folder for what a command writes."""
+    """Add `--output`, for `make_folder`."""
     parser.add_argument(
         "--output", metavar="DIR", default="outputs", help="folder to write to, made if missing (default: ./outputs)"
     )
 
 
+def make_folder(path: str | Path) -> Path:
+    """
+    Make the folder that results go to.
+
+    Raises:
+        CommandError: it cannot be made or written to.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Whether a folder can be written to depends on more than its mode: on the user, the mount, the quota
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise CommandError(f"output folder {folder} cannot be written to ({reason}): pass another --output") from error
+    return folder
+
+
 def add_templates_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--templates`; None stands for those saved with the model."""
+    """Add `--templates`, for `labels.read_templates`; None stands for those saved with the model."""
     parser.add_argument(
         "--templates",
         metavar="SET_OR_FILE",
@@ -56,43 +83,34 @@ def add_extension_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--extend-labels",
         default="none",
-        metavar="none|coco-stuff|coco-all",
+        choices=EXTENSIONS,
         help='let your names compete with those of COCO-Stuff; what an added name wins becomes "other" '
         "(default: none, every pixel gets one of your names)",
     )
 
 
-def add_device_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--device`; None stands for a GPU if there is one."""
-    parser.add_argument("--device", help='"cpu", "cuda" or "cuda:1" (default: a GPU if there is one)')
-
-
 def share(text: str) -> float:
     """A number from 0 to 1, as an argument's type."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def positive_number(text: str) -> float:
     """A finite number above 0, as an argument's type."""
-    return _positive(text, float, "a number above 0")
+    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
 
 
 def positive_integer(text: str) -> int:
     """A whole number from 1, as an argument's type."""
-    return _positive(text, int, "a whole number of at least 1")
+    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
 
 
-def _positive(text: str, convert: Callable[[str], _Number], expected: str) -> _Number:
+def _number(text: str, convert: Callable[[str], _Number], fits: Callable[[_Number], bool], expected: str) -> _Number:
     try:
         value = convert(text)
     except ValueError:
-        value = convert("0")
-    if not 0 < value < float("inf"):
+        fitting = False
+    else:
+        fitting = fits(value)
+    if not fitting:
         raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
     return value

@@ -62,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         exit code.
     """
-    from .models import load_model, pick_device, quiet_libraries
+    from modeling_san.processing.device import pick_device
+
+    from .models import load_model, quiet_libraries
 
     folder = Path(args.folder)
     if not folder.is_dir():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .errors import CommandError, report_error, say, warn
-from .images import list_images, load_image, output_names
+from .errors import CommandError, report_error, say
+from .images import LABELS_ENDING, OVERLAY_ENDING, SUMMARY_ENDING, list_images, load_image, output_names
 from .labels import add_label_options, read_labels, read_templates
 from .parser import (
     add_device_option,
@@ -17,8 +18,14 @@ from .parser import (
     add_model_option,
     add_output_option,
     add_templates_option,
+    make_folder,
     share,
 )
+
+if TYPE_CHECKING:
+    from modeling_san.processing import Segmentation, Vocabulary
+
+    from .models import LoadedModel
 
 _DESCRIPTION = """\
 Label every pixel of images with the best of the given words. For each image NAME three files are written:
@@ -48,6 +55,13 @@ def add_parser(subparsers: Any) -> None:
     add_templates_option(parser)
     add_extension_option(parser)
     parser.add_argument(
+        "--threshold",
+        type=share,
+        default=0.0,
+        metavar="SCORE",
+        help='pixels whose best label scores less become "other", 0 ... 1 (default: 0, none do)',
+    )
+    parser.add_argument(
         "--opacity", type=share, default=0.5, help="of the colours in the overlay, 0 ... 1 (default: 0.5)"
     )
     add_device_option(parser)
@@ -62,16 +76,15 @@ def run(args: argparse.Namespace) -> int:
     """
     from tqdm import tqdm
 
-    from .models import load_model, pick_device, quiet_libraries
-    from .results import make_folder, make_segmenter
+    from modeling_san.processing.device import pick_device
+
+    from .models import load_model, quiet_libraries
 
     quiet_libraries()
     paths = list_images(args.images)
     labels, templates = read_labels(args), read_templates(args.templates)
-    _check_extension(args.extend_labels)
     loaded = load_model(args.model, pick_device(args.device))
-    segmenter = make_segmenter(loaded, labels, templates=templates, added=args.extend_labels)
-    _warn_of_untrained_words(loaded, labels or [])
+    vocabulary = loaded.vocabulary(labels, templates=templates, extend=args.extend_labels)
     folder = make_folder(args.output)
 
     failures = 0
@@ -79,47 +92,72 @@ def run(args: argparse.Namespace) -> int:
     bar = tqdm(paths, desc="segmenting", unit="image", file=sys.stderr, disable=len(paths) < 2, leave=False)
     for path, name in zip(bar, output_names(paths, folder), strict=True):
         try:
-            line = _segment_file(segmenter, path, folder, name, args.opacity)
-        except CommandError as error:
+            line = _segment_file(path, loaded, vocabulary, folder, name, args)
+        except (CommandError, ValueError) as error:
             report_error(error)
             failures += 1
         else:
-            say(line)
+            say(line.replace("\n", r"\n"))
     return 2 if failures else 0
 
 
-def _segment_file(segmenter: Any, path: Path, folder: Path, name: str, opacity: float) -> str:
+def _segment_file(
+    path: Path, loaded: LoadedModel, vocabulary: Vocabulary, folder: Path, name: str, args: argparse.Namespace
+) -> str:
     """Segment one file, write the results, and say so in a line."""
     import torch
 
-    from .results import write_results
-
     start = time.perf_counter()
     image = load_image(path)
+    # A name need not be text: its bytes may be anything
+    source = os.fsencode(path).decode("utf-8", "replace")
     try:
-        segmentation = segmenter.segment(image)
-        result = write_results(segmenter, image, segmentation, folder, name, source=str(path), opacity=opacity)
+        [segmentation] = loaded.segmenter(image, vocabulary, threshold=args.threshold)
+        overlay = write_results(
+            segmentation, image, folder, name, source=source, model=loaded.name, opacity=args.opacity
+        )
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise CommandError(f"{path} does not fit into memory: shrink it, or pass --device cpu") from error
     except OSError as error:
         raise CommandError(f"{path}: its results cannot be written to {folder}: {error.strerror or error}") from error
-    return f"{path}: {result} -> {result.overlay} ({time.perf_counter() - start:.1f} s)"
+    return f"{path}: {main_labels(segmentation)} -> {overlay} ({time.perf_counter() - start:.1f} s)"
 
 
-def _check_extension(how: str) -> None:
-    """Refuse an unknown way to extend labels before a model is loaded."""
-    from modeling_san.processing import EXTENSIONS
+def write_results(
+    segmentation: Segmentation, image: Any, folder: Path, name: str, *, source: str, model: str, opacity: float = 0.5
+) -> Path:
+    """
+    Write the overlay, the indexed label image and the summary of one image, each complete or not at all.
 
-    if how not in EXTENSIONS:
-        raise CommandError(f"--extend-labels {how}: choose one of {', '.join(EXTENSIONS)}")
+    Args:
+        segmentation: of the image.
+        image: `(height, width, 3)` bytes, or a PIL image.
+        folder: to write to.
+        name: that the files' names begin with.
+        source: where the image came from, for the summary.
+        model: that segmented it, for the summary.
+        opacity: of the colours in the overlay.
+
+    Returns:
+        path of the overlay.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    from modeling_san.processing.files import replacing_file, write_json
+
+    overlay, label_image = folder / (name + OVERLAY_ENDING), folder / (name + LABELS_ENDING)
+    for path, drawn in ((overlay, segmentation.overlay(image, opacity)), (label_image, segmentation.label_image())):
+        with replacing_file(path) as beside:
+            drawn.save(beside, format="png")
+    # Last, so that where there is a summary the images are complete
+    summary = segmentation.summary(image=source, model=model, overlay=overlay.name, label_map=label_image.name)
+    write_json(folder / (name + SUMMARY_ENDING), summary)
+    return overlay
 
 
-def _warn_of_untrained_words(loaded: Any, labels: list[str]) -> None:
-    from .results import untrained_words
+def main_labels(segmentation: Segmentation) -> str:
+    """The largest labels with their shares of the image, in a line."""
+    from modeling_san.processing.wording_san import listed
 
-    unknown, trained = untrained_words(loaded, labels)
-    if unknown:
-        warn(
-            f"model {loaded.name} was not trained on: {', '.join(unknown)}; expect poor results for them. It was "
-            f"trained on: {', '.join(trained)}"
-        )
+    return listed(f"{segment.label} {segment.area:.0%}" for segment in segmentation.segments())

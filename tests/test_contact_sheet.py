@@ -138,7 +138,7 @@ def test_labels_that_do_not_cover_the_maps_are_named_with_the_example(san, tmp_p
     code, _, err = san(labels="one.json")
     assert code == 2
     assert "data.parquet, example" in err[0]
-    assert "holds [1]" in err[0]
+    assert "holds 1 on" in err[0]
 
 
 def test_a_data_set_that_names_no_classes_asks_for_labels(san):

@@ -202,7 +202,7 @@ def write_onnx(
 
     Args:
         program: the program.
-        path: of the file; an existing one is replaced at once, or left alone where something fails.
+        path: of the file.
         metadata: stored in the file, strings as they are and everything else as JSON.
         opset: version of the operators; None takes PyTorch's choice.
 
@@ -236,8 +236,7 @@ def write_onnx(
     _name_free_sizes(proto.graph)
     for key, value in metadata.items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
-    with replacing(path) as partial:
-        onnx.save(proto, partial)
+    onnx.save(proto, path)
     return next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
 
 
@@ -258,9 +257,9 @@ def quantize_onnx(source: str | Path, target: str | Path) -> None:
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with quiet(), replacing(target) as partial:
+    with quiet():
         quantize_dynamic(
-            source, partial, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QUInt8
+            source, target, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QUInt8
         )
 
 

@@ -180,14 +180,14 @@ class OpenVocabularyModel(PreTrainedModel):
         patterns = self.config.trainable_clip_parameters
         clip_names = [name for name, _ in self.named_parameters() if not name.startswith(self.own_parameters)]
         for pattern in patterns:
-            if pattern != "all" and not any(pattern in name for name in clip_names):
+            if not any(pattern in name for name in clip_names):
                 raise ValueError(
                     f"trainable_clip_parameters holds {pattern!r}, which is in no parameter name of CLIP: use for "
-                    'example "vision_model", "visual_projection", "vision_model.encoder.layers.11" or "all".'
+                    'example "vision_model", "visual_projection" or "vision_model.encoder.layers.11".'
                 )
         for name, parameter in self.named_parameters():
-            chosen = "all" in patterns or any(pattern in name for pattern in patterns)
-            parameter.requires_grad_(chosen or name.startswith(self.own_parameters))
+            chosen = name.startswith(self.own_parameters) or any(pattern in name for pattern in patterns)
+            parameter.requires_grad_(chosen)
         self.train(self.training)
 
     def trains_text_encoder(self) -> bool:

@@ -148,8 +148,8 @@ class MaskDecoderMLP(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, hidden_dim)
         self.fc3 = last
 
-    def forward(self, hidden_states: Tensor, *args: Tensor | float) -> Tensor:
-        """Map `(..., input_dim)` to what the last layer, which takes the further arguments, makes of it."""
+    def forward(self, hidden_states: Tensor, *args: Tensor) -> Tensor:
+        """Map `(..., input_dim)` to what the last layer, which takes further arguments, makes of it."""
         return self.fc3(nn.functional.relu(self.fc2(nn.functional.relu(self.fc1(hidden_states)))), *args)
 
 
@@ -171,12 +171,11 @@ class QueryProducts(nn.Module):
         self.weight = nn.Parameter(torch.zeros(products * dim, input_dim))
         self.bias = nn.Parameter(torch.zeros(products * dim))
 
-    def forward(self, patches: Tensor, queries: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+    def forward(self, patches: Tensor, queries: Tensor) -> Tensor:
         """
         Args:
             patches: `(batch, patches, input_dim)`.
             queries: `(batch, queries, dim)`.
-            shift: a number to add to all products.
 
         Returns:
             `(batch, products, queries, patches)`.
@@ -184,7 +183,7 @@ class QueryProducts(nn.Module):
         parts = (-1, queries.shape[-1])
         weight, bias = self.weight.unflatten(0, parts), self.bias.unflatten(0, parts)
         projected = (queries @ weight.transpose(0, 1).flatten(1)).unflatten(-1, (len(weight), -1)).transpose(1, 2)
-        shifts = (queries @ bias.T).transpose(1, 2) + shift
+        shifts = (queries @ bias.T).transpose(1, 2)
         products = torch.baddbmm(shifts.flatten(1)[..., None], projected.flatten(1, 2), patches.transpose(1, 2))
         return products.unflatten(1, shifts.shape[1:])
 
@@ -197,9 +196,9 @@ class BiasScaling(nn.Module):
         self.weight = nn.Parameter(torch.ones(1, 1))
         self.bias = nn.Parameter(torch.zeros(1))
 
-    def forward(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries whose products are scaled, and what to add to the products: scaled queries are the cheaper way."""
-        return queries * self.weight[0, 0], self.bias[0]
+    def forward(self, attention_bias: Tensor) -> Tensor:
+        """Scale and shift a tensor of any shape."""
+        return attention_bias * self.weight[0, 0] + self.bias
 
 
 class MaskDecoder(nn.Module):
@@ -223,8 +222,9 @@ class MaskDecoder(nn.Module):
         """
         queries = self.query_mlp(queries)
         mask_logits = self.mask_mlp(patches, queries)[:, 0]
-        scaled = (queries, 0.0) if self.bias_scaling is None else self.bias_scaling(queries)
-        bias = self.bias_mlp(patches, *scaled).unflatten(1, self.bias_shape)
+        bias = self.bias_mlp(patches, queries).unflatten(1, self.bias_shape)
+        if self.bias_scaling is not None:
+            bias = self.bias_scaling(bias)
         return MaskProposals(mask_logits.unflatten(-1, grid), bias.unflatten(-1, grid))
 
 

@@ -430,29 +430,3 @@ def _shape(array: np.ndarray) -> str:
 
 RASTER_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "QOI", "AVIF", "HEIF")
 """Formats that images are read in, as far as PIL has them."""
-
-
-def open_image(source: str | os.PathLike | bytes, name: str = "the image") -> Image.Image:
-    """Open an image file of a usual format; PIL reads its pixels later.
-
-    Any other format is refused: PIL hands some to programs of the system, EPS to Ghostscript for one, which is too
-    much trust in files that may come from anywhere.
-
-    Args:
-        source: a path, or the content of a file.
-        name: what an error calls it, for example "image 2".
-
-    Raises:
-        ValueError: there is no such file, or it holds no image in one of `RASTER_FORMATS`.
-    """
-    Image.init()
-    formats = [image_format for image_format in RASTER_FORMATS if image_format in Image.OPEN]
-    what = "" if isinstance(source, bytes) else f" {os.fspath(source)!r}"
-    try:
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
-    except FileNotFoundError as error:
-        raise ValueError(f"{name}: there is no file{what}: check the path") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{name}:{what or ' it'} cannot be opened as an image ({error}): pass {', '.join(formats)}"
-        ) from error

@@ -47,6 +47,7 @@ def load_images(
     image_column: str | None = None,
     label_column: str | None = None,
     labelled: bool = True,
+    keep_columns: Sequence[str] = (),
 ) -> Dataset | IterableDataset:
     """
     Open a data set of images with label maps.
@@ -60,6 +61,7 @@ def load_images(
         image_column: where the images are; recognised by its name by default.
         label_column: where the label maps are; recognised by its name by default.
         labelled: whether label maps are needed; images to segment have none.
+        keep_columns: others that stay.
 
     Returns:
         a data set with the columns `image` and, where it is labelled, `annotation`; lists of classes with names stay.
@@ -93,7 +95,11 @@ def load_images(
         if isinstance(features[name], Value):
             # Only a column chosen by name comes here: paths, or encoded files
             dataset = dataset.cast_column(name, ImageFeature())
-    return _with_columns(dataset, features, wanted)
+    if missing := [name for name in keep_columns if name not in features or name in wanted]:
+        raise ValueError(
+            f"{source} has no column {missing[0]!r} to keep beside the images, but {', '.join(features)}."
+        )
+    return _with_columns(dataset, features, wanted, keep_columns)
 
 
 def class_names_in(feature: Any) -> list[str] | None:
@@ -111,10 +117,10 @@ def _item_of(feature: Any) -> Any:
     return getattr(feature, "feature", None)
 
 
-def _with_columns(dataset: Any, features: dict[str, Any], wanted: dict[str, str]) -> Any:
-    """The wanted columns under their new names, and beside them those that name classes."""
+def _with_columns(dataset: Any, features: dict[str, Any], wanted: dict[str, str], kept: Sequence[str]) -> Any:
+    """The wanted columns under their new names, and beside them those to keep and those that name classes."""
     naming = [name for name in features if name not in wanted and class_names_in(features[name]) is not None]
-    dataset = dataset.select_columns([*wanted, *naming])
+    dataset = dataset.select_columns(list(dict.fromkeys([*wanted, *kept, *naming])))
     # A column of class names may sit on a name that is needed
     renamed = {name: f"{name}_classes" for name in naming if name in wanted.values()}
     if renamed:

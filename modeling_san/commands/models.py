@@ -102,15 +102,20 @@ def load_model(name: str | None, device: torch.device) -> LoadedModel:
     try:
         processor = processor_class.from_pretrained(source)
         model, loading = model_class.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            source,
+            dtype=torch.float32,
+            use_safetensors=True,
+            # What does not fit is in the loading info, instead of in the library's log
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     except Exception as error:
         # Damaged files raise whatever their reader happens to: safetensors, JSON, tokenizers and configs differ
         raise CommandError(f"model {source} cannot be loaded: {one_line(error)}") from error
-    if missing := sorted(loading["missing_keys"]):
+    if unfit := sorted({*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}):
         raise CommandError(
-            f"model {source} lacks {len(missing)} of its weights, {missing[0]} for example: write it anew with "
-            "save_pretrained, `san convert` or `san train`"
+            f"model {source} lacks {len(unfit)} of its weights or has them in other shapes, {unfit[0]} for example: "
+            "write it anew with save_pretrained, `san convert` or `san train`"
         )
     tokens, expected = len(processor.tokenizer), model.config.text_config.vocab_size
     if tokens != expected:

@@ -97,7 +97,7 @@ def load_model(name: str | None, device: torch.device) -> LoadedModel:
     from modeling_san.processing import Segmenter
 
     source = str(BUILTIN_MODEL) if name is None else name
-    _check_source(source, is_builtin=name is None)
+    _check_source(source)
     model_class, processor_class = _find_classes(source)
     try:
         processor = processor_class.from_pretrained(source)
@@ -127,15 +127,11 @@ def load_model(name: str | None, device: torch.device) -> LoadedModel:
     return LoadedModel("built-in" if name is None else name, Segmenter(model.to(device).eval(), processor))
 
 
-def _check_source(source: str, is_builtin: bool) -> None:
+def _check_source(source: str) -> None:
     """A folder has to hold a config and weights; anything else may be a Hub repository unless it looks like a path."""
     from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
     folder = Path(source)
-    if is_builtin and not folder.is_dir():
-        raise CommandError(
-            "this installation lacks the built-in model: install the package anew, or pass another one with --model"
-        )
     if not folder.exists():
         if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or "\\" in source:
             raise CommandError(f"model {source}: there is no such folder: check the path")

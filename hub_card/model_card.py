@@ -23,10 +23,10 @@ from modeling_san.builtin import describe_groups, is_drawn_world, words
 from modeling_san.configuration_san import SANConfig
 from modeling_san.conversion import RELEASED_CONFIGS
 from modeling_san.modeling_san import SANForOpenVocabSegmentation
+from modeling_san.training.callbacks import METRICS_FILE, read_metrics
 from modeling_san.training.evaluate import MEASURES, model_index
 from modeling_san.training.metrics import RESULTS_FILE
 from modeling_san.training.recipe import read_recipe
-from modeling_san.training.callbacks import METRICS_FILE, read_metrics
 from modeling_san.training.train import RECIPE_FILE
 
 CARD_FILE = "README.md"

@@ -1,12 +1,14 @@
 """Side Adapter Network: label every pixel of an image with any words.
 
-The public names load on first use, so that `import modeling_san` stays cheap.
+The public names load on first use, so that `import modeling_san` stays cheap. transformers' Auto classes and `pipeline`
+know the models once a public name is used, or at once where transformers is imported before; see `auto.py`.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
-from .auto import register_when_imported
+from .auto import register
 from .builtin import BUILTIN_MODEL
 
 __version__ = "0.1.0"
@@ -44,9 +46,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its home module on first use."""
+    """Import a public name from its home module on first use, and register all of them."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    register()
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
@@ -57,4 +60,5 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
 
 
-register_when_imported()
+if "transformers" in sys.modules:
+    register()

@@ -99,7 +99,7 @@ class SANConfig(PreTrainedConfig):
             whole image encoder, `[]` none of CLIP).
         has_stored_labels (`bool`, defaults to `False`):
             Whether the checkpoint carries embeddings of the labels in `id2label`. Set by
-            [`SANForOpenVocabSegmentation.set_labels`].
+            [`SANForOpenVocabSegmentation.set_labels`]; `stored_labels` reads both.
         training_labels (`list[str]`, *optional*):
             Names that a small checkpoint was trained on, where it knows few words; tools warn about others.
         initializer_range (`float`, defaults to 0.02):
@@ -195,9 +195,17 @@ class SANConfig(PreTrainedConfig):
         self.fusion_map = [list(pair) for pair in self.fusion_map]
         self.deep_supervision_layers = list(self.deep_supervision_layers)
         self.trainable_clip_parameters = list(self.trainable_clip_parameters)
+        self.id2label, self.label2id = _label_maps(self.id2label, self.label2id)
         if not _CARRIED:
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As every config; labels that are given besides may be one way only: `id2label`, a list too, or `label2id`."""
+        if kwargs.get("id2label") is not None or kwargs.get("label2id") is not None:
+            kwargs["id2label"], kwargs["label2id"] = _label_maps(kwargs.get("id2label"), kwargs.get("label2id"))
+        return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Write config.json, which names the classes of the code that is saved with it."""
@@ -217,11 +225,13 @@ class SANConfig(PreTrainedConfig):
 
     @property
     def stored_labels(self) -> tuple[str, ...] | None:
-        """The vocabulary that is stored with the model, by index; None where there is none."""
-        if not self.has_stored_labels:
-            return None
-        by_index = {int(index): label for index, label in dict(self.id2label or {}).items()}
-        return tuple(by_index[index] for index in sorted(by_index))
+        """The labels whose embeddings are stored with the model, by index; None where there are none."""
+        return tuple(label for _, label in sorted((self.id2label or {}).items())) if self.has_stored_labels else None
+
+    @property
+    def num_clip_layers(self) -> int:
+        """Layers of CLIP's image encoder."""
+        return self.vision_config.num_hidden_layers
 
     @property
     def num_recognition_layers(self) -> int:
@@ -321,6 +331,18 @@ class SANConfig(PreTrainedConfig):
             0 <= self.importance_sample_ratio <= 1,
             f"importance_sample_ratio is {self.importance_sample_ratio}: it is a share, from 0 to 1.",
         )
+
+
+def _label_maps(id2label: Any, label2id: Any) -> tuple[dict[int, str] | None, dict[str, int] | None]:
+    """Both maps, of whichever is given; `id2label` may be a list, and has the last word."""
+    if id2label is None:
+        id2label = None if label2id is None else {index: label for label, index in label2id.items()}
+    elif not isinstance(id2label, dict):
+        id2label = dict(enumerate(id2label))
+    if id2label is None:
+        return None, None
+    id2label = {int(index): label for index, label in id2label.items()}
+    return id2label, {label: index for index, label in id2label.items()}
 
 
 def _require(condition: bool, message: str) -> None:

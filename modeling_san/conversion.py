@@ -374,12 +374,41 @@ def _make_config(state_dict: Mapping[str, Tensor], reference_config: Mapping[str
         eos_token_id=len(tokens) - 1,
         pad_token_id=len(tokens) - 1,
     )
-    return SANConfig(
+    config = SANConfig(
         vision_config=vision_config.to_dict(),
         text_config=text_config.to_dict(),
         projection_dim=projection.shape[1],
         **options,
     )
+    if reference_config is not None:
+        config.trainable_clip_parameters = _read_trainable(reference_config["MODEL.SAN"], state_dict, config)
+    return config
+
+
+def _read_trainable(san: Mapping[str, Any], state_dict: Mapping[str, Tensor], config: SANConfig) -> list[str]:
+    """
+    What the original does not freeze of CLIP's two halves, as `trainable_clip_parameters`.
+
+    An entry of the original's lists stands for the tensors of its half whose names hold it, "all" for every one.
+    """
+    trainable: dict[str, None] = {}
+    halves = {"CLIP_FROZEN_EXCLUDE": "clip_visual_extractor.", "CLIP_DEEPER_FROZEN_EXCLUDE": "clip_rec_head."}
+    for field, prefix in halves.items():
+        if field not in san:
+            raise ValueError(f"reference_config has no '{field}'.")
+        for entry in san[field]:
+            # The learned [SLS] tokens, which train here anyway, are there in some variants only
+            found = ["sls_embedding"] if entry == "sos_token" else []
+            for name in state_dict:
+                if name.startswith(prefix) and (entry == "all" or entry in name.removeprefix(prefix)):
+                    found += _targets(name, state_dict[name], config)
+            if not found:
+                raise ValueError(f"{field} is {list(san[field])!r}: no parameter of CLIP's is called {entry!r}.")
+            modules = (re.sub(r"\.(weight|bias)$", "", name) for name in found if name != "sls_embedding")
+            if entry == "all":
+                modules = (re.sub(r"(encoder\.layers\.\d+|embeddings)\..*", r"\1.", name) for name in modules)
+            trainable.update(dict.fromkeys(modules))
+    return list(trainable)
 
 
 def _count_blocks(state_dict: Mapping[str, Tensor], tower: str) -> int:
@@ -395,7 +424,7 @@ def _read_reference_config(reference_config: Mapping[str, Any]) -> dict[str, Any
         bias = side["ATTN_BIAS"]
         if vit is None:
             raise ValueError(f"VIT_NAME {side['VIT_NAME']!r} is not of the form vit_w240n6d8_patch16.")
-        _refuse_other_variants(san, side)
+        _refuse_other_variants(side)
         side_width, side_heads, side_depth, patch_size = map(int, vit.groups())
         pairs = [re.fullmatch(r"(\d+)->(\d+)", pair) for pair in side["FUSION_MAP"]]
         if not all(pairs):
@@ -431,13 +460,10 @@ def _read_reference_config(reference_config: Mapping[str, Any]) -> dict[str, Any
         raise ValueError(f"reference_config has no {error}.") from None
 
 
-def _refuse_other_variants(san: Mapping[str, Any], side: Mapping[str, Any]) -> None:
+def _refuse_other_variants(side: Mapping[str, Any]) -> None:
     """Raise for choices of the original that have no counterpart here."""
     bias = side["ATTN_BIAS"]
     expected = {
-        "REC_CROSS_ATTN": (san["REC_CROSS_ATTN"], False),
-        "CLIP_FROZEN_EXCLUDE": (list(san["CLIP_FROZEN_EXCLUDE"]), ["positional_embedding"]),
-        "CLIP_DEEPER_FROZEN_EXCLUDE": (list(san["CLIP_DEEPER_FROZEN_EXCLUDE"]), []),
         "FUSION_TYPE": (side["FUSION_TYPE"], "add"),
         "MLP_NUM_LAYERS": (bias["MLP_NUM_LAYERS"], 3),
         "MLP_CHANNELS": (bias["MLP_CHANNELS"], bias["EMBED_CHANNELS"]),

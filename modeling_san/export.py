@@ -10,12 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +22,14 @@ from torch.fx.experimental import _config
 from torch.onnx import OnnxExporterError
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .attention_bias import pool_attention_bias, recognize_regions
+from .pooling import scale_linearly, whole_scale
 
 if TYPE_CHECKING:
-    from modeling_san import SANConfig, SANForOpenVocabSegmentation
+    from modeling_san import SANForOpenVocabSegmentation
 
 MAX_ONNX_BYTES = 2**31 - 2**24
 """What the weights in one ONNX file may take: protocol buffers end at 2 GiB, and the graph wants its share."""
 
-_LARGEST_SIDE = 2**14
 _NOISY_LOGGERS = ("torch", "onnxscript", "onnx_ir", "onnx", "root")
 
 
@@ -48,12 +45,12 @@ class SegmentationProgram(nn.Module):
         all_scores: whether to return the scores of all classes as well.
 
     Raises:
-        ValueError: the model is training, or has a scale that cannot be computed in whole numbers (`_whole_scale`).
+        ValueError: the model is training, or has a scale that cannot be computed in whole numbers (`whole_scale`).
     """
 
     pixel_scale: Tensor
     pixel_shift: Tensor
-    classifier: Tensor
+    class_embeds: Tensor
 
     def __init__(
         self,
@@ -67,15 +64,15 @@ class SegmentationProgram(nn.Module):
         super().__init__()
         if model.training:
             raise ValueError("the model is training: call model.eval() before it is exported.")
+        if model.config.asymmetric_input:
+            whole_scale(model.config.clip_input_scale)
         self.model = model
         self.all_scores = all_scores
-        self.clip_scale = _whole_scale(model.config)
-        self.longest_window = _longest_window(model.config, self.clip_scale)
         mean, std = (torch.tensor(values, device=model.device)[:, None, None] for values in (image_mean, image_std))
         self.register_buffer("pixel_scale", 1 / (255 * std), persistent=False)
         self.register_buffer("pixel_shift", mean / std, persistent=False)
-        classifier = None if class_embeds is None else self.make_classifier(class_embeds.to(model.device)).detach()
-        self.register_buffer("classifier", classifier, persistent=False)
+        embeds = None if class_embeds is None else class_embeds.detach().to(model.device)
+        self.register_buffer("class_embeds", embeds, persistent=False)
 
     def forward(self, images: Tensor, class_embeds: Tensor | None = None) -> tuple[Tensor, ...]:
         """
@@ -89,22 +86,10 @@ class SegmentationProgram(nn.Module):
             `(batch, height, width)` best class of each pixel, int64; `(batch, height, width)` its score, float32; and
             with `all_scores` also `(batch, classes, height, width)`.
         """
-        model = self.model
-        pixels = self.prepare(images)
-        clip_pixels = self.shrink_for_clip(pixels)
-        clip_grid = model.clip_grid(clip_pixels)
-        clip_hidden_states = self.get_clip_hidden_states(clip_pixels, clip_grid)
-        proposals = model.side_adapter(pixels, clip_hidden_states, clip_grid)[-1]
-        mask_embeds = self.recognize(clip_hidden_states[-1], proposals.attention_bias, clip_grid)
-        classifier = self.classifier if class_embeds is None else self.make_classifier(class_embeds)
-        class_logits = model.logit_scale.float().exp() * mask_embeds @ classifier.T
-        return self.label_pixels(proposals.mask_logits.float(), class_logits, images.shape[-2], images.shape[-1])
-
-    def make_classifier(self, class_embeds: Tensor) -> Tensor:
-        """`(classes + 1, projection_dim)` of `(classes, projection_dim)`: "no object" comes last."""
-        return torch.cat(
-            [class_embeds.float(), nn.functional.normalize(self.model.background_embedding.float(), dim=-1)]
-        )
+        class_embeds = self.class_embeds if class_embeds is None else class_embeds
+        [outputs] = self.model.segment(self.prepare(images), class_embeds.float())
+        masks, logits = outputs["masks_queries_logits"].float(), outputs["class_queries_logits"]
+        return self.label_pixels(masks, logits, images.shape[-2], images.shape[-1])
 
     def prepare(self, images: Tensor) -> Tensor:
         """Normalise `(batch, 3, height, width)` and pad it with 0 to multiples of the size divisor."""
@@ -113,50 +98,6 @@ class SegmentationProgram(nn.Module):
         height, width = images.shape[-2:]
         rows, columns = ((side + divisor - 1) // divisor * divisor for side in (height, width))
         return nn.functional.pad(pixels, (0, columns - width, 0, rows - height)).to(self.model.dtype)
-
-    def shrink_for_clip(self, pixels: Tensor) -> Tensor:
-        """CLIP's smaller image; `interpolate` by a factor, of which the exporter cannot follow the sizes."""
-        if self.clip_scale == 1:
-            return pixels
-        for dim in (-2, -1):
-            target = pixels.shape[dim] * self.clip_scale.numerator // self.clip_scale.denominator
-            pixels = _interpolate(pixels, target, self.model.config.clip_input_scale, dim)
-        return pixels
-
-    def get_clip_hidden_states(self, clip_pixels: Tensor, clip_grid: tuple[int, int]) -> list[Tensor]:
-        """
-        As the model's own.
-
-        CLIP's embeddings ask whether an image has the size of its pre-training; here positions are always resized.
-        """
-        vision, embeddings = self.model.vision_model, self.model.vision_model.embeddings
-        table = embeddings.position_embedding.weight
-        side = round((len(table) - 1) ** 0.5)
-        positions = table[1:].T.reshape(1, -1, side, side)
-        positions = nn.functional.interpolate(positions, clip_grid, mode="bicubic", align_corners=False)
-        patches = embeddings.patch_embedding(clip_pixels) + positions
-        cls_token = (embeddings.class_embedding + table[0]).expand(clip_pixels.shape[0], 1, -1)
-        hidden_states = [vision.pre_layrnorm(torch.cat([cls_token, patches.flatten(2).transpose(1, 2)], dim=1))]
-        for layer in vision.encoder.layers[: self.model.config.sls_start_layer]:
-            hidden_states.append(layer(hidden_states[-1], None))
-        return hidden_states
-
-    def recognize(self, hidden_states: Tensor, attention_bias: Tensor, clip_grid: tuple[int, int]) -> Tensor:
-        """As the model's own, with pooling for which the exporter need not know the sizes."""
-        model = self.model
-        method, window = model.config.attention_bias_pooling, self.longest_window
-        biases = [pool_attention_bias(bias, clip_grid, method, window) for bias in attention_bias.unbind(1)]
-        cls_token = hidden_states[:, :1]
-        if model.sls_embedding is None:
-            sls_tokens = cls_token.expand(-1, model.config.num_queries, -1)
-        elif model.config.sls_token_format == "learnable_token":
-            sls_tokens = model.sls_embedding.expand(cls_token.shape[0], -1, -1)
-        else:
-            sls_tokens = cls_token + model.sls_embedding
-        layers = model.vision_model.encoder.layers[model.config.sls_start_layer :]
-        sls_tokens = recognize_regions(layers, hidden_states, sls_tokens, biases, model.prompt_embedding)
-        embeds = model.visual_projection(model.vision_model.post_layernorm(sls_tokens))
-        return nn.functional.normalize(embeds.float(), dim=-1)
 
     def label_pixels(self, mask_logits: Tensor, class_logits: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
         """
@@ -176,7 +117,7 @@ class SegmentationProgram(nn.Module):
         """
         stride = self.model.config.side_patch_size
         probabilities = class_logits.softmax(dim=-1)[..., :-1].transpose(1, 2)
-        masks = _interpolate(mask_logits, width, stride, -1)
+        masks = scale_linearly(mask_logits, stride, width, -1)
         parts = []
         for rows in _enlarge_rows(masks, stride):
             scores = (probabilities @ rows.sigmoid().flatten(2)).unflatten(-1, rows.shape[-2:])
@@ -261,7 +202,7 @@ def write_onnx(
 
     Args:
         program: the program.
-        path: of the file; an existing one is replaced at once, or left alone where something fails.
+        path: of the file.
         metadata: stored in the file, strings as they are and everything else as JSON.
         opset: version of the operators; None takes PyTorch's choice.
 
@@ -295,8 +236,7 @@ def write_onnx(
     _name_free_sizes(proto.graph)
     for key, value in metadata.items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
-    with replacing(path) as partial:
-        onnx.save(proto, partial)
+    onnx.save(proto, path)
     return next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
 
 
@@ -317,22 +257,10 @@ def quantize_onnx(source: str | Path, target: str | Path) -> None:
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with quiet(), replacing(target) as partial:
+    with quiet():
         quantize_dynamic(
-            source, partial, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QUInt8
+            source, target, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QUInt8
         )
-
-
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to, and move it there when all went well."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -366,51 +294,9 @@ def _name_free_sizes(graph: Any) -> None:
             size.dim_param = names[size.dim_param]
 
 
-def _whole_scale(config: SANConfig) -> Fraction:
-    """
-    A fraction that gives the sizes which `interpolate` gives with the factor `clip_input_scale`.
-
-    With one exception: where `0.7 * side` is a whole number, floating point may fall short of it (1440 gives 1007, the
-    next are 2720 and 2880), and `interpolate` then makes CLIP's image a pixel smaller than the fraction does.
-    """
-    if not config.asymmetric_input:
-        return Fraction(1)
-    scale = Fraction(config.clip_input_scale)
-    fraction = scale.limit_denominator(1000)
-    if _LARGEST_SIDE * abs(scale - fraction) > 1e-6:
-        raise ValueError(
-            f"clip_input_scale is {config.clip_input_scale}, for which sizes cannot be computed in whole numbers: "
-            "a model with up to three decimals, such as 0.5 or 0.7, can be exported."
-        )
-    return fraction
-
-
-def _longest_window(config: SANConfig, clip_scale: Fraction) -> int:
-    """Cells that the longest window of adaptive pooling has, at most, in an image of any size."""
-    longest, patch_size = 1, cast(int, config.vision_config.patch_size)
-    for side in range(config.size_divisor, _LARGEST_SIDE, config.size_divisor):
-        length = side // config.side_patch_size
-        cells = side * clip_scale.numerator // clip_scale.denominator // patch_size
-        # An image that is too small for a patch of CLIP cannot be run anyway
-        if cells:
-            longest = max(longest, length // cells if length % cells == 0 else -(-length // cells) + 1)
-    return longest
-
-
 def _first_line(error: Exception) -> str:
     """What an exporter complains about, without the pages that follow."""
     return next((line for line in map(str.strip, str(error).splitlines()) if line), type(error).__name__)
-
-
-def _interpolate(maps: Tensor, target: int, scale: float, dim: int) -> Tensor:
-    """The first `target` values along `dim` of `maps` resized linearly by `scale`."""
-    length = maps.shape[dim]
-    position = ((torch.arange(target, device=maps.device) + 0.5) / scale - 0.5).clamp(min=0)
-    below = position.long().clamp(max=length - 1)
-    above = (below + 1).clamp(max=length - 1)
-    share = (position - below).to(maps.dtype)
-    share = share[:, None] if dim == -2 else share
-    return torch.lerp(maps.index_select(dim, below), maps.index_select(dim, above), share)
 
 
 def _enlarge_rows(maps: Tensor, factor: int) -> Iterator[Tensor]:

@@ -14,10 +14,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from .configuration_san import SANConfig
-
-Group = tuple[list[int], tuple[int, int]]
-"""Images of one padded size: their indices in the batch, and that size (height, width) on some grid."""
-
+from .open_vocabulary import ImageBatch
 
 def masks_from_label_map(label_map: Tensor, num_labels: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """
@@ -74,6 +71,7 @@ class SANLoss(Mask2FormerLoss):
             dice_weight=config.dice_weight,
         )
         super().__init__(options, weights)
+        self.side_patch_size = config.side_patch_size
 
     def forward(  # type: ignore[override] # deep supervision is the caller's, sizes are new
         self,
@@ -81,7 +79,7 @@ class SANLoss(Mask2FormerLoss):
         class_queries_logits: Tensor,
         mask_labels: Sequence[Tensor],
         class_labels: Sequence[Tensor],
-        groups: Sequence[Group],
+        batches: Sequence[ImageBatch],
     ) -> dict[str, Tensor]:
         """
         Compare one output with the labels.
@@ -91,16 +89,18 @@ class SANLoss(Mask2FormerLoss):
             class_queries_logits: `(batch, queries, classes + 1)`, "no object" last.
             mask_labels: for each image `(masks, H, W)` of 0 and 1.
             class_labels: for each image `(masks,)`.
-            groups: the images by padded size, as the share of the frame they fill: sizes in cells of the side grid.
+            batches: the images by padded size, each of which is compared on the part of the frame that it fills.
 
         Returns:
             the weighted terms `loss_cross_entropy`, `loss_mask`, `loss_dice`. An image without labels adds to none.
         """
         num_masks, class_weight = self._count_over_processes(class_labels, class_queries_logits)
+        stride = self.side_patch_size
         matches: dict[int, Any] = {}
         logits, targets = [], []
-        for indices, size in groups:
-            labelled = [index for index in indices if len(class_labels[index])]
+        for batch in batches:
+            labelled = [index for index in batch.indices if len(class_labels[index])]
+            size = (batch.size[0] // stride, batch.size[1] // stride)
             if not labelled:
                 continue
             pred_masks = masks_queries_logits[labelled][..., : size[0], : size[1]].float()

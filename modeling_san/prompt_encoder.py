@@ -5,16 +5,17 @@ text encoder is causal, and what it makes of a token depends on the tokens befor
 have the same hidden states as far as they do. So they are merged into a tree, in which every beginning is one node,
 and all layers run on the nodes: 4.2 tokens a prompt for COCO-Stuff in 14 templates, where prompts padded to the
 longest have 13. Only attention needs whole prompts, and gathers them. The last layer runs on the ends of the prompts,
-which is all that is read of it.
+which is all that is read of it. An encoder with gradients, hooks or wrappers runs as a whole instead.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .clip_trunk import attend, run_layer
+from .clip_trunk import attend, find_prompt_ends, keys_and_values, text_layers_in_parts, update
 
 
 @dataclass(frozen=True)
@@ -75,46 +76,34 @@ def encode_prompts(text_model: Any, input_ids: Tensor) -> Tensor:
     Returns:
         the hidden state of each prompt's end-of-text token, `(prompts, width)`.
     """
-    tree = make_prompt_tree(input_ids, find_ends(text_model, input_ids))
-    hidden_states = text_model.embeddings(tree.token_ids[:, None], tree.positions[:, None]).transpose(0, 1)
+    layers = text_layers_in_parts(text_model)
+    if layers is None:
+        return text_model(input_ids).pooler_output
+    tree = make_prompt_tree(input_ids, find_prompt_ends(text_model, input_ids))
+    nodes = text_model.embeddings(tree.token_ids[:, None], tree.positions[:, None]).transpose(0, 1)
     order = torch.arange(tree.path.shape[1], device=input_ids.device)
-    later, behind = order > order[:, None], order > tree.ends[:, None]
     # As numbers to add, in the model's precision
     later, behind = (
-        torch.zeros_like(hidden, dtype=hidden_states.dtype).masked_fill(hidden, float("-inf"))
-        for hidden in (later[None, None], behind[:, None, None])
+        torch.zeros_like(hidden, dtype=nodes.dtype).masked_fill(hidden, float("-inf"))
+        for hidden in ((order > order[:, None])[None, None], (order > tree.ends[:, None])[:, None, None])
     )
     ends = tree.path.gather(1, tree.ends[:, None])[:, 0]
-    *layers, last = text_model.encoder.layers
+    for layer in layers[:-1]:
+        nodes = update(layer, nodes, functools.partial(_attend_along_paths, layer, nodes, tree, later))
+    last = layers[-1]
+    key, value = keys_and_values(last, nodes)
 
-    for layer in layers:
-
-        def mix(query: Tensor, key: Tensor, value: Tensor, layer: Any = layer) -> Tensor:
-            prompts = attend(layer, query[0][tree.path], key[0][tree.path], value[0][tree.path], later)
-            return prompts.flatten(0, 1)[tree.found_at][None]
-
-        hidden_states = run_layer(layer, hidden_states, mix)
-
-    def mix_ends(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend_from_ends(query: Tensor) -> Tensor:
         return attend(last, query.transpose(0, 1), key[0][tree.path], value[0][tree.path], behind).transpose(0, 1)
 
-    return text_model.final_layer_norm(run_layer(last, hidden_states, mix_ends, ends)[0])
+    return text_model.final_layer_norm(update(last, nodes[:, ends], attend_from_ends)[0])
 
 
-def find_ends(text_model: Any, input_ids: Tensor) -> Tensor:
-    """
-    Where CLIP reads what a prompt says: at the first end-of-text token.
-
-    Args:
-        text_model: a `CLIPTextModel`.
-        input_ids: `(prompts, tokens)`.
-
-    Returns:
-        `(prompts,)`.
-    """
-    # Configs of old checkpoints name token 2 where they mean the one with the highest number
-    is_end = input_ids if text_model.eos_token_id == 2 else (input_ids == text_model.eos_token_id).int()
-    return is_end.argmax(dim=-1)
+def _attend_along_paths(layer: Any, nodes: Tensor, tree: PromptTree, later: Tensor, query: Tensor) -> Tensor:
+    """What each node gathers from those before it on its path: `(1, nodes, width)`."""
+    key, value = keys_and_values(layer, nodes)
+    gathered = attend(layer, query[0][tree.path], key[0][tree.path], value[0][tree.path], later)
+    return gathered.flatten(0, 1)[tree.found_at][None]
 
 
-__all__ = ["PromptTree", "encode_prompts", "find_ends", "make_prompt_tree"]
+__all__ = ["PromptTree", "encode_prompts", "make_prompt_tree"]

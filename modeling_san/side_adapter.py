@@ -1,6 +1,6 @@
 """The side adapter: a light transformer that proposes masks and tells CLIP where to look (paper, section 3.1)."""
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
 from transformers.utils.import_utils import is_torchdynamo_exporting
 
+from .clip_trunk import TrunkStates
 from .configuration_san import SANConfig
 
 
@@ -139,49 +140,65 @@ class FeatureFusion(nn.Module):
 
 
 class MaskDecoderMLP(nn.Module):
-    """Three linear layers with ReLU in between."""
+    """Three linear layers with ReLU in between, or two and another last one."""
 
-    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int) -> None:
+    def __init__(self, input_dim: int, hidden_dim: int, last: nn.Module) -> None:
         super().__init__()
         self.fc1 = nn.Linear(input_dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, hidden_dim)
-        self.fc3 = nn.Linear(hidden_dim, output_dim)
+        self.fc3 = last
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Map `(..., input_dim)` to `(..., output_dim)`."""
-        return self.fc3(self.hidden(hidden_states))
+    def forward(self, hidden_states: Tensor, *args: Tensor) -> Tensor:
+        """Map `(..., input_dim)` to what the last layer, which takes further arguments, makes of it."""
+        return self.fc3(nn.functional.relu(self.fc2(nn.functional.relu(self.fc1(hidden_states)))), *args)
 
-    def hidden(self, hidden_states: Tensor) -> Tensor:
-        """Map `(..., input_dim)` to `(..., hidden_dim)`, what the last layer starts from."""
-        return nn.functional.relu(self.fc2(nn.functional.relu(self.fc1(hidden_states))))
 
-    def products(self, queries: Tensor, patches: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+class QueryProducts(nn.Module):
+    """
+    Products of queries with what a linear layer makes of patches, one after the other `dim` of its outputs.
+
+    Patches are many and queries are few: q (W h + b) costs a fraction as (q W) h + q b, and the outputs for all
+    patches, the largest tensor of the side adapter, never exist.
+
+    Args:
+        input_dim: width of the patches.
+        dim: width of the queries.
+        products: how many products each query has with each patch.
+    """
+
+    def __init__(self, input_dim: int, dim: int, products: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(products * dim, input_dim))
+        self.bias = nn.Parameter(torch.zeros(products * dim))
+
+    def forward(self, patches: Tensor, queries: Tensor) -> Tensor:
         """
-        Products of queries with what this network makes of patches, one after the other `dim` of its outputs.
-
-        Patches are many and queries are few: q (W h + b) costs a fraction as (q W) h + q b, and the outputs for all
-        patches, the largest tensor of the side adapter, never exist.
-
         Args:
-            queries: `(batch, queries, dim)`.
             patches: `(batch, patches, input_dim)`.
-            shift: a number to add to all products.
+            queries: `(batch, queries, dim)`.
 
         Returns:
-            `(batch, output_dim / dim, queries, patches)`.
+            `(batch, products, queries, patches)`.
         """
-        if type(self.fc3) is not nn.Linear:
-            # An adapter or a quantised layer, whose weight alone is not all of it
-            keys = self(patches).unflatten(-1, (-1, queries.shape[-1]))
-            return queries[:, None] @ keys.permute(0, 2, 3, 1) + shift
         parts = (-1, queries.shape[-1])
-        weight, bias = self.fc3.weight.unflatten(0, parts), self.fc3.bias.unflatten(0, parts)
+        weight, bias = self.weight.unflatten(0, parts), self.bias.unflatten(0, parts)
         projected = (queries @ weight.transpose(0, 1).flatten(1)).unflatten(-1, (len(weight), -1)).transpose(1, 2)
-        shifts = (queries @ bias.T).transpose(1, 2) + shift
-        products = torch.baddbmm(
-            shifts.flatten(1)[..., None], projected.flatten(1, 2), self.hidden(patches).transpose(1, 2)
-        )
+        shifts = (queries @ bias.T).transpose(1, 2)
+        products = torch.baddbmm(shifts.flatten(1)[..., None], projected.flatten(1, 2), patches.transpose(1, 2))
         return products.unflatten(1, shifts.shape[1:])
+
+
+class BiasScaling(nn.Module):
+    """One learned scale and shift for all attention biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 1))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, attention_bias: Tensor) -> Tensor:
+        """Scale and shift a tensor of any shape."""
+        return attention_bias * self.weight[0, 0] + self.bias
 
 
 class MaskDecoder(nn.Module):
@@ -190,12 +207,11 @@ class MaskDecoder(nn.Module):
     def __init__(self, config: SANConfig) -> None:
         super().__init__()
         width, dim = config.side_hidden_size, config.mask_dim
-        self.bias_layers = config.attention_bias_layers
-        self.bias_heads = config.attention_bias_heads
-        self.query_mlp = MaskDecoderMLP(width, dim, dim)
-        self.mask_mlp = MaskDecoderMLP(width, dim, dim)
-        self.bias_mlp = MaskDecoderMLP(width, dim, dim * self.bias_layers * self.bias_heads)
-        self.bias_scaling = nn.Linear(1, 1) if config.rescale_attention_bias else None
+        self.bias_shape = (config.attention_bias_layers, config.attention_bias_heads)
+        self.query_mlp = MaskDecoderMLP(width, dim, nn.Linear(dim, dim))
+        self.mask_mlp = MaskDecoderMLP(width, dim, QueryProducts(dim, dim, 1))
+        self.bias_mlp = MaskDecoderMLP(width, dim, QueryProducts(dim, dim, math.prod(self.bias_shape)))
+        self.bias_scaling = BiasScaling() if config.rescale_attention_bias else None
 
     def forward(self, queries: Tensor, patches: Tensor, grid: tuple[int, int]) -> MaskProposals:
         """
@@ -205,14 +221,10 @@ class MaskDecoder(nn.Module):
             grid: height and width of the patch grid.
         """
         queries = self.query_mlp(queries)
-        mask_logits = self.mask_mlp.products(queries, patches)[:, 0]
-        if self.bias_scaling is None:
-            bias = self.bias_mlp.products(queries, patches)
-        else:
-            # Scaled queries have scaled products
-            scale, shift = self.bias_scaling.weight[0, 0], self.bias_scaling.bias[0]
-            bias = self.bias_mlp.products(queries * scale, patches, shift)
-        bias = bias.unflatten(1, (self.bias_layers, self.bias_heads))
+        mask_logits = self.mask_mlp(patches, queries)[:, 0]
+        bias = self.bias_mlp(patches, queries).unflatten(1, self.bias_shape)
+        if self.bias_scaling is not None:
+            bias = self.bias_scaling(bias)
         return MaskProposals(mask_logits.unflatten(-1, grid), bias.unflatten(-1, grid))
 
 
@@ -222,34 +234,30 @@ class SideAdapter(nn.Module):
     def __init__(self, config: SANConfig) -> None:
         super().__init__()
         self.num_queries = config.num_queries
-        self.clip_trunk = {side: clip for clip, side in config.fusion_map}
+        self.fused_layers = {side: clip for clip, side in config.fusion_map}
         self.deep_supervision_layers = config.deep_supervision_layers
         self.embeddings = SideAdapterEmbeddings(config)
         self.layers = nn.ModuleList(SideAdapterLayer(config) for _ in range(config.side_num_layers))
         self.fusions = nn.ModuleDict({str(side): FeatureFusion(config) for _, side in config.fusion_map})
         self.mask_decoder = MaskDecoder(config)
 
-    def forward(
-        self, pixel_values: Tensor, clip_hidden_states: Sequence[Tensor], clip_grid: tuple[int, int]
-    ) -> list[MaskProposals]:
+    def forward(self, pixel_values: Tensor, clip_states: TrunkStates) -> list[MaskProposals]:
         """
         Propose masks and the attention biases that go with them.
 
         Args:
             pixel_values: `(batch, channels, height, width)`, height and width multiples of the patch size.
-            clip_hidden_states: CLIP's hidden states from its input to the layer where [SLS] tokens start, each
-                `(batch, 1 + clip patches, CLIP width)`, [CLS] first.
-            clip_grid: height and width of CLIP's patch grid.
+            clip_states: CLIP's, from its input to the layer where [SLS] tokens start.
 
         Returns:
             proposals of the last layer in inference; in training of every deep-supervision layer, the last layer last.
         """
 
         def fuse(tokens: Tensor, index: int) -> Tensor:
-            if index not in self.clip_trunk:
+            if index not in self.fused_layers:
                 return tokens
-            clip_patches = clip_hidden_states[self.clip_trunk[index]][:, 1:]
-            features = self.fusions[str(index)](clip_patches, clip_grid, grid)
+            clip_patches = clip_states.patches(self.fused_layers[index])
+            features = self.fusions[str(index)](clip_patches, clip_states.grid, grid)
             queries, patches = tokens[:, : self.num_queries], tokens[:, self.num_queries :]
             return torch.cat([queries, patches + features], dim=1)
 

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
-    "drawing": ("label_colors", "label_png", "overlay", "palette", "summarize"),
+    "drawing": ("label_colors", "label_png", "overlay", "palette"),
     "image_processing_san": ("SANImageProcessor", "SANImageProcessorKwargs"),
     "labels_san": ("normalize_labels", "split_synonyms", "unknown_words"),
     "pipeline_san": ("OpenVocabularySegmentationPipeline",),
@@ -24,7 +24,7 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
-    from .drawing import label_colors, label_png, overlay, palette, summarize
+    from .drawing import label_colors, label_png, overlay, palette
     from .image_processing_san import SANImageProcessor, SANImageProcessorKwargs
     from .labels_san import normalize_labels, split_synonyms, unknown_words
     from .pipeline_san import OpenVocabularySegmentationPipeline
@@ -63,7 +63,6 @@ __all__ = [
     "palette",
     "prompt_templates",
     "split_synonyms",
-    "summarize",
     "template_names",
     "unknown_words",
     "vocabulary_names",

@@ -1,68 +1,100 @@
-"""Segmentations for people to look at: overlays with a legend, indexed label images, and tables of areas."""
+"""Segmentations for people to look at: overlays with names and a legend, and indexed label images."""
 
+import colorsys
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
-from .images_san import read_image, read_map, resize_map, to_byte_scale
+from .images_san import read_byte_image, read_map, resize_map
 from .vocabulary_san import OTHER_LABEL
 
-_FIRST_COLORS = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (204, 121, 167),
-    (0, 114, 178),
-    (240, 228, 66),
-    (213, 94, 0),
-)
-"""Okabe and Ito's colours (2008), told apart with every kind of colour vision; their black reads as "nothing" here."""
+_PALETTE = np.frombuffer(
+    bytes.fromhex(
+        """
+        e69f00 56b4e9 009e73 cc79a7 0072b2 f0e442 d55e00 961e50 5afaf0 326414 966efa 32d282 fab4b4 781eaa fa8cfa
+        be3caa 96646e 5afa96 b43214 5a5078 28b428 1e96be 1446c8 c8c8fa fa8278 788214 5ad2d2 147864 dc325a 96aa82
+        a0d214 8250d2 dcc878 dc64dc d2e6be d2a0c8 aa8264 1e82e6 785a3c fa5082 aa1482 8c8cdc 14b4b4 aa9614 826ea0
+        46e6b4 7850a0 fa6e1e 14a0fa 148c8c c8508c 1464dc a0b450 a064c8 be1e64 b4be96 3250a0 b4aafa a06432 fabe14
+        64825a fa82aa 32b46e fa64be a0141e 3c7832 14a03c 46e66e aadcdc 1ec8aa faa06e 466e8c a096be 146464 be82fa
+        c8965a f05a50 3ce6fa faaadc c8e682 6ec8fa 965082 c89696 dc50b4 8cb4c8 d28cdc 96465a 5ac832 6464f0 6478c8
+        a032b4 a0788c fac8dc 8c82b4 a0fa64 14a0a0 d26e78 fac8a0 82326e c8461e 6e3c8c 505abe 829650 3282aa 96dc8c
+        78fac8 b478c8 be6450 288c3c 5a32be aa7832 c8be46 aae628 46aa8c 8ca0fa 784646 f0a0a0 b4d2b4 146496 aa5050
+        786e14 14aad2 b4143c 3c6446 b464aa 824614 961496 96c86e e6aafa fa8cd2 fad26e 648ca0 8c5ab4 c8283c e63c3c
+        d2783c be5adc aabee6 6ed2a0 78aa46 fa8c46 be288c e6788c 6446aa d2826e 789678 d2d250 82be82 789614 508cfa
+        2896dc d2aa5a 5a6e50 faaa46 64a0b4 c85a6e 965ae6 1ebed2 963c96 aa46c8 96501e be466e 5a46d2 f078f0 d2a082
+        f050a0 50be5a 148c6e a078e6 b4e6fa a0648c 8ca0dc 6eb4a0 8cbeb4 fab48c dcb4c8 e63c78 aaaadc 64641e 6e5a78
+        aaf0aa 82b41e dc8c28 14e6dc 466ed2 824682 96d2f0 966e5a fa64a0 fa6e5a d28cb4 aa1464 b4828c a0be1e 6e96c8
+        5a64aa 6e78f0 c8dca0 8232be aa966e a0f0dc fac8fa d2a0e6 f04664 a050a0 a0dc64 7864c8 467878 963c32 28be8c
+        78648c 784664 82dcc8 82783c 78f06e 14e696 1e6e78 be6efa 8c6edc dc78c8 6e96f0 50f0d2 148214 b48214 6e8c46
+        96e6be fa96be 64d25a d28cfa 6e82dc 5a7896 d2648c 963c6e d26e5a fab4fa 648c78 14fab4 8c82fa 5a5a28 14dcbe
+        aa6e6e c8be78 be82dc b4b478 46a05a 46508c bea014 145ab4 1482c8 6eaac8 be50be dcbea0 3cc8e6 fac8be 148250
+        f0dc96
+        """
+    ),
+    dtype=np.uint8,
+).reshape(-1, 3)
+"""The first seven are Okabe and Ito's (2008), told apart with every kind of colour vision. Each next one is, of all
+moderately bright colours, that which differs most from those before, to normal eyes and to those that cannot tell red
+from green."""
 
 _OTHER_COLOR = (128, 128, 128)
-_SEARCHED_COLORS = 256
 
-# Linear RGB as seen without long-wave and without middle-wave cones (Machado, Oliveira and Fernandes 2009, severity 1)
-_PROTANOPIA = np.array(
-    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
-)
-_DEUTERANOPIA = np.array(
-    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
-)
 
-# Linear RGB to cone responses and those, cube roots taken, to lightness and two colour axes (Ottosson 2020, Oklab)
-_OKLAB_CONES = np.array(
-    [
-        [0.4122214708, 0.5363325363, 0.0514459929],
-        [0.2119034982, 0.6806995451, 0.1073969566],
-        [0.0883024619, 0.2817188376, 0.6299787005],
-    ]
-)
-_OKLAB_AXES = np.array(
-    [
-        [0.2104542553, 0.7936177850, -0.0040720468],
-        [1.9779984951, -2.4285922050, 0.4505937099],
-        [0.0259040371, 0.7827717662, -0.8086757660],
-    ]
-)
+class _Hue(NamedTuple):
+    """What bears the name of a colour: hue in degrees, saturation, least and most lightness, both 0 ... 1."""
+
+    hue: float
+    saturation: float
+    least: float
+    most: float
+
+
+_NAMED_COLORS = {
+    "red": _Hue(0, 0.85, 0.30, 0.70),
+    "brown": _Hue(22, 0.60, 0.22, 0.46),
+    "orange": _Hue(30, 1.00, 0.42, 0.66),
+    "beige": _Hue(42, 0.50, 0.72, 0.86),
+    "yellow": _Hue(54, 0.95, 0.38, 0.72),
+    "green": _Hue(125, 0.65, 0.22, 0.66),
+    "cyan": _Hue(182, 0.90, 0.32, 0.72),
+    "turquoise": _Hue(172, 0.70, 0.36, 0.68),
+    "blue": _Hue(222, 0.85, 0.34, 0.74),
+    "purple": _Hue(275, 0.65, 0.32, 0.74),
+    "violet": _Hue(275, 0.65, 0.32, 0.74),
+    "magenta": _Hue(305, 0.90, 0.32, 0.66),
+    "pink": _Hue(338, 0.90, 0.70, 0.88),
+    "black": _Hue(0, 0.00, 0.04, 0.18),
+    "grey": _Hue(210, 0.08, 0.58, 0.78),
+    "gray": _Hue(210, 0.08, 0.58, 0.78),
+    "white": _Hue(0, 0.00, 0.86, 1.00),
+}
+"""Grey is lighter than that of "other"."""
+
+_TOO_CLOSE = 60
+"""Colours of the palette that are nearer to a named colour in use are left out: a distance in RGB."""
 
 _SMALLEST_SIDE = 512
 """Images whose long side has fewer pixels are drawn enlarged: outlines and letters need some pixels."""
+
+_LONGEST_NAME = 48
+"""Letters of a label that are drawn; more would be cut anyway, and take time to measure."""
 
 _PAPER, _INK, _FAINT = (255, 255, 255), (32, 33, 36), (110, 114, 120)
 _FALLBACK_FONTS = ("NotoSans-Regular.ttf", "DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf")
 
 
+# Colours
+
+
 def palette(n: int) -> np.ndarray:
     """Colours for `n` labels.
 
-    They depend on the index alone: `palette(3)` begins `palette(100)`. The first seven are Okabe and Ito's; up to 256,
-    each next one is, of all moderately bright colours, that which differs most from those before, both to normal eyes
-    and to those that cannot tell red from green. Beyond, colours are only different from each other.
+    They depend on the index alone: `palette(3)` begins `palette(100)`. The first 256 differ much from each other,
+    those beyond only somehow.
 
     Args:
         n: how many, at most 2 ** 23.
@@ -75,19 +107,54 @@ def palette(n: int) -> np.ndarray:
     """
     if not 0 <= n <= 2**23:
         raise ValueError(f"a palette of {n} colours cannot be made: ask for 0 ... {2**23}")
-    searched = _searched_colors()
-    if n <= len(searched):
-        return searched[:n].copy()
-    return np.concatenate([searched, _scattered_colors(n - len(searched), searched)])
+    if n <= len(_PALETTE):
+        return _PALETTE[:n].copy()
+    # An odd factor visits every one of the 2 ** 24 colours once; this one leaps about
+    order = np.arange(1, n + 1, dtype=np.int64) * 0x9E3779B1 % 2**24
+    free = order[~np.isin(order, _PALETTE.astype(np.int64) @ [1 << 16, 1 << 8, 1])][: n - len(_PALETTE)]
+    return np.concatenate([_PALETTE, np.stack([free >> 16, free >> 8 & 255, free & 255], axis=-1).astype(np.uint8)])
 
 
 def label_colors(labels: Sequence[str]) -> np.ndarray:
-    """Colours for labels by their index, (len(labels), 3) uint8; a label "other" is grey."""
-    colors = palette(len(labels))
+    """Colours for labels by their index, (len(labels), 3) uint8.
+
+    A label that names a colour, such as "red car", has that colour, and those of one colour have different shades of
+    it; "other" is grey. All others have the colours of `palette` in turn, without those that look like a named one.
+    """
+    colors = np.zeros((len(labels), 3), dtype=np.uint8)
+    of_color: dict[_Hue, list[int]] = {}
+    unnamed = []
     for index, label in enumerate(labels):
+        names = [word for word in re.findall(r"[a-z]+", label.lower()) if word in _NAMED_COLORS]
         if label == OTHER_LABEL:
             colors[index] = _OTHER_COLOR
+        elif names:
+            of_color.setdefault(_NAMED_COLORS[names[0]], []).append(index)
+        else:
+            unnamed.append(index)
+    for hue, indices in of_color.items():
+        colors[indices] = _shades(hue, len(indices))
+    taken = np.unique(colors[[index for indices in of_color.values() for index in indices]], axis=0)
+    free = palette(len(_PALETTE) + len(unnamed))
+    distances = np.linalg.norm(_PALETTE[:, None] - taken[None].astype(float), axis=-1)
+    clashing = np.flatnonzero(distances.min(axis=1, initial=np.inf) < _TOO_CLOSE)
+    colors[unnamed] = np.delete(free, clashing, axis=0)[: len(unnamed)]
     return colors
+
+
+def _shades(hue: _Hue, count: int) -> np.ndarray:
+    """Shades of a colour that lie as far from each other as they can, (count, 3) uint8."""
+    lightness = np.linspace(hue.least, hue.most, count) if count > 1 else [(hue.least + hue.most) / 2]
+    # Where there are many, neighbours in lightness differ a little in hue, too
+    turns = (0, 9, -9) if count > 4 else (0,)
+    shades = [
+        colorsys.hls_to_rgb((hue.hue + turns[step % len(turns)]) % 360 / 360, light, hue.saturation)
+        for step, light in enumerate(lightness)
+    ]
+    return np.rint(np.array(shades) * 255).astype(np.uint8)
+
+
+# Images
 
 
 def overlay(
@@ -98,10 +165,11 @@ def overlay(
     *,
     legend: bool = True,
     outlines: bool = True,
+    names: bool = True,
     colors: np.ndarray | None = None,
     max_entries: int = 24,
 ) -> Image.Image:
-    """Paint a segmentation over its image, with a legend of colours, names and shares of the area.
+    """Paint a segmentation over its image, with names in large regions and a legend of colours, names and areas.
 
     Args:
         image: PIL image, path, array or tensor; turned upright by EXIF data if it has any.
@@ -111,6 +179,7 @@ def overlay(
         opacity: of the colours, 0 (the image alone) ... 1 (colours alone).
         legend: add the legend, at the right of upright and square images and below wide ones.
         outlines: draw thin lines where labels meet.
+        names: write each label into a region of it that has room for the name.
         colors: (at least len(labels), 3) uint8; None takes `label_colors(labels)`.
         max_entries: lines of the legend, largest area first; what is left out is summed up in one more line.
 
@@ -124,20 +193,36 @@ def overlay(
         raise ValueError(f"opacity is {opacity}: pass a number from 0 (image alone) to 1 (colours alone)")
     if max_entries < 1:
         raise ValueError(f"max_entries is {max_entries}: pass at least 1, or legend=False")
-    image = to_byte_scale(read_image(image, "image"), "image")
-    image = image if image.dtype == np.uint8 else np.rint(image).astype(np.uint8)
-    indices = _indices(segmentation)
-    if indices.shape != image.shape[:2]:
+    pixels, indices = read_byte_image(image, "image"), read_map(segmentation, "segmentation")
+    if indices.shape != pixels.shape[:2]:
         raise ValueError(
             f"the segmentation has {indices.shape[0]} x {indices.shape[1]} pixels (height x width) and the image, "
-            f"upright, {image.shape[0]} x {image.shape[1]}: ask for it with target_sizes=[(height, width)]"
+            f"upright, {pixels.shape[0]} x {pixels.shape[1]}: ask for it with target_sizes=[(height, width)]"
         )
     colors = label_colors(labels) if colors is None else np.asarray(colors, dtype=np.uint8)
     if len(colors) < len(labels):
         raise ValueError(f"there are {len(colors)} colours for {len(labels)} labels: pass one for each")
-    entries = _legend_entries(indices, labels, colors, max_entries) if legend else []
-    painted = _paint(*_enlarge(image, indices), colors[: len(labels)], opacity, outlines)
-    return _with_legend(painted, entries) if entries else painted
+    counts = np.bincount(indices.ravel(), minlength=len(labels))[: len(labels)]
+    order = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
+    # Summing up a single label would take the line that could name it
+    shown = order if len(order) <= max_entries + 1 else order[:max_entries]
+    entries = [
+        _Entry(_short_name(labels[index]), counts[index] / indices.size, tuple(colors[index].tolist()))
+        for index in shown
+    ]
+    pixels, indices = _enlarge(pixels, indices)
+    painted = _paint(pixels, indices, colors[: len(labels)], opacity, outlines)
+    if names and opacity > 0:
+        # Places for names are sought among squares of pixels that have one label
+        side = max(1, min(max(indices.shape) // 256, *indices.shape))
+        rows, columns = (length // side for length in indices.shape)
+        squares = indices[: rows * side, : columns * side].reshape(rows, side, columns, side)
+        least, most = squares.min(axis=(1, 3)), squares.max(axis=(1, 3))
+        for index, entry in zip(shown, entries, strict=True):
+            _write_name(painted, (least == index) & (most == index), side, entry)
+    if rest := order[len(shown) :]:
+        entries.append(_Entry(f"{len(rest)} more", counts[rest].sum() / indices.size, None))
+    return _with_legend(painted, entries) if legend and entries else painted
 
 
 def label_png(segmentation: Any, colors: np.ndarray | None = None) -> Image.Image:
@@ -154,7 +239,7 @@ def label_png(segmentation: Any, colors: np.ndarray | None = None) -> Image.Imag
     Raises:
         ValueError: it is no map of indices.
     """
-    indices = _indices(segmentation)
+    indices = read_map(segmentation, "segmentation")
     if indices.max() > 255:
         return Image.fromarray(indices.astype(np.uint16))
     table = np.zeros((256, 3), dtype=np.uint8)
@@ -164,114 +249,6 @@ def label_png(segmentation: Any, colors: np.ndarray | None = None) -> Image.Imag
     image = Image.fromarray(indices.astype(np.uint8))
     image.putpalette(table.tobytes())
     return image
-
-
-def summarize(segmentation: Any, scores: Any, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """What an image consists of.
-
-    Args:
-        segmentation: (height, width) indices into `labels`; others count towards the area of the image alone.
-        scores: (height, width) scores of the labels that won, or None.
-        labels: names by index.
-
-    Returns:
-        One entry for each label present, largest first: `label`, `area` (share of the image, 0 ... 1), `pixels` and
-        `mean_score` (over the label's pixels; None without scores).
-
-    Raises:
-        ValueError: scores and segmentation differ in size.
-    """
-    indices = _indices(segmentation)
-    pixels = np.bincount(indices.ravel(), minlength=len(labels))
-    totals = None
-    if scores is not None:
-        values = scores.detach().float().cpu().numpy() if isinstance(scores, torch.Tensor) else np.asarray(scores)
-        if values.shape != indices.shape:
-            raise ValueError(
-                f"scores have shape {values.shape} and the segmentation {indices.shape}: pass one score per pixel"
-            )
-        totals = np.bincount(indices.ravel(), weights=values.ravel(), minlength=len(labels))
-    present = [index for index in np.argsort(-pixels[: len(labels)], kind="stable") if pixels[index]]
-    return [
-        {
-            "label": labels[index],
-            "area": float(pixels[index] / indices.size),
-            "pixels": int(pixels[index]),
-            "mean_score": None if totals is None else float(totals[index] / pixels[index]),
-        }
-        for index in present
-    ]
-
-
-# Colours
-
-
-@lru_cache(maxsize=1)
-def _searched_colors() -> np.ndarray:
-    """The first colours of the palette, (256, 3) uint8, each far from all before it."""
-    levels = np.arange(20, 256, 10)
-    candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
-    lightness, chroma = _lightness_and_chroma(candidates)
-    # Neither so dark or bright that the image beneath disappears, nor grey, nor glaring
-    pleasant = (lightness > 0.45) & (lightness < 0.9) & (chroma > 0.05) & (chroma < 0.21)
-    candidates = candidates[pleasant]
-    views = _views(candidates)
-    chosen = [np.array(color) for color in _FIRST_COLORS]
-    nearest = np.full(len(candidates), np.inf)
-    for view in _views(np.array(chosen)).swapaxes(0, 1):
-        nearest = np.minimum(nearest, _difference(views, view))
-    while len(chosen) < _SEARCHED_COLORS:
-        best = int(nearest.argmax())
-        chosen.append(candidates[best])
-        nearest = np.minimum(nearest, _difference(views, views[:, best]))
-    return np.array(chosen, dtype=np.uint8)
-
-
-def _scattered_colors(count: int, taken: np.ndarray) -> np.ndarray:
-    """`count` more colours, all different from each other and from those taken."""
-    codes = np.array([1 << 16, 1 << 8, 1])
-    # An odd factor visits every one of the 2 ** 24 colours once; this one leaps about
-    order = np.arange(1, count + len(taken) + 1, dtype=np.int64) * 0x9E3779B1 % 2**24
-    free = order[~np.isin(order, taken.astype(np.int64) @ codes)][:count]
-    return np.stack([free >> 16, free >> 8 & 255, free & 255], axis=-1).astype(np.uint8)
-
-
-def _linear(colors: np.ndarray) -> np.ndarray:
-    """sRGB bytes as linear light, 0 ... 1."""
-    values = np.asarray(colors) / 255
-    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
-
-
-def _oklab(linear: np.ndarray) -> np.ndarray:
-    """Linear RGB (..., 3) in Oklab, where distance is about difference to the eye."""
-    return np.cbrt(linear @ _OKLAB_CONES.T) @ _OKLAB_AXES.T
-
-
-def _views(colors: np.ndarray) -> np.ndarray:
-    """Colours (n, 3) in Oklab as three kinds of eyes see them, (3, n, 3)."""
-    linear = _linear(colors)
-    seen = [linear, *(np.clip(linear @ matrix.T, 0, 1) for matrix in (_PROTANOPIA, _DEUTERANOPIA))]
-    return np.stack([_oklab(view) for view in seen])
-
-
-def _difference(views: np.ndarray, color: np.ndarray) -> np.ndarray:
-    """How far colours (3, n, 3) are from one (3, 3): (n,), normal vision counting like the two others together."""
-    normal, first, second = np.linalg.norm(views - color[:, None], axis=-1)
-    return normal + np.minimum(first, second)
-
-
-def _lightness_and_chroma(colors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Oklab lightness 0 ... 1 and chroma of colours (n, 3)."""
-    lab = _oklab(_linear(colors))
-    return lab[:, 0], np.hypot(lab[:, 1], lab[:, 2])
-
-
-# Painting
-
-
-def _indices(segmentation: Any) -> np.ndarray:
-    """A segmentation as (height, width) int32."""
-    return read_map(segmentation, "segmentation")
 
 
 def _enlarge(image: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -288,15 +265,12 @@ def _enlarge(image: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.nda
 def _paint(image: np.ndarray, indices: np.ndarray, colors: np.ndarray, opacity: float, outlines: bool) -> Image.Image:
     """Blend the labels' colours over the image and trace where they meet."""
     base = Image.fromarray(np.ascontiguousarray(image))
-    table = np.zeros((len(colors) + 1, 3), dtype=np.uint8)
-    table[:-1] = colors
     rows = np.minimum(indices, len(colors))
+    table = np.concatenate([colors, np.zeros((1, 3), np.uint8)])
     # The image loses its own colour as the labels' comes in: a red car under blue stays blue
     muted = ImageEnhance.Color(base).enhance(1 - opacity)
     painted = Image.blend(muted, Image.fromarray(table[rows]), opacity)
-    unpainted = rows == len(colors)
-    if unpainted.any():
-        painted.paste(base, mask=Image.fromarray(unpainted))
+    painted.paste(base, mask=Image.fromarray(rows == len(colors)))
     if outlines and opacity > 0:
         painted.paste(_PAPER, mask=_outline_mask(rows))
     return painted
@@ -309,199 +283,151 @@ def _outline_mask(rows: np.ndarray) -> Image.Image:
     borders[1:] |= rows[1:] != rows[:-1]
     thickness = max(1, round(max(rows.shape) / 600))
     for axis in (0, 1):
-        borders = _thicken(borders, thickness, axis)
+        line = np.moveaxis(borders.copy(), axis, 0)
+        target = np.moveaxis(borders, axis, 0)
+        for step in range(1, thickness // 2 + 1):
+            target[step:] |= line[:-step]
+        for step in range(1, (thickness - 1) // 2 + 1):
+            target[:-step] |= line[step:]
     # Nearly opaque: over a white wall, a line still shows against the colours
     return Image.fromarray(borders * np.uint8(210))
 
 
-def _thicken(mask: np.ndarray, thickness: int, axis: int) -> np.ndarray:
-    """Spread a mask of booleans along an axis until its lines are `thickness` pixels wide."""
-    spread = mask.copy()
-    target, source = np.moveaxis(spread, axis, 0), np.moveaxis(mask, axis, 0)
-    for step in range(1, thickness // 2 + 1):
-        target[step:] |= source[:-step]
-    for step in range(1, (thickness - 1) // 2 + 1):
-        target[:-step] |= source[step:]
-    return spread
+# Names in regions
+
+
+def _write_name(painted: Image.Image, region: np.ndarray, side: int, entry: "_Entry") -> None:
+    """Write a name where a region, given by squares of `side` pixels, is widest, if there is room for it."""
+    size = max(13, round(0.022 * max(painted.size)))
+    font = _font(size, entry.name)
+    half_width, half_height = round(font.getlength(entry.name) / 2 + 0.5 * size), round(0.8 * size)
+    center = _roomiest(region, -(-half_height // side), -(-half_width // side))
+    if center is None or entry.color is None:
+        return
+    y, x = (position * side + side // 2 for position in center)
+    pen = ImageDraw.Draw(painted)
+    box = (x - half_width, y - half_height, x + half_width, y + half_height)
+    pen.rounded_rectangle(box, radius=size // 3, fill=entry.color, outline=_PAPER, width=max(1, size // 14))
+    brightness = float(np.dot(entry.color, (0.299, 0.587, 0.114)))
+    pen.text((x, y), entry.name, fill=_INK if brightness > 140 else _PAPER, font=font, anchor="mm")
+
+
+def _roomiest(region: np.ndarray, half_height: int, half_width: int) -> tuple[int, int] | None:
+    """The pixel (row, column) farthest from the region's end of all on which a box lies inside it, or None."""
+    sums = np.pad(region, ((1, 0), (1, 0))).cumsum(axis=0, dtype=np.int32).cumsum(axis=1, dtype=np.int32)
+    height, width = 2 * half_height + 1, 2 * half_width + 1
+    if height >= len(sums) or width >= sums.shape[1]:
+        return None
+    inside = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
+    fits = inside == height * width
+    if not fits.any():
+        return None
+    # Steps to the nearest pixel outside, across and down: first along rows, then from row to row
+    distance = np.pad(region, 1).astype(np.int32) * sum(region.shape)
+    for axis in (1, 0):
+        position = np.arange(distance.shape[axis], dtype=np.int32).reshape((1, -1) if axis else (-1, 1))
+        before = np.minimum.accumulate(distance - position, axis) + position
+        behind = np.flip(np.minimum.accumulate(np.flip(distance + position, axis), axis), axis) - position
+        distance = np.minimum(before, behind)
+    room = distance[1:-1, 1:-1][half_height : half_height + fits.shape[0], half_width : half_width + fits.shape[1]]
+    row, column = np.unravel_index(np.where(fits, room, -1).argmax(), fits.shape)
+    return int(row) + half_height, int(column) + half_width
 
 
 # The legend
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One line of the legend; a colour of None stands for the line that sums up the rest."""
+class _Entry(NamedTuple):
+    """One line of the legend: name, share of the area, and colour; None for the line that sums up the rest."""
 
     name: str
-    share: str
+    area: float
     color: tuple[int, ...] | None
 
-
-def _legend_entries(indices: np.ndarray, labels: Sequence[str], colors: np.ndarray, max_entries: int) -> list[_Entry]:
-    """Lines of the legend, largest area first."""
-    counts = np.bincount(indices.ravel(), minlength=len(labels))[: len(labels)]
-    order = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
-    # Summing up a single label would take the line that could name it
-    shown = order if len(order) <= max_entries + 1 else order[:max_entries]
-    entries = [
-        _Entry(" ".join(labels[index].split()), _percent(counts[index] / indices.size), tuple(colors[index].tolist()))
-        for index in shown
-    ]
-    rest = order[len(shown) :]
-    if rest:
-        entries.append(_Entry(f"{len(rest)} more", _percent(counts[rest].sum() / indices.size), None))
-    return entries
-
-
-def _percent(share: float) -> str:
-    """A share of the area, never rounded to nothing."""
-    if share < 0.001:
-        return "< 0.1 %"
-    return f"{100 * share:.1f} %" if share < 0.995 else f"{100 * share:.0f} %"
+    @property
+    def share(self) -> str:
+        """The share of the area, never rounded to nothing."""
+        if self.area < 0.001:
+            return "< 0.1 %"
+        return f"{100 * self.area:.1f} %" if self.area < 0.995 else f"{100 * self.area:.0f} %"
 
 
 def _with_legend(painted: Image.Image, entries: list[_Entry]) -> Image.Image:
-    """Put the legend at the right of the image, or below it if it is wide."""
+    """Put the legend, lines of swatch, name and share in columns, at the right of the image, or below a wide one."""
     below = painted.width > 1.2 * painted.height
     size = max(14, round(0.026 * max(painted.size)))
+    row, margin, gap, between = round(1.65 * size), round(0.9 * size), round(0.5 * size), round(1.6 * size)
     # Below, many entries share the width; at the right, no name may dwarf the image
     widest = painted.width if below and len(entries) <= 4 else max(painted.width // 2, 16 * size)
-    sheet = _LegendSheet(entries, size, widest)
-    columns = sheet.columns_within(painted.width) if below else sheet.columns_of_height(painted.height)
-    panel_width, panel_height = sheet.extent(columns)
+    share_width = max(_width(size, entry.share) for entry in entries)
+    room = max(widest - 2 * margin - size - share_width - 3 * gap, 4 * size)
+    texts = [_shorten(entry.name, size, room) for entry in entries]
+    cell = size + max(_width(size, text) for text in texts) + share_width + 3 * gap
     if below:
-        canvas = Image.new("RGB", (max(painted.width, panel_width), painted.height + panel_height), _PAPER)
-        corner = (0, painted.height)
+        columns = min(max(1, (painted.width - 2 * margin + between) // (cell + between)), len(entries))
     else:
-        canvas = Image.new("RGB", (painted.width + panel_width, max(painted.height, panel_height)), _PAPER)
-        corner = (painted.width, 0)
-    canvas.paste(painted, (0, 0))
-    sheet.draw(canvas, corner, columns)
-    return canvas
-
-
-class _LegendSheet:
-    """A grid of legend lines: swatch, name, share. Lengths in pixels follow from the font size."""
-
-    def __init__(self, entries: list[_Entry], size: int, widest: int) -> None:
-        """Measure the entries; no cell gets wider than `widest`, longer names are cut."""
-        self.size = size
-        self.row = round(1.65 * size)
-        self.margin = round(0.9 * size)
-        self.gap = round(0.5 * size)
-        self.between = round(1.6 * size)
-        self.share_width = max(_text_width(_font(size, entry.share), entry.share) for entry in entries)
-        room = widest - 2 * self.margin - size - self.share_width - 3 * self.gap
-        self.entries = [
-            _Entry(_shorten(entry.name, size, max(room, 4 * size)), entry.share, entry.color) for entry in entries
-        ]
-        self.name_width = max(_text_width(_font(size, entry.name), entry.name) for entry in self.entries)
-        self.cell = size + self.name_width + self.share_width + 3 * self.gap
-
-    def columns_within(self, width: int) -> int:
-        """How many columns fit into a width."""
-        fitting = (width - 2 * self.margin + self.between) // (self.cell + self.between)
-        return min(max(1, fitting), len(self.entries))
-
-    def columns_of_height(self, height: int) -> int:
-        """How many columns it takes to stay within a height."""
-        rows = max(1, (height - 2 * self.margin) // self.row)
-        return -(-len(self.entries) // rows)
-
-    def extent(self, columns: int) -> tuple[int, int]:
-        """Width and height of the sheet."""
-        width = columns * self.cell + (columns - 1) * self.between + 2 * self.margin
-        return width, self.rows(columns) * self.row + 2 * self.margin
-
-    def rows(self, columns: int) -> int:
-        """Lines of the longest column."""
-        return -(-len(self.entries) // columns)
-
-    def draw(self, canvas: Image.Image, corner: tuple[int, int], columns: int) -> None:
-        """Draw all entries, column by column, below and right of `corner`."""
-        pen = ImageDraw.Draw(canvas)
-        rows = self.rows(columns)
-        for position, entry in enumerate(self.entries):
-            column, row = divmod(position, rows)
-            left = corner[0] + self.margin + column * (self.cell + self.between)
-            middle = corner[1] + self.margin + row * self.row + self.row // 2
-            self._draw_entry(pen, entry, left, middle)
-
-    def _draw_entry(self, pen: ImageDraw.ImageDraw, entry: _Entry, left: int, middle: int) -> None:
-        """Draw one line whose swatch begins at `left` and whose height is centred on `middle`."""
-        half = self.size // 2
+        columns = -(-len(entries) // max(1, (painted.height - 2 * margin) // row))
+    rows = -(-len(entries) // columns)
+    width, height = columns * (cell + between) - between + 2 * margin, rows * row + 2 * margin
+    left, top = (0, painted.height) if below else (painted.width, 0)
+    canvas = Image.new("RGB", (max(painted.width, left + width), max(painted.height, top + height)), _PAPER)
+    canvas.paste(painted)
+    pen = ImageDraw.Draw(canvas)
+    for position, (entry, text) in enumerate(zip(entries, texts, strict=True)):
+        x = left + margin + position // rows * (cell + between)
+        y = top + margin + position % rows * row + row // 2
+        half = size // 2
         if entry.color is not None:
-            box = (left, middle - half, left + 2 * half, middle + half)
-            pen.rounded_rectangle(box, radius=max(2, self.size // 5), fill=entry.color)
-        ink = _INK if entry.color is not None else _FAINT
-        _write(pen, (left + self.size + self.gap, middle), entry.name, self.size, ink)
-        right = left + self.cell
-        share_left = right - _text_width(_font(self.size, entry.share), entry.share)
-        _write(pen, (share_left, middle), entry.share, self.size, _FAINT)
+            pen.rounded_rectangle((x, y - half, x + 2 * half, y + half), radius=max(2, size // 5), fill=entry.color)
+        ink = _FAINT if entry.color is None else _INK
+        pen.text((x + size + gap, y), text, fill=ink, font=_font(size, text), anchor="lm")
+        pen.text((x + cell, y), entry.share, fill=_FAINT, font=_font(size, entry.share), anchor="rm")
+    return canvas
 
 
 # Letters
 
 
-def _write(pen: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int, ink: tuple[int, int, int]) -> None:
-    """Write a line of text from `at` (left, middle of its height), by the font's own measures so that lines agree."""
-    font = _font(size, text)
-    text = _writable(font, text)
-    top, bottom = font.getbbox("Hx")[1], font.getbbox("Hx")[3]
-    pen.text((at[0], at[1] - (top + bottom) / 2), text, fill=ink, font=font)
+def _short_name(label: str) -> str:
+    """A label on one line, cut where it is very long."""
+    name = " ".join(label.split())
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 3].rstrip() + "..."
 
 
-def _text_width(font: Any, text: str) -> int:
+def _width(size: int, text: str) -> int:
     """Width of a line of text in pixels."""
-    return round(font.getlength(_writable(font, text)))
+    return round(_font(size, text).getlength(text))
 
 
 def _shorten(text: str, size: int, room: int) -> str:
     """Cut a text that is wider than `room` pixels and end it with dots."""
-    font = _font(size, text)
-    if _text_width(font, text) <= room:
-        return text
-    while text and _text_width(font, text + "...") > room:
-        text = text[:-1]
-    return text.rstrip() + "..."
+    kept = text
+    while kept and _width(size, kept if kept == text else kept + "...") > room:
+        kept = kept[:-1]
+    return text if kept == text else kept.rstrip() + "..."
 
 
-def _writable(font: Any, text: str) -> str:
-    """The text itself, or with question marks where a bitmap font has no such letters."""
-    return text if isinstance(font, ImageFont.FreeTypeFont) else text.encode("latin-1", "replace").decode("latin-1")
-
-
-def _font(size: int, text: str) -> Any:
+@lru_cache(maxsize=256)
+def _font(size: int, text: str) -> ImageFont.FreeTypeFont:
     """Pillow's own font, or for letters that it lacks the first font of the system that has them."""
-    default = _default_font(size)
-    if text.isascii() or not isinstance(default, ImageFont.FreeTypeFont) or _has_letters(default, text):
+    default = ImageFont.load_default(size)
+    assert isinstance(default, ImageFont.FreeTypeFont)
+    if text.isascii() or _has_letters(default, text):
         return default
     for name in _FALLBACK_FONTS:
-        font = _system_font(name, size)
-        if font is not None and _has_letters(font, text):
+        try:
+            font = ImageFont.truetype(name, size)
+        except OSError:
+            continue
+        if _has_letters(font, text):
             return font
     return default
 
 
-@lru_cache(maxsize=32)
-def _default_font(size: int) -> Any:
-    """Pillow's font at a size; before Pillow 10.1, or without FreeType, a small bitmap font."""
-    try:
-        return ImageFont.load_default(size)
-    except TypeError:
-        return ImageFont.load_default()
-
-
-@lru_cache(maxsize=32)
-def _system_font(name: str, size: int) -> Any:
-    """A font of the system, or None if it is not there."""
-    try:
-        return ImageFont.truetype(name, size)
-    except OSError:
-        return None
-
-
-def _has_letters(font: Any, text: str) -> bool:
+def _has_letters(font: ImageFont.FreeTypeFont, text: str) -> bool:
     """Whether no letter of the text is drawn as the font's sign for a missing one."""
     missing = bytes(font.getmask("\U0010ffff"))
     return all(letter.isspace() or bytes(font.getmask(letter)) != missing for letter in set(text))
+
+
+__all__ = ["label_colors", "label_png", "overlay", "palette"]

@@ -125,17 +125,17 @@ class SANImageProcessor(PilBackend):
 
     @overload
     def post_process_semantic_segmentation(
-        self, outputs: Any, target_sizes: Any = None, *, return_scores: Literal[False] = False
+        self, outputs: Any, target_sizes: Any = None, return_segmentation_scores: Literal[False] = False
     ) -> list[torch.Tensor]: ...
 
     @overload
     def post_process_semantic_segmentation(
-        self, outputs: Any, target_sizes: Any = None, *, return_scores: Literal[True]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]: ...
+        self, outputs: Any, target_sizes: Any = None, *, return_segmentation_scores: Literal[True]
+    ) -> list[BatchFeature]: ...
 
     def post_process_semantic_segmentation(
-        self, outputs: Any, target_sizes: Any = None, *, return_scores: bool = False
-    ) -> list[torch.Tensor] | tuple[list[torch.Tensor], list[torch.Tensor]]:
+        self, outputs: Any, target_sizes: Any = None, return_segmentation_scores: bool = False
+    ) -> list[torch.Tensor] | list[BatchFeature]:
         """Label every pixel with its best class (SAN paper, section 3).
 
         Memory stays small whatever the number of classes: 847 classes on 1024 x 1024 pixels take tens of megabytes
@@ -147,18 +147,44 @@ class SANImageProcessor(PilBackend):
                 the whole map is image. Any float type; computed in float32.
             target_sizes: (height, width) wanted for each image, for example `[image.size[::-1]]` (of an image that
                 is upright; otherwise of `ImageOps.exif_transpose(image)`). None gives the size the network saw.
-            return_scores: also return the score that the best class has at every pixel.
+            return_segmentation_scores: as in other image processors, return what each class scores at every pixel,
+                too. That takes memory, see `post_process_semantic_scores`; what the best class scores alone costs
+                none, see `post_process_with_scores`.
 
         Returns:
-            A list of maps (height, width) int64 with class indices. With `return_scores`, that list and a list of
-            maps (height, width) float32 with the winning scores.
+            A list of maps (height, width) int64 with class indices. With `return_segmentation_scores` a list with
+            such a map as `segmentation`, and `segmentation_scores` (classes, height, width) float32, for each image.
 
         Raises:
             ValueError: the sizes do not fit the outputs.
         """
-        results = [segment(*arguments) for arguments in self._images_of(outputs, target_sizes)]
-        maps = [best for best, _ in results]
-        return (maps, [score for _, score in results]) if return_scores else maps
+        maps, _ = self.post_process_with_scores(outputs, target_sizes)
+        if not return_segmentation_scores:
+            return maps
+        scores = self.post_process_semantic_scores(outputs, target_sizes)
+        return [
+            BatchFeature({"segmentation": label_map, "segmentation_scores": of_classes})
+            for label_map, of_classes in zip(maps, scores, strict=True)
+        ]
+
+    def post_process_with_scores(
+        self, outputs: Any, target_sizes: Any = None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Label every pixel with its best class, and say what that scores.
+
+        Args:
+            outputs: as for `post_process_semantic_segmentation`.
+            target_sizes: as for `post_process_semantic_segmentation`.
+
+        Returns:
+            A list of maps (height, width) int64 with class indices, and a list of maps (height, width) float32 with
+            the scores of these classes.
+
+        Raises:
+            ValueError: the sizes do not fit the outputs.
+        """
+        found = [segment(*arguments) for arguments in self._images_of(outputs, target_sizes)]
+        return [label_map for label_map, _ in found], [scores for _, scores in found]
 
     def post_process_semantic_scores(self, outputs: Any, target_sizes: Any = None) -> list[torch.Tensor]:
         """Scores of all classes at every pixel, for heat maps, ensembles and tests.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from threading import Lock
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,36 @@ _CHANNELS = (1, 3, 4)
 _Result = TypeVar("_Result")
 
 _ACCEPTED = "a PIL image, a path, a numpy array or a torch tensor"
+
+RASTER_FORMATS = ("PNG", "JPEG", "MPO", "JPEG2000", "WEBP", "TIFF", "BMP", "GIF", "PPM", "TGA", "QOI", "AVIF", "HEIF")
+"""Formats that image files are read in, as far as PIL has them."""
+
+
+def open_image(source: str | os.PathLike | bytes | IO[bytes], name: str = "the image") -> Image.Image:
+    """Open an image file of a usual format; PIL reads its pixels later.
+
+    Any other format is refused: PIL hands some to programs of the system, EPS to Ghostscript for one, which is too
+    much trust in files that may come from anywhere.
+
+    Args:
+        source: a path, the content of a file, or an open file.
+        name: what an error calls it, for example "image 2".
+
+    Raises:
+        ValueError: there is no such file, or it holds no image in one of `RASTER_FORMATS`.
+    """
+    Image.init()
+    formats = [image_format for image_format in RASTER_FORMATS if image_format in Image.OPEN]
+    shown = repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "it"
+    try:
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
+    except FileNotFoundError as error:
+        raise ValueError(f"{name}: there is no file {shown}: check the path") from error
+    # Plugins stumble over damaged files in ways of their own
+    except Exception as error:
+        raise ValueError(
+            f"{name}: {shown} cannot be opened as an image ({error}): pass {', '.join(formats)}"
+        ) from error
 
 
 def flatten_images(images: Any) -> list[Any]:
@@ -88,22 +118,20 @@ def load_image(
             numbers.
     """
     if isinstance(image, (str, os.PathLike)):
-        image = _open(image, name)
+        image = open_image(image, name)
     if isinstance(image, Image.Image):
         image = _decoded(image, name)
-        if to_rgb:
-            image = _converted_to_rgb(image, name)
+        # PIL clips modes of more than 8 bits when it converts them; these are scaled with the values of arrays instead
+        if to_rgb and image.mode not in ("RGB", "I", "F") and not image.mode.startswith("I;16"):
+            with _decoding(name):
+                image = image.convert("RGB")
         if image.mode == "RGB":
             return image
         array, channels_first = np.asarray(image), False
-    elif isinstance(image, torch.Tensor):
-        array = _tensor_array(image)
-        channels_first = _infer_channels_first(array, True) if channels_first is None else channels_first
-    elif isinstance(image, np.ndarray):
-        array = image
-        channels_first = _infer_channels_first(array, False) if channels_first is None else channels_first
     else:
-        raise ValueError(f"{name} is a {type(image).__name__}: pass {_ACCEPTED}")
+        array = _as_array(image, name)
+        if channels_first is None:
+            channels_first = _infer_channels_first(array, if_both=isinstance(image, torch.Tensor))
     if array.size == 0:
         raise ValueError(f"{name} has no pixels (shape {_shape(array)}): pass an image of at least 1 x 1")
     return _to_values(_to_three_channels(array, name, to_rgb, channels_first), name)
@@ -159,13 +187,13 @@ def draft_image(
     Raises:
         ValueError: the image cannot be opened or decoded.
     """
-    opened = _open(image, name) if isinstance(image, (str, os.PathLike)) else image
+    opened = open_image(image, name) if isinstance(image, (str, os.PathLike)) else image
     # PIL lets go of the file when it has decoded it; the frame or draft that someone chose stays chosen
     if not isinstance(opened, JpegImageFile) or opened.fp is None or opened.tell() or opened.decoderconfig:
         return opened, None
+    # Draft mode changes the image that it is set on
+    drafted = open_image(opened.fp, name) if opened is image else opened
     with _decoding(name):
-        # Draft mode changes the image that it is set on
-        drafted = Image.open(opened.fp) if opened is image else opened
         on_its_side = drafted.getexif().get(_EXIF_ORIENTATION, 1) in _ON_ITS_SIDE
     width, height = drafted.size
     full_size = (width, height) if on_its_side else (height, width)
@@ -193,15 +221,10 @@ def read_map(segmentation_map: Any, name: str) -> np.ndarray:
         ValueError: it cannot be read, is empty, has several channels, or holds anything but indices in 0 ... 65535.
     """
     if isinstance(segmentation_map, (str, os.PathLike)):
-        segmentation_map = _open(segmentation_map, name)
+        segmentation_map = open_image(segmentation_map, name)
     if isinstance(segmentation_map, Image.Image):
-        array = np.asarray(_decoded(segmentation_map, name))
-    elif isinstance(segmentation_map, torch.Tensor):
-        array = _tensor_array(segmentation_map)
-    elif isinstance(segmentation_map, np.ndarray):
-        array = segmentation_map
-    else:
-        raise ValueError(f"{name} is a {type(segmentation_map).__name__}: pass {_ACCEPTED}")
+        segmentation_map = np.asarray(_decoded(segmentation_map, name))
+    array = _as_array(segmentation_map, name)
     if array.size == 0:
         raise ValueError(f"{name} has no pixels (shape {_shape(array)}): pass one class index per pixel")
     return _to_indices(_without_channel_axis(array, name), name)
@@ -289,18 +312,6 @@ def _flatten(items: Any, batch_ndim: int) -> list[Any]:
     return [items]
 
 
-def _open(path: str | os.PathLike, name: str) -> Image.Image:
-    """Open an image file; PIL reads its pixels later."""
-    try:
-        return Image.open(path)
-    except FileNotFoundError as error:
-        raise ValueError(f"{name}: there is no file {os.fspath(path)!r}: check the path") from error
-    except (OSError, Image.DecompressionBombError, ValueError) as error:
-        raise ValueError(
-            f"{name}: {os.fspath(path)!r} cannot be opened as an image ({error}): pass an image file"
-        ) from error
-
-
 def _decoded(image: Image.Image, name: str) -> Image.Image:
     """The pixels of a PIL image, turned upright by its EXIF orientation."""
     if 0 in image.size:
@@ -316,30 +327,21 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
 
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
-    """Say in one sentence what goes wrong inside."""
+    """Say in one sentence what goes wrong inside: decoders stumble over damaged files in ways of their own."""
     try:
         yield
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:
         raise ValueError(f"{name} cannot be decoded ({error}): the file may be damaged or cut off") from error
 
 
-def _converted_to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """A PIL image as RGB, unless it has more than 8 bits."""
-    # PIL clips these modes when it converts them, their values are scaled with those of arrays instead
-    if image.mode in ("RGB", "I", "F") or image.mode.startswith("I;16"):
-        return image
-    try:
-        return image.convert("RGB")
-    except ValueError as error:
-        raise ValueError(
-            f"{name} has mode {image.mode}, which PIL cannot convert to RGB: convert it before"
-        ) from error
-
-
-def _tensor_array(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor as an array; numpy has no bfloat16."""
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+def _as_array(item: Any, name: str) -> np.ndarray:
+    """An array or a tensor as an array; numpy has no bfloat16."""
+    if isinstance(item, torch.Tensor):
+        item = item.detach().cpu()
+        return (item.float() if item.is_floating_point() else item).numpy()
+    if not isinstance(item, np.ndarray):
+        raise ValueError(f"{name} is a {type(item).__name__}: pass {_ACCEPTED}")
+    return item
 
 
 def _infer_channels_first(array: np.ndarray, if_both: bool) -> bool:
@@ -374,30 +376,25 @@ def _to_three_channels(array: np.ndarray, name: str, to_rgb: bool, channels_firs
 
 
 def _to_values(array: np.ndarray, name: str) -> np.ndarray:
-    """uint8 out of integers and truth values, finite float32 out of floats."""
+    """uint8 out of integers of 8 or 16 bits and truth values, finite float32 out of floats."""
     if array.dtype == np.uint8:
         return array
     if array.dtype == bool:
         return array.astype(np.uint8) * np.uint8(255)
     if np.issubdtype(array.dtype, np.integer):
-        return _integers_to_bytes(array, name)
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high > 65535:
+            raise ValueError(f"{name} holds integers from {low} to {high}: expected 0 ... 255 or 0 ... 65535")
+        if array.dtype == np.uint16 or high > 255:
+            # 65535 = 257 * 255, and 128 rounds to the nearest
+            array = (array.astype(np.uint32) + 128) // 257
+        return array.astype(np.uint8)
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"{name} holds values of type {array.dtype}: expected integers or floats")
     array = array.astype(np.float32, copy=False)
     if not np.isfinite(array).all():
         raise ValueError(f"{name} holds values that are NaN or infinite: replace them before")
     return array
-
-
-def _integers_to_bytes(array: np.ndarray, name: str) -> np.ndarray:
-    """Integers of 8 or 16 bits as bytes."""
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high > 65535:
-        raise ValueError(f"{name} holds integers from {low} to {high}: expected 0 ... 255 or 0 ... 65535")
-    if array.dtype == np.uint16 or high > 255:
-        # 65535 = 257 * 255, and 128 rounds to the nearest
-        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    return array.astype(np.uint8)
 
 
 def _without_channel_axis(array: np.ndarray, name: str) -> np.ndarray:
@@ -433,29 +430,3 @@ def _shape(array: np.ndarray) -> str:
 
 RASTER_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "QOI", "AVIF", "HEIF")
 """Formats that images are read in, as far as PIL has them."""
-
-
-def open_image(source: str | os.PathLike | bytes, name: str = "the image") -> Image.Image:
-    """Open an image file of a usual format; PIL reads its pixels later.
-
-    Any other format is refused: PIL hands some to programs of the system, EPS to Ghostscript for one, which is too
-    much trust in files that may come from anywhere.
-
-    Args:
-        source: a path, or the content of a file.
-        name: what an error calls it, for example "image 2".
-
-    Raises:
-        ValueError: there is no such file, or it holds no image in one of `RASTER_FORMATS`.
-    """
-    Image.init()
-    formats = [image_format for image_format in RASTER_FORMATS if image_format in Image.OPEN]
-    what = "" if isinstance(source, bytes) else f" {os.fspath(source)!r}"
-    try:
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
-    except FileNotFoundError as error:
-        raise ValueError(f"{name}: there is no file{what}: check the path") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{name}:{what or ' it'} cannot be opened as an image ({error}): pass {', '.join(formats)}"
-        ) from error

@@ -5,38 +5,27 @@ region is c) * (probability that the pixel belongs to the region). The mask logi
 bilinear steps, to the network's input size and, once the padding is cut off, to the output size. Both steps are
 linear and treat rows and columns apart, so together they are one small matrix for the rows and one for the columns,
 and any tile of the output can be computed alone. Neither the scores (classes, height, width) nor the masks
-(queries, height, width) ever exist as a whole.
-
-A tile lies between the centres of a few mask cells, its corners, and interpolation stays between their lowest and
-highest logit. So no class can score more in the tile than with the highest logit of every mask, and the winner scores
-at least what the best class would with the lowest. Classes that cannot reach that are left out, and neither labels
-nor scores change: of hundreds of classes a handful is left.
+(queries, height, width) ever exist as a whole. On CPUs, classes that cannot win in a tile are left out as well, see
+`contenders_san`; neither labels nor scores change.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
-_BLOCK_FLOATS = 2**20
-"""Numbers computed at once on a processor, 4 MB: they stay in its caches."""
+from .contenders_san import BLOCK_FLOATS, Block, contending_blocks
 
 _DEVICE_FLOATS = 128 * 2**20
 """Numbers computed at once elsewhere, 512 MB: a few large kernels take less time than many small ones."""
 
 _TILE_SIDES = (16, 32)
 """Least and most pixels along a tile's side; in between it is as long as a mask cell."""
-
-_FEWEST_CLASSES = 4
-"""Products with fewer rows round otherwise: `segment` and `score_map` would differ in the last bit."""
-
-_ROUNDING = 1e-3
-"""More than the share of a score that float32 can miss it by: with 100 queries that is 1e-4 at worst."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +64,16 @@ def segment(
     best_score = torch.empty(geometry.target, dtype=torch.float32, device=device)
     with torch.autocast(device.type, enabled=False):
         tiling, probabilities = _Tiling(mask_logits, geometry), _class_probabilities(class_logits)
+        blocks: Callable[[torch.Tensor, torch.Tensor, int], Iterator[Block]]
         if device.type == "cpu":
-            blocks, at_once = _contending_blocks, _BLOCK_FLOATS // (len(probabilities) + tiling.pixels)
+            blocks, at_once = contending_blocks, BLOCK_FLOATS // (len(probabilities) + tiling.pixels)
         else:
             # To leave out classes the host would have to wait until the device knows which
             blocks, at_once = _whole_block, _DEVICE_FLOATS // (sum(probabilities.shape) * tiling.pixels)
         for band in tiling.bands(at_once):
             score = torch.empty(len(band.corners), tiling.pixels, device=device)
             label = torch.empty_like(score, dtype=torch.int64)
-            for tiles, classes, weights in blocks(band, probabilities):
+            for tiles, classes, weights in blocks(band.corners, probabilities, tiling.pixels):
                 score[tiles], winner = torch.bmm(weights, band.masks(tiles)).max(dim=1)
                 label[tiles] = classes.gather(1, winner)
             best[band.rows], best_score[band.rows] = band.join(label), band.join(score)
@@ -101,8 +91,7 @@ def score_map(mask_logits: torch.Tensor, class_logits: torch.Tensor, geometry: M
     with torch.autocast(mask_logits.device.type, enabled=False):
         probabilities = _class_probabilities(class_logits)
         for band in _Tiling(mask_logits, geometry).bands(1):
-            for tiles, _, weights in _whole_block(band, probabilities):
-                full[:, band.rows] = band.join(torch.bmm(weights, band.masks(tiles)))
+            full[:, band.rows] = band.join(probabilities @ band.masks(slice(None)))
     return full
 
 
@@ -208,51 +197,11 @@ def _class_probabilities(class_logits: torch.Tensor) -> torch.Tensor:
     return class_logits.float().softmax(dim=-1)[:, :-1].T.contiguous()
 
 
-def _contending_blocks(
-    band: _Band, probabilities: torch.Tensor
-) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor]]:
-    """Tiles (n), for each of them the classes (n, k) that may win there, and their probabilities (n, k, queries)."""
-    contends = _contenders(band.corners, probabilities)
-    counts = contends.sum(dim=1)
-    fewest = min(_FEWEST_CLASSES, len(probabilities))
-    most = max(fewest, int(counts.max()))
-    # Lists are filled up with class 0, which is in them already or cannot win. Where a logit is no number no class
-    # contends, and the first of all that have no score is reported
-    classes = counts.new_zeros(len(counts), most)
-    classes[torch.arange(most) < counts[:, None]] = contends.nonzero()[:, 1]
-    # Tiles with about as many contenders share a block
-    left = counts.argsort(descending=True)
-    while len(left):
-        most = max(fewest, int(counts[left[0]]))
-        at_once = max(1, _BLOCK_FLOATS // ((most + probabilities.shape[1]) * math.prod(band.shape[2:])))
-        tiles, left = left[:at_once], left[at_once:]
-        numbers = classes[tiles, :most]
-        yield tiles, numbers, probabilities[numbers]
-
-
-def _whole_block(
-    band: _Band, probabilities: torch.Tensor
-) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor]]:
-    """All tiles with all classes, as `_contending_blocks` has them."""
-    tiles, classes = len(band.corners), len(probabilities)
+def _whole_block(corners: torch.Tensor, probabilities: torch.Tensor, _: int) -> Iterator[Block]:
+    """All tiles with all classes, as `contending_blocks` has them."""
+    tiles, classes = len(corners), len(probabilities)
     numbers = torch.arange(classes, device=probabilities.device)
     yield slice(None), numbers.expand(tiles, -1), probabilities.expand(tiles, -1, -1)
-
-
-def _contenders(corners: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-    """Which classes may win somewhere in a tile.
-
-    Args:
-        corners: (tiles, corners down, corners across, queries), mask logits.
-        probabilities: (classes, queries).
-
-    Returns:
-        (tiles, classes) bool.
-    """
-    lowest, highest = (bound.sigmoid() for bound in corners.flatten(1, 2).aminmax(dim=1))
-    certain = (lowest @ probabilities.T).amax(dim=1, keepdim=True)
-    possible = highest @ probabilities.T
-    return possible >= (1 - _ROUNDING) * certain
 
 
 @lru_cache(maxsize=64)
@@ -291,3 +240,6 @@ def _slices(length: int, step: int) -> Iterator[slice]:
     """0 ... length in steps."""
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
+
+
+__all__ = ["MaskGeometry", "resize_matrix", "score_map", "segment"]

@@ -1,30 +1,31 @@
 """Processor of SAN: images and labels in, one set of model inputs out."""
 
 import os
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
 from transformers import CLIPTokenizer
 from transformers.image_processing_utils import BatchFeature
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 from transformers.utils import TensorType
 
-from .image_processing_san import SANImageProcessor
+from .image_processing_san import SANImageProcessor, SANImageProcessorKwargs
 from .labels_san import normalize_labels, split_synonyms
-from .vocabulary_san import prompt_templates
-
-DEFAULT_TEMPLATES = "vild"
-"""The prompt templates of the released SAN models."""
-
-Templates = str | Iterable[str] | Mapping[str, Any]
-
-_Map = TypeVar("_Map", np.ndarray, torch.Tensor)
+from .templates_san import DEFAULT_TEMPLATES, Templates, resolve_templates
 
 if TYPE_CHECKING:
     # Never imported here: transformers takes along what custom code imports, and the pipeline belongs to it.
     from .pipeline_san import OpenVocabularySegmentationPipeline  # noqa: F401
+
+
+class SANProcessorKwargs(ProcessingKwargs, total=False):
+    """Options of `SANProcessor`: those of the tokenizer and of the image processor, flat or in `text_kwargs=...`,
+    `images_kwargs=...` and `common_kwargs=...`.
+    """
+
+    images_kwargs: SANImageProcessorKwargs  # type: ignore[misc]
 
 
 class SANProcessor(ProcessorMixin):
@@ -46,6 +47,7 @@ class SANProcessor(ProcessorMixin):
 
     # A saved processor carries this code, so that it loads where the package is not installed.
     _auto_class = "AutoProcessor"  # type: ignore[assignment]
+    valid_processor_kwargs = SANProcessorKwargs  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -65,19 +67,19 @@ class SANProcessor(ProcessorMixin):
         text: str | Iterable[str] | None = None,
         segmentation_maps: Any = None,
         templates: Templates | None = None,
-        return_tensors: str | TensorType | None = "pt",
-        **kwargs: Any,
+        **kwargs: Unpack[SANProcessorKwargs],
     ) -> BatchFeature:
         """Prepare images, labels or both.
 
         Args:
             images: one image or a list, see `SANImageProcessor.preprocess`.
-            text: labels, a list of class names (one string is one label). They are lower-cased and stripped;
-                "car|automobile" is one label with two synonyms.
+            text: labels, a list of class names or one line of them, separated by commas. They are lower-cased and
+                stripped; "car|automobile" is one label with two synonyms.
             segmentation_maps: class indices, one map for each image, see `SANImageProcessor.preprocess`.
             templates: prompt templates for this call, like the argument of the class; None takes the processor's own.
-            return_tensors: "pt", "np", or None for numpy arrays and nested lists.
-            **kwargs: options of the image processor for this call, such as `size` or `do_resize`.
+            **kwargs: options of the image processor, such as `size` or `do_resize`, and of the tokenizer, such as
+                `padding` (True: to the longest prompt) or `truncation` (False: a prompt that is too long is an
+                error). `return_tensors` is "pt" unless "np", or None for numpy arrays and nested lists, is given.
 
         Returns:
             What `SANImageProcessor.preprocess` returns, if there are images. Segmentation maps become two lists with
@@ -96,35 +98,49 @@ class SANProcessor(ProcessorMixin):
             raise ValueError('there is nothing to process: pass images=..., text=["sky", "road"], or both')
         if images is None and segmentation_maps is not None:
             raise ValueError("segmentation_maps came without images: pass the images they belong to")
-        if images is None and kwargs:
-            raise ValueError(f"{', '.join(sorted(kwargs))}: these are options for images, and there are none")
+        image_options = set(self.image_processor.valid_kwargs.__annotations__)
+        text_options = set(TextKwargs.__annotations__)
+        known = image_options | text_options | {"text_kwargs", "images_kwargs", "common_kwargs"}
+        if unknown := sorted(set(kwargs) - known):
+            raise ValueError(f"{', '.join(unknown)}: neither the tokenizer nor the image processor has such an option")
+        if images is None and (misplaced := sorted(set(kwargs) & (image_options - text_options))):
+            raise ValueError(f"{', '.join(misplaced)}: these are options for images, and there are none")
+        common = {"return_tensors": "pt", **kwargs.pop("common_kwargs", {})}  # type: ignore[typeddict-item]
+        options = self._merge_kwargs(SANProcessorKwargs, common_kwargs=common, **kwargs)  # type: ignore[arg-type]
         inputs = BatchFeature()
         if images is not None:
             inputs.update(
-                self.image_processor(
-                    images, segmentation_maps=segmentation_maps, return_tensors=return_tensors, **kwargs
-                )
+                self.image_processor(images, segmentation_maps=segmentation_maps, **options["images_kwargs"])
             )
             if segmentation_maps is not None:
-                ignore_index = kwargs.get("ignore_index", self.image_processor.ignore_index)
-                pairs = [_masks(label_map, ignore_index) for label_map in inputs.pop("labels")]
-                inputs["mask_labels"], inputs["class_labels"] = map(list, zip(*pairs, strict=True))
+                ignore_index = options["images_kwargs"].get("ignore_index", self.image_processor.ignore_index)
+                maps = inputs.pop("labels")
+                masks, classes = zip(*(_class_masks(np.asarray(each), ignore_index) for each in maps), strict=True)
+                convert = torch.from_numpy if isinstance(maps, torch.Tensor) else np.asarray
+                inputs["mask_labels"], inputs["class_labels"] = list(map(convert, masks)), list(map(convert, classes))
         if text is not None:
-            inputs.update(self.tokenize_labels(text, templates, return_tensors))
+            inputs.update(self.tokenize_labels(text, templates, **options["text_kwargs"]))
         return inputs
 
     def tokenize_labels(
         self,
         labels: str | Iterable[str],
         templates: Templates | None = None,
+        *,
+        padding: Any = True,
+        truncation: Any = False,
         return_tensors: str | TensorType | None = "pt",
+        **options: Any,
     ) -> BatchFeature:
         """Put labels into the prompt templates and tokenize the prompts, see `__call__`.
 
         Args:
             labels: class names.
             templates: prompt templates; None takes the processor's own.
+            padding: as of tokenizers.
+            truncation: as of tokenizers.
             return_tensors: "pt", "np", or None for nested lists.
+            options: of the tokenizer.
 
         Returns:
             `input_ids` and `attention_mask`, both (labels, prompts, tokens) int64.
@@ -134,30 +150,55 @@ class SANProcessor(ProcessorMixin):
         """
         names = normalize_labels(labels)
         patterns = self.templates if templates is None else resolve_templates(templates)[1]
-        prompts = [_prompts(name, patterns) for name in names]
-        token_ids = self._tokenize(names, prompts)
-        ids, mask = self._stack(token_ids)
+        prompts = [
+            [pattern.replace("{}", synonym) for synonym in split_synonyms(name) for pattern in patterns]
+            for name in names
+        ]
+        flat = [prompt for of_label in prompts for prompt in of_label]
+        paddings = {name: options.pop(name, None) for name in ("pad_to_multiple_of", "padding_side")}
+        encoded = self.tokenizer(flat, padding=False, truncation=truncation, **{"verbose": False, **options})
+        # The tokenizer would pad by a setting of its own, which is saved with it and which threads share
+        longest = options.get("max_length") if padding == "max_length" else None
+        encoded = self.tokenizer.pad(encoded, padding=padding, max_length=longest, **paddings)
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"prompts of {min(lengths)} to {max(lengths)} tokens make no tensor: leave padding=True")
+        ids, mask = (np.array(encoded[name], dtype=np.int64) for name in ("input_ids", "attention_mask"))
+        owner = np.repeat(np.arange(len(names)), [len(of_label) for of_label in prompts])
+        limit, worst = self.tokenizer.model_max_length, mask.sum(axis=1).argmax()
+        if mask[worst].sum() > limit:
+            raise ValueError(
+                f"label {names[owner[worst]]!r} makes a prompt of {mask[worst].sum()} tokens and the model reads at "
+                f"most {limit}: shorten the label or the templates, or pass truncation=True"
+            )
+        data = {"input_ids": _rows(ids, owner, fill=True), "attention_mask": _rows(mask, owner, fill=False)}
         if return_tensors is None:
-            return BatchFeature({"input_ids": ids.tolist(), "attention_mask": mask.tolist()})
-        return BatchFeature({"input_ids": ids, "attention_mask": mask}, tensor_type=return_tensors)
+            return BatchFeature({name: array.tolist() for name, array in data.items()})
+        return BatchFeature(data, tensor_type=return_tensors)
 
     @overload
     def post_process_semantic_segmentation(
-        self, outputs: Any, target_sizes: Any = None, *, return_scores: Literal[False] = False
+        self, outputs: Any, target_sizes: Any = None, return_segmentation_scores: Literal[False] = False
     ) -> list[torch.Tensor]: ...
 
     @overload
     def post_process_semantic_segmentation(
-        self, outputs: Any, target_sizes: Any = None, *, return_scores: Literal[True]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]: ...
+        self, outputs: Any, target_sizes: Any = None, *, return_segmentation_scores: Literal[True]
+    ) -> list[BatchFeature]: ...
 
     def post_process_semantic_segmentation(
-        self, outputs: Any, target_sizes: Any = None, *, return_scores: bool = False
-    ) -> list[torch.Tensor] | tuple[list[torch.Tensor], list[torch.Tensor]]:
+        self, outputs: Any, target_sizes: Any = None, return_segmentation_scores: bool = False
+    ) -> list[torch.Tensor] | list[BatchFeature]:
         """Label every pixel, see `SANImageProcessor.post_process_semantic_segmentation`."""
         return self.image_processor.post_process_semantic_segmentation(
-            outputs, target_sizes, return_scores=return_scores
+            outputs, target_sizes, return_segmentation_scores=return_segmentation_scores
         )
+
+    def post_process_with_scores(
+        self, outputs: Any, target_sizes: Any = None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Label every pixel and say what its label scores, see `SANImageProcessor.post_process_with_scores`."""
+        return self.image_processor.post_process_with_scores(outputs, target_sizes)
 
     def post_process_semantic_scores(self, outputs: Any, target_sizes: Any = None) -> list[torch.Tensor]:
         """Scores of all classes at every pixel, see `SANImageProcessor.post_process_semantic_scores`."""
@@ -211,79 +252,25 @@ class SANProcessor(ProcessorMixin):
         """Names of the model inputs that `__call__` can return."""
         return [*self.image_processor.model_input_names, "input_ids", "attention_mask"]
 
-    def _tokenize(self, names: list[str], prompts: list[list[str]]) -> list[list[list[int]]]:
-        """Token ids of every prompt of every label, refusing prompts that are too long."""
-        flat = [prompt for of_label in prompts for prompt in of_label]
-        ids = iter(self.tokenizer(flat, padding=False, truncation=False, verbose=False)["input_ids"])
-        token_ids = [[next(ids) for _ in of_label] for of_label in prompts]
-        limit = self.tokenizer.model_max_length
-        for name, of_label in zip(names, token_ids, strict=True):
-            longest = max(map(len, of_label))
-            if longest > limit:
-                raise ValueError(
-                    f"label {name!r} makes a prompt of {longest} tokens and the model reads at most {limit}: shorten "
-                    "the label or the templates"
-                )
-        return token_ids
 
-    def _stack(self, token_ids: list[list[list[int]]]) -> tuple[np.ndarray, np.ndarray]:
-        """Ragged token ids as two arrays (labels, prompts, tokens), ids and mask."""
-        shape = (
-            len(token_ids),
-            max(map(len, token_ids)),
-            max(len(prompt) for of_label in token_ids for prompt in of_label),
-        )
-        pad = self.tokenizer.pad_token_id
-        ids = np.full(shape, self.tokenizer.eos_token_id if pad is None else pad, dtype=np.int64)
-        mask = np.zeros(shape, dtype=np.int64)
-        for label, of_label in enumerate(token_ids):
-            # A row without any token would have no end of text to be pooled at: unused rows repeat the first prompt
-            ids[label, len(of_label) :, : len(of_label[0])] = of_label[0]
-            for row, prompt in enumerate(of_label):
-                ids[label, row, : len(prompt)] = prompt
-                mask[label, row, : len(prompt)] = 1
-        return ids, mask
+def _rows(tokens: np.ndarray, owner: np.ndarray, *, fill: bool) -> np.ndarray:
+    """Prompts (n, tokens) of the labels (n,) that own them, as (labels, prompts, tokens).
 
-
-def resolve_templates(templates: Templates) -> tuple[str | None, list[str]]:
-    """Name, if there is one, and text of prompt templates.
-
-    Args:
-        templates: a name, a list of templates, or the saved form `{"name": ..., "prompts": [...]}`.
-
-    Raises:
-        ValueError: the name is unknown, there are no templates, or one does not hold exactly one `{}`.
+    Where a label has fewer prompts than others its first one is repeated, if `fill` says so: a row without any token
+    would have no end of text to be pooled at. Otherwise it is 0.
     """
-    if isinstance(templates, str):
-        if "{" in templates:
-            raise ValueError(f"templates is {templates!r}: pass a list, [{templates!r}], or the name of a set")
-        return templates, list(prompt_templates(templates))
-    name = None
-    if isinstance(templates, Mapping):
-        name, templates = templates.get("name"), templates.get("prompts", [])
-    patterns = list(templates)
-    if not patterns:
-        raise ValueError('templates is empty: pass at least one, for example ["a photo of a {}."]')
-    for pattern in patterns:
-        if not isinstance(pattern, str) or pattern.count("{}") != 1 or set("{}") & set(pattern.replace("{}", "")):
-            raise ValueError(
-                f"template {pattern!r} cannot be used: expected a string with {{}} once, where the label goes, and no "
-                'other braces, for example "a photo of a {}."'
-            )
-    return name, patterns
+    counts = np.bincount(owner)
+    first = np.cumsum(counts) - counts
+    rows = np.repeat(tokens[first][:, None] * fill, counts.max(), axis=1)
+    rows[owner, np.arange(len(owner)) - first[owner]] = tokens
+    return rows
 
 
-def _masks(label_map: _Map, ignore_index: int) -> tuple[_Map, _Map]:
+def _class_masks(label_map: np.ndarray, ignore_index: int) -> tuple[np.ndarray, np.ndarray]:
     """One mask (n, height, width) float32 and one index (n,) int64 for each class in a map (height, width)."""
-    array = np.asarray(label_map)
-    classes = np.unique(array)
+    classes = np.unique(label_map)
     classes = classes[classes != ignore_index]
-    masks = np.equal(array, classes[:, None, None]).astype(np.float32)
-    if isinstance(label_map, torch.Tensor):
-        return torch.from_numpy(masks), torch.from_numpy(classes)
-    return masks, classes
+    return np.equal(label_map, classes[:, None, None]).astype(np.float32), classes
 
 
-def _prompts(label: str, templates: list[str]) -> list[str]:
-    """All prompts of one label: its synonyms one after the other, each in every template."""
-    return [template.replace("{}", synonym) for synonym in split_synonyms(label) for template in templates]
+__all__ = ["DEFAULT_TEMPLATES", "SANProcessor", "SANProcessorKwargs", "resolve_templates"]

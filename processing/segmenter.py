@@ -17,7 +17,7 @@ from torch import Tensor
 from .drawing import label_colors, label_png, overlay
 from .images_san import decode_images, image_size
 from .labels_san import list_labels, normalize_labels, unknown_words
-from .processing_san import resolve_templates
+from .templates_san import resolve_templates
 from .views_san import make_views, segment_views, view_sizes
 from .vocabulary_san import OTHER_LABEL, extend_labels
 
@@ -88,7 +88,8 @@ class Segment:
         index: of the label among those of the segmentation.
         area: share of the image, 0 ... 1.
         pixels: how many there are.
-        score: mean over the pixels of the score that won them.
+        score: mean over the pixels of the score that won them, where each counts 1 at most: where masks overlap, the
+            sum over them can pass it.
         color: "#rrggbb", as in overlays.
     """
 
@@ -107,7 +108,8 @@ class Segmentation:
 
     Attributes:
         label_map: `(height, width)` int64, indices into `labels`, on the CPU.
-        scores: `(height, width)` float32, what each pixel's label won with, on the CPU.
+        scores: `(height, width)` float32, what each pixel's label won with, on the CPU: the sum over the model's masks
+            of (how much the mask is the label) * (how much the pixel is in the mask).
         labels: names by index; "other" stands for all names added.
         vocabulary: that the model chose from.
     """
@@ -135,7 +137,7 @@ class Segmentation:
         """The labels that are present, largest first."""
         flat = self.label_map.flatten()
         pixels = torch.bincount(flat, minlength=len(self.labels))
-        sums = torch.bincount(flat, weights=self.scores.flatten().double(), minlength=len(self.labels))
+        sums = torch.bincount(flat, weights=self.scores.flatten().double().clamp(max=1), minlength=len(self.labels))
         colors = self.colors
         return [
             Segment(
@@ -176,7 +178,7 @@ class Segmentation:
 
     def heat_map(self, label: int | str) -> Tensor:
         """
-        The score of one label at every pixel; that of "other" is the sum over the added names.
+        The score of one label at every pixel, 1 at most; that of "other" is the sum over the added names.
 
         Args:
             label: its name or index.
@@ -202,7 +204,7 @@ class Segmentation:
         pair = torch.stack([logits[..., chosen].logsumexp(-1), logits[..., ~chosen].logsumexp(-1)], dim=-1)
         outputs = SimpleNamespace(**vars(self._outputs) | {"class_queries_logits": pair})
         [scores] = self._segmenter.processor.post_process_semantic_scores(outputs, target_sizes=[self.size])
-        return scores[0]
+        return scores[0].clamp_(max=1)
 
     def summary(self, **about: Any) -> dict[str, Any]:
         """
@@ -304,9 +306,8 @@ class Segmenter:
             )
         given = tuple(stored if labels is None else list_labels(labels))
         names = extend_labels(given, extend)
-        if given == stored and templates is None and extend == "none":
-            class_embeds = self.model.stored_class_embeds
-        else:
+        class_embeds = self.model.stored_class_embeds if labels is None and extend == "none" else None
+        if class_embeds is None or templates is not None:
             patterns = resolve_templates(self.processor.templates if templates is None else templates)[1]
             state = (id(self.processor), _text_encoder_state(self.model))
             class_embeds = self._kept.get(
@@ -420,11 +421,8 @@ class Segmenter:
             vocabulary: to choose from.
             threshold: as for `segment`.
         """
-        maps, scores = self.processor.post_process_semantic_segmentation(
-            outputs, target_sizes=list(target_sizes), return_scores=True
-        )
-        found = {name: getattr(outputs, name, None) for name in _KEPT_OUTPUTS}
-        kept = {name: value.cpu() for name, value in found.items() if value is not None}
+        maps, scores = self.processor.post_process_with_scores(outputs, target_sizes=list(target_sizes))
+        kept = {name: value.cpu() for name in _KEPT_OUTPUTS if (value := getattr(outputs, name, None)) is not None}
         return [
             replace(
                 _finish(label_map, score, vocabulary, threshold),
@@ -463,7 +461,8 @@ class Segmenter:
         for size in view_sizes(dict(self.processor.image_processor.size)):
             prepared = self.prepare([pixels, np.ascontiguousarray(pixels[:, ::-1])], size=size)
             outputs = self._run(prepared.pixel_values, prepared.image_sizes, vocabulary)
-            views += make_views(outputs, prepared.pixel_values.shape[-2:], image_size(pixels))
+            height, width = prepared.pixel_values.shape[-2:]
+            views += make_views(outputs, (height, width), image_size(pixels))
         return _finish(*segment_views(views, image_size(pixels)), vocabulary, threshold)
 
 

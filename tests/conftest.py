@@ -1,25 +1,21 @@
-"""Fixtures shared by all tests: a tiny model, a tiny tokenizer, and the reference numbers where they are present."""
+"""Fixtures shared by all tests: a tiny model, a tiny tokenizer, and the reference numbers."""
 
 import os
 
 # Before transformers is imported: nothing in these tests may wait for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Tests encode; nothing of them stays on disk
-os.environ["SAN_TEXT_CACHE"] = "off"
 # Before torch is: where pytest-xdist runs several processes, each of them and all its threads compute with one thread.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from reference import REFERENCE, clip_tokenizer
+from reference import weights as reference_module
 from transformers import CLIPTokenizer
 
 from modeling_san import SANConfig, SANForOpenVocabSegmentation, SANProcessor
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY_VOCABULARY = ["a", "photo", "of", ".", "sky", "road", "car", "tree", "red", "truck"]
 
 TINY_VISION = {
@@ -136,33 +132,18 @@ def class_embeds():
 
 
 @pytest.fixture(scope="session")
-def shared():
-    """Folder that holds the reference numbers and CLIP's tokenizer, beside the repository."""
-    if not (SHARED / "reference").is_dir():
-        pytest.skip(f"needs the reference numbers in {SHARED / 'reference'}, which is not there")
-    return SHARED
+def reference():
+    """Folder of the reference implementation's numbers."""
+    return REFERENCE
 
 
 @pytest.fixture(scope="session")
-def reference(shared):
-    """Folder of the reference numbers."""
-    return shared / "reference"
-
-
-@pytest.fixture(scope="session")
-def reference_weights(reference):
+def reference_weights():
     """The module that makes the reference's weights and images from names and seeds."""
-    sys.path.insert(0, str(reference))
-    try:
-        import weights
-    finally:
-        sys.path.remove(str(reference))
-    return weights
+    return reference_module
 
 
 @pytest.fixture(scope="session")
-def clip_processor(shared):
+def clip_processor():
     """A processor with the released CLIP tokenizer and the released models' templates."""
-    if not (shared / "clip_tokenizer").is_dir():
-        pytest.skip(f"needs CLIP's tokenizer in {shared / 'clip_tokenizer'}, which is not there")
-    return SANProcessor(tokenizer=CLIPTokenizer.from_pretrained(shared / "clip_tokenizer"), templates="vild")
+    return SANProcessor(tokenizer=clip_tokenizer(), templates="vild")

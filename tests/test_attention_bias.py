@@ -9,7 +9,8 @@ from conftest import TINY_VISION
 from torch import nn
 from torch.testing import assert_close
 
-from modeling_san.attention_bias import make_attention_mask, pool_attention_bias, recognize_regions
+from modeling_san.attention_bias import mask_regions, recognize_regions
+from modeling_san.pooling import pool_attention_bias
 
 GRID = (4, 4)
 PATCHES = 16

@@ -148,9 +148,8 @@ def test_other_architectures_need_a_reference_config(tiny_weights):
 @pytest.mark.parametrize(
     ("section", "field", "value"),
     [
-        ("MODEL.SAN", "REC_CROSS_ATTN", True),
-        ("MODEL.SAN", "CLIP_FROZEN_EXCLUDE", []),
-        ("MODEL.SAN", "CLIP_DEEPER_FROZEN_EXCLUDE", ["ln_post"]),
+        ("MODEL.SAN", "CLIP_FROZEN_EXCLUDE", ["positions"]),
+        ("MODEL.SAN", "CLIP_DEEPER_FROZEN_EXCLUDE", ["text_projection"]),
         ("MODEL.SIDE_ADAPTER", "FUSION_TYPE", "concat"),
         ("MODEL.SIDE_ADAPTER", "ATTN_BIAS.MLP_NUM_LAYERS", 2),
         ("MODEL.SIDE_ADAPTER", "ATTN_BIAS.MLP_CHANNELS", 128),
@@ -162,6 +161,43 @@ def test_a_choice_without_a_counterpart_is_named(tiny_weights, tiny_config, sect
     config = changed(tiny_config, section, **{field: value})
     with pytest.raises(ValueError, match=rf"{field.rpartition('.')[2]}.*{re.escape(repr(value))}"):
         convert_checkpoint(tiny_weights, config)
+
+
+FIRST_HALF = {"vision_model.embeddings.", "vision_model.pre_layrnorm", *(f"vision_model.encoder.layers.{i}." for i in range(4))}
+
+
+@pytest.mark.parametrize(
+    ("changes", "trainable"),
+    [
+        ({"REC_CROSS_ATTN": True}, {"vision_model.embeddings.position_embedding"}),
+        ({"CLIP_FROZEN_EXCLUDE": []}, set()),
+        ({"CLIP_FROZEN_EXCLUDE": [], "CLIP_DEEPER_FROZEN_EXCLUDE": ["sos_token"]}, set()),
+        ({"CLIP_FROZEN_EXCLUDE": ["class_embed"]}, {"vision_model.embeddings.class_embedding"}),
+        (
+            {"CLIP_FROZEN_EXCLUDE": ["ln_pre"], "CLIP_DEEPER_FROZEN_EXCLUDE": ["ln_post", "proj"]},
+            {
+                "vision_model.pre_layrnorm",
+                "vision_model.post_layernorm",
+                "visual_projection",
+                *(f"vision_model.encoder.layers.{i}.self_attn.{part}_proj" for i in (4, 5) for part in ("q", "k", "v", "out")),
+                *(f"vision_model.encoder.layers.{i}.mlp.fc2" for i in (4, 5)),
+            },
+        ),
+        ({"CLIP_FROZEN_EXCLUDE": ["all"]}, FIRST_HALF),
+        (
+            {"CLIP_FROZEN_EXCLUDE": ["all"], "CLIP_DEEPER_FROZEN_EXCLUDE": ["all"]},
+            FIRST_HALF
+            | {"vision_model.encoder.layers.4.", "vision_model.encoder.layers.5.", "vision_model.post_layernorm"}
+            | {"visual_projection"},
+        ),
+    ],
+    ids=str,
+)
+def test_what_the_original_trains_of_clip_trains_here(tiny_weights, tiny_config, changes, trainable):
+    model = convert_checkpoint(tiny_weights, changed(tiny_config, "MODEL.SAN", **changes))
+    assert set(model.config.trainable_clip_parameters) == trainable
+    clip = {name for name, p in model.named_parameters() if p.requires_grad and name.startswith(("vis", "text"))}
+    assert clip == {name for name in dict(model.named_parameters()) if any(part in name for part in trainable)}
 
 
 def test_a_reference_config_without_a_field_is_refused_by_name(tiny_weights, tiny_config):

@@ -18,8 +18,11 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from modeling_san.commands.main import main
-from modeling_san.training import evaluation
-from modeling_san.training.evaluate import evaluate, format_table, model_index, save_overlays, tta_sizes
+from modeling_san.processing import views_san
+from modeling_san.processing.segmenter import Segmenter
+from modeling_san.training import data
+from modeling_san.training import evaluate as evaluation
+from modeling_san.training.evaluate import evaluate, format_table, model_index, save_overlays
 from modeling_san.training.label_sets import LabelSet
 from modeling_san.training.plots import plot_class_iou
 
@@ -155,19 +158,19 @@ def test_a_streamed_data_set_gives_the_same(tiny, small_processor, images, label
 
 
 def test_the_views_of_a_model_that_works_at_640_are_those_of_the_paper():
-    sizes = tta_sizes({"shortest_edge": 640, "longest_edge": 2560})
+    sizes = views_san.view_sizes({"shortest_edge": 640, "longest_edge": 2560})
     assert [size["shortest_edge"] for size in sizes] == [320, 480, 640, 800, 960, 1120]
     assert all(size["longest_edge"] == 4 * size["shortest_edge"] for size in sizes)
 
 
-@pytest.mark.parametrize("block", [evaluation._BLOCK_FLOATS, 500])
+@pytest.mark.parametrize("block", [views_san._BLOCK_FLOATS, 500])
 @torch.no_grad()
-def test_augmentation_takes_the_best_mean_score(tiny, small_processor, images, label_set, monkeypatch, block):
-    monkeypatch.setattr(evaluation, "_BLOCK_FLOATS", block)
+def test_augmentation_takes_the_best_mean_score(tiny, small_processor, images, monkeypatch, block):
+    monkeypatch.setattr(views_san, "_BLOCK_FLOATS", block)
     image = images[0]["image"]
     text = small_processor(text=list(NAMES), return_tensors="pt")
     scores = []
-    for size in tta_sizes(SIZE):
+    for size in views_san.view_sizes(SIZE):
         for flip in (False, True):
             view = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
             outputs = tiny(**small_processor(images=view, size=size, return_tensors="pt"), **text)
@@ -176,9 +179,21 @@ def test_augmentation_takes_the_best_mean_score(tiny, small_processor, images, l
     mean = torch.stack(scores).mean(0)
     first, second = mean.topk(2, dim=0).values
     clear = first - second > 1e-5
-    predicted = evaluation._Segmenter(tiny, small_processor, label_set, None, tta=True)(image)
+    segmenter = Segmenter(tiny, small_processor)
+    [segmentation] = segmenter(image, segmenter.vocabulary(NAMES), tta=True)
     assert clear.float().mean() > 0.9
-    assert (predicted == mean.argmax(0))[clear].all()
+    assert (segmentation.label_map == mean.argmax(0))[clear].all()
+    assert torch.allclose(segmentation.scores, first, atol=1e-5)
+
+
+def test_evaluation_averages_the_views_where_it_is_asked_to(tiny, small_processor, images, label_set):
+    segmenter = Segmenter(tiny, small_processor)
+    results = evaluate(tiny, small_processor, images[:1], label_set, tta=True, progress=False)
+    [segmentation] = segmenter(images[0]["image"], segmenter.vocabulary(NAMES), tta=True)
+    true = np.asarray(images[0]["annotation"])
+    counted = true < 255
+    right = segmentation.label_map.numpy()[counted] == true[counted]
+    assert results["overall_accuracy"] == pytest.approx(right.mean())
 
 
 # Files
@@ -213,7 +228,7 @@ def test_files_hold_what_was_measured(tiny, small_processor, images, label_set, 
     assert len(list((tmp_path / "overlays").glob("best_*.png"))) == 2
     assert len(list((tmp_path / "overlays").glob("worst_*.png"))) == 2
     assert Image.open(tmp_path / "per_class_iou.png").size[0] > 400
-    assert not (tmp_path / "progress").exists()
+    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("without_plot")
@@ -284,7 +299,7 @@ class Cut(Exception):
 def cut_after(monkeypatch, count):
     """Let the evaluation fail at its image number `count`; counts how many it decodes."""
     seen = SimpleNamespace(count=0)
-    decode = evaluation.to_arrays
+    decode = data.to_arrays
 
     def decode_or_stop(example, label_set):
         seen.count += 1
@@ -294,7 +309,7 @@ def cut_after(monkeypatch, count):
         return decode(example, label_set)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "to_arrays", decode_or_stop)
+        patch.setattr(data, "to_arrays", decode_or_stop)
         yield seen
 
 
@@ -305,13 +320,13 @@ def run_files(folder):
 @pytest.mark.usefixtures("without_plot")
 @pytest.mark.parametrize("streamed", [False, True], ids=["map", "stream"])
 def test_a_cut_run_goes_on(tiny, small_processor, images, label_set, tmp_path, monkeypatch, streamed):
-    data = IterableDataset.from_generator(lambda: iter(images)) if streamed else images
+    read = IterableDataset.from_generator(lambda: iter(images)) if streamed else images
     arguments = {"overlays": 1, "save_every": 0.0, "progress": False}
-    evaluate(tiny, small_processor, data, label_set, output_dir=tmp_path / "uncut", **arguments)
+    evaluate(tiny, small_processor, read, label_set, output_dir=tmp_path / "uncut", **arguments)
     with cut_after(monkeypatch, 5), pytest.raises(Cut):
-        evaluate(tiny, small_processor, data, label_set, output_dir=tmp_path / "cut", **arguments)
+        evaluate(tiny, small_processor, read, label_set, output_dir=tmp_path / "cut", **arguments)
     with cut_after(monkeypatch, None) as seen:
-        evaluate(tiny, small_processor, data, label_set, output_dir=tmp_path / "cut", **arguments)
+        evaluate(tiny, small_processor, read, label_set, output_dir=tmp_path / "cut", **arguments)
     assert seen.count == 1 + 7 - 5
     assert run_files(tmp_path / "cut") == run_files(tmp_path / "uncut")
 
@@ -357,21 +372,38 @@ def test_another_run_does_not_go_on_from_an_old_one(
 
 @pytest.mark.usefixtures("without_plot")
 def test_a_damaged_state_is_begun_anew(tiny, small_processor, images, label_set, tmp_path):
-    state = tmp_path / "progress" / "00000-of-00001" / "state.npz"
+    state = tmp_path / evaluation.PROGRESS_FOLDER / "00000-of-00001.npz"
     state.parent.mkdir(parents=True)
     state.write_bytes(b"half a file")
     results = evaluate(tiny, small_processor, images, label_set, output_dir=tmp_path, progress=False, overlays=0)
     assert results["images"] == 7
 
 
+@pytest.mark.usefixtures("without_plot")
+def test_what_others_have_in_the_folder_stays(tiny, small_processor, images, label_set, tmp_path):
+    foreign = [
+        "progress/notes.txt", "overlays/best_of_all.png", "overlays/mine.png", ".evaluation-in-progress/mine.npz",
+    ]  # fmt: skip
+    for name in foreign:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    for _ in range(2):
+        evaluate(tiny, small_processor, images, label_set, output_dir=tmp_path, progress=False, overlays=1)
+    assert all((tmp_path / name).read_text() == "mine" for name in foreign)
+    assert len(list((tmp_path / "overlays").iterdir())) == 2 + 2
+
+
 PROCESSES = """
 import multiprocessing, os, signal, sys
 
 from modeling_san.commands.main import main
-from modeling_san.training import evaluation
+from modeling_san.training import data
+from modeling_san.training import evaluate as evaluation
 
-model, data, labels, distributed, killed, port = sys.argv[1:]
-command = ["evaluate", "--model", model, "--dataset", data, "--labels", labels, "--device", "cpu", "--overlays", "1"]
+model, images, labels, distributed, killed, port = sys.argv[1:]
+command = ["evaluate", "--model", model, "--dataset", images, "--labels", labels, "--device", "cpu", "--overlays", "1"]
+# Every image is saved, so that the killed process leaves something
+evaluation.evaluate.__kwdefaults__.update(save_every=0)
 
 
 def process(rank):
@@ -380,7 +412,7 @@ def process(rank):
 
 
 def killed_process():
-    decode, seen = evaluation.to_arrays, []
+    decode, seen = data.to_arrays, []
 
     def decode_or_die(example, label_set):
         seen.append(example)
@@ -388,7 +420,7 @@ def killed_process():
             os.kill(os.getpid(), signal.SIGKILL)
         return decode(example, label_set)
 
-    evaluation.to_arrays = decode_or_die
+    data.to_arrays = decode_or_die
     main([*command, "--output", killed])
 
 
@@ -407,22 +439,19 @@ sys.exit([one.exitcode for one in processes] != [0, 0, -signal.SIGKILL])
 def test_two_processes_and_a_killed_one_measure_what_one_does(
     tiny, small_processor, images, tmp_path, capsys, monkeypatch
 ):
-    model, data, labels = tmp_path / "model", tmp_path / "val.parquet", tmp_path / "labels.json"
+    model, parquet, labels = tmp_path / "model", tmp_path / "val.parquet", tmp_path / "labels.json"
     tiny.save_pretrained(model)
     small_processor.save_pretrained(model)
-    Dataset.from_list(images, features=Features(image=ImageFeature(), annotation=ImageFeature())).to_parquet(data)
+    Dataset.from_list(images, features=Features(image=ImageFeature(), annotation=ImageFeature())).to_parquet(parquet)
     labels.write_text(json.dumps(NAMES))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     program = tmp_path / "program.py"
-    # Every image is saved, so that the killed process leaves something
-    program.write_text(
-        PROCESSES.replace("command = ", "evaluation.evaluate.__kwdefaults__.update(save_every=0)\ncommand = ")
-    )
+    program.write_text(PROCESSES)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(
-        [sys.executable, program, model, data, labels, tmp_path / "two", tmp_path / "killed", port],
+        [sys.executable, program, model, parquet, labels, tmp_path / "two", tmp_path / "killed", port],
         capture_output=True,
         text=True,
         env=environment,
@@ -432,7 +461,7 @@ def test_two_processes_and_a_killed_one_measure_what_one_does(
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("overall accuracy") == 1
 
-    command = ["evaluate", "--model", str(model), "--dataset", str(data), "--labels", str(labels), "--device", "cpu"]
+    command = ["evaluate", "--model", str(model), "--dataset", str(parquet), "--labels", str(labels), "--device", "cpu"]
     command += ["--overlays", "1"]
     assert main([*command, "--output", str(tmp_path / "one")]) == 0
     with cut_after(monkeypatch, None) as seen:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from modeling_san.processing import SANImageProcessor, post_processing
+from modeling_san.processing import SANImageProcessor, contenders_san, post_processing_san
 from modeling_san.processing.post_processing_san import MaskGeometry, score_map, segment
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
@@ -39,8 +39,9 @@ def plain_scores(masks, classes, size, target):
 @pytest.fixture(params=["one block", "many blocks"])
 def processor(request, monkeypatch):
     if request.param == "many blocks":
-        monkeypatch.setattr(post_processing, "_BLOCK_FLOATS", 3000)
-        monkeypatch.setattr(post_processing, "_TILE_SIDES", (5, 7))
+        monkeypatch.setattr(post_processing_san, "BLOCK_FLOATS", 3000)
+        monkeypatch.setattr(contenders_san, "BLOCK_FLOATS", 3000)
+        monkeypatch.setattr(post_processing_san, "_TILE_SIDES", (5, 7))
     return SANImageProcessor()
 
 
@@ -58,11 +59,20 @@ def test_blocks_give_what_two_interpolations_of_whole_tensors_give(processor, ta
 def test_segmentation_is_the_best_score_at_every_pixel(processor, classes):
     outputs = make_outputs([(90, 120)], classes)
     scores = processor.post_process_semantic_scores(outputs, [(50, 70)])[0]
-    maps, winning = processor.post_process_semantic_segmentation(outputs, [(50, 70)], return_scores=True)
+    maps, winning = processor.post_process_with_scores(outputs, [(50, 70)])
     assert maps[0].dtype == torch.int64
     assert maps[0].shape == (50, 70)
     assert torch.equal(maps[0], scores.argmax(0))
     assert torch.equal(winning[0], scores.amax(0))
+
+
+def test_scores_come_in_the_form_of_transformers_where_they_are_asked_for(processor):
+    outputs = make_outputs([(90, 120), (64, 97)])
+    found = processor.post_process_semantic_segmentation(outputs, [(9, 12), (7, 5)], return_segmentation_scores=True)
+    expected = processor.post_process_semantic_scores(outputs, [(9, 12), (7, 5)])
+    for each, scores in zip(found, expected, strict=True):
+        assert torch.equal(each.segmentation_scores, scores)
+        assert torch.equal(each.segmentation, scores.argmax(0))
 
 
 def test_without_target_sizes_a_map_has_the_size_the_network_saw():
@@ -267,13 +277,15 @@ def test_where_all_masks_are_zero_the_first_class_wins_with_no_score():
 
 def test_of_171_classes_few_are_multiplied():
     masks, class_logits = blobs(100, (40, 40), cells=10), opinions(100, 171)
-    band = next(post_processing._Tiling(masks, geometry((40, 40))).bands(10**6))
-    probabilities = post_processing._class_probabilities(class_logits)
-    contenders = post_processing._contenders(band.corners, probabilities).sum(dim=1)
+    tiling = post_processing_san._Tiling(masks, geometry((40, 40)))
+    corners = next(tiling.bands(10**6)).corners
+    probabilities = post_processing_san._class_probabilities(class_logits)
+    contenders = contenders_san.contenders(corners, probabilities).sum(dim=1)
     assert len(contenders) == 41 * 41
     assert contenders.min() >= 1
     assert contenders.float().mean() < 171 / 10
-    multiplied = sum(classes.numel() for _, classes, _ in post_processing._contending_blocks(band, probabilities))
+    blocks = contenders_san.contending_blocks(corners, probabilities, tiling.pixels)
+    multiplied = sum(classes.numel() for _, classes, _ in blocks)
     assert multiplied < 2 * contenders.sum() + 4 * len(contenders)
 
 
@@ -339,12 +351,12 @@ def test_other_devices_are_never_waited_for(monkeypatch):
     assert labels.shape == winning.shape == WHOLE.target
 
 
-@pytest.mark.parametrize("floats", [1, post_processing._DEVICE_FLOATS])
+@pytest.mark.parametrize("floats", [1, post_processing_san._DEVICE_FLOATS])
 def test_what_other_devices_compute_is_the_same(monkeypatch, floats):
     masks, class_logits, where = CASES["padded"]
     expected = segment(masks, class_logits, where)
-    monkeypatch.setattr(post_processing, "_BLOCK_FLOATS", floats)
-    monkeypatch.setattr(post_processing, "_contending_blocks", post_processing._whole_block)
+    monkeypatch.setattr(post_processing_san, "BLOCK_FLOATS", floats)
+    monkeypatch.setattr(post_processing_san, "contending_blocks", post_processing_san._whole_block)
     for found, right in zip(segment(masks, class_logits, where), expected, strict=True):
         assert torch.equal(found, right)
 

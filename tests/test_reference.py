@@ -43,7 +43,7 @@ class Case:
         with torch.no_grad():
             self.outputs = model(**self.inputs)
             self.clip_pixels = model.shrink_for_clip(self.inputs["pixel_values"])
-            self.clip_hidden_states = model.get_clip_hidden_states(self.clip_pixels)
+            self.clip_states = model.trunk.encode(self.clip_pixels, model.config.sls_start_layer)
         hook.remove()
 
     def check(self, name, tensor, tolerance=1e-4):
@@ -90,14 +90,12 @@ def test_class_embeds_equal_the_references(case):
 
 
 def test_clip_hidden_states_equal_the_references(case):
-    grid = case.model.clip_grid(case.clip_pixels)
     layers = [int(match[1]) for name in case.expected if (match := re.fullmatch(r"clip_hidden_(\d+)", name))]
     assert sorted(layers) == [clip_layer for clip_layer, _ in case.model.config.fusion_map]
     for layer in layers:
-        hidden_states = case.clip_hidden_states[layer]
-        patches = hidden_states[:, 1:].transpose(1, 2).unflatten(-1, grid)
+        patches = case.clip_states.patches(layer).transpose(1, 2).unflatten(-1, case.clip_states.grid)
         case.check(f"clip_hidden_{layer}", patches, 1e-3)
-        case.check(f"clip_hidden_{layer}_cls", hidden_states[:, :1], 1e-3)
+        case.check(f"clip_hidden_{layer}_cls", case.clip_states.hidden_states[layer][:, :1], 1e-3)
 
 
 def test_side_adapter_tokens_equal_the_references(case):

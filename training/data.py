@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,18 +13,16 @@ import fsspec
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
-from datasets import Image as ImageFeature
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from modeling_san.processing import SANImageProcessor
-from modeling_san.processing.images_san import read_byte_image
+from modeling_san.processing.images_san import open_image, read_byte_image
+from modeling_san.processing.wording_san import one_line
 from modeling_san.training.augmentation import Augmentation
 from modeling_san.training.label_sets import LabelSet
-from modeling_san.training.sources import load_images
-
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+from modeling_san.training.sources import load_images, undecoded
 
 _ORDER, _SHARDS, _BUFFER = 1, 2, 3
 """Kinds of chance beside the augmentation's; no two may share their random numbers."""
@@ -72,6 +69,51 @@ def to_arrays(example: Mapping[str, Any], label_set: LabelSet) -> tuple[Image.Im
     return image, label_map
 
 
+def read_example(example: Mapping[str, Any], label_set: LabelSet, name: str) -> tuple[Image.Image, np.ndarray]:
+    """
+    `to_arrays`, with the example's name in its errors.
+
+    Raises:
+        ImageError: it cannot be used; `name` says which it is.
+    """
+    try:
+        return to_arrays(example, label_set)
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{name}: {error}") from error
+
+
+def read_examples(
+    images: Any, label_set: LabelSet, *, first: int = 0, step: int = 1, stop: int | None = None, source: str = ""
+) -> Iterator[tuple[int, Image.Image, np.ndarray]]:
+    """
+    Examples decoded one after the other; what is passed over is not decoded.
+
+    Args:
+        images: a data set, streamed or not, or a list.
+        label_set: what the values of label maps mean.
+        first: index of the first example to read.
+        step: take every `step`-th from there on.
+        stop: index to end before; None reads all.
+        source: what errors put before the example's index.
+
+    Yields:
+        index, image and label map.
+
+    Raises:
+        ImageError: an example cannot be used; its index is named.
+    """
+    images = undecoded(images)
+    if hasattr(images, "__len__"):
+        indices = range(first, len(images) if stop is None else min(stop, len(images)), step)
+        examples: Iterator[tuple[int, Any]] = ((index, images[index]) for index in indices)
+    else:
+        rest = images.skip(first) if first and hasattr(images, "skip") else islice(iter(images), first, None)
+        left = None if stop is None else max(0, stop - first)
+        examples = zip(count(first, step), islice(iter(rest), 0, left, step))
+    for index, example in examples:
+        yield index, *read_example(example, label_set, f"{source}example {index}")
+
+
 def check_first_images(
     dataset: Dataset | IterableDataset, label_set: LabelSet, source: object, *, count: int = 8
 ) -> None:
@@ -85,53 +127,33 @@ def check_first_images(
         count: how many images to look at.
 
     Raises:
-        ValueError: the first image that cannot be used, and why.
+        ImageError: the first image that cannot be used, and why.
     """
-    for index, example in enumerate(islice(_undecoded(dataset), count)):
-        try:
-            to_arrays(example, label_set)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{source}, example {index}: {error}") from error
+    for _ in read_examples(dataset, label_set, stop=count, source=f"{source}, "):
+        pass
 
 
 def _as_image(value: Any, what: str) -> Image.Image | np.ndarray:
     """A column's entry: decoded, as an encoded file, or as nested lists of numbers."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
     if value is None:
         raise ValueError(f"{what} is missing: remove the example, or add it.")
     if isinstance(value, (Image.Image, np.ndarray)):
         return value
+    if isinstance(value, str) and "://" in value:
+        # Inside an archive, or on the Hub
+        try:
+            with fsspec.open(value, "rb") as file:
+                value = file.read()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{what} {value!r} cannot be read ({one_line(error)}).") from error
+    if isinstance(value, (str, os.PathLike, bytes, bytearray)):
+        return open_image(bytes(value) if isinstance(value, bytearray) else value, what)
     try:
-        if isinstance(value, (bytes, bytearray)):
-            return open_encoded(value)
-        if isinstance(value, (str, os.PathLike)):
-            return Image.open(value)
-        if isinstance(value, Mapping):
-            if value.get("bytes"):
-                return open_encoded(value["bytes"])
-            # Paths into archives and on the Hub are opened as datasets does
-            return ImageFeature().decode_example(dict(value))
         return np.asarray(value)
-    except (Image.DecompressionBombError, OSError, SyntaxError, TypeError, ValueError) as error:
-        raise ValueError(f"{what} cannot be read ({error}): the file may be missing or damaged.") from error
-
-
-def open_encoded(content: bytes | bytearray) -> Image.Image:
-    """
-    Open the content of an image file that a data set brings.
-
-    Raises:
-        OSError: it is no image, or in none of the usual formats. PIL would hand some others to programs of the
-            system, which is too much trust in what may come from anywhere.
-    """
-    return Image.open(io.BytesIO(content), formats=_FORMATS)
-
-
-def _undecoded(dataset: Any) -> Any:
-    """A data set that leaves its images encoded, so that what is passed over costs nothing."""
-    for name, feature in (getattr(dataset, "features", None) or {}).items():
-        if isinstance(feature, ImageFeature) and feature.decode:
-            dataset = dataset.cast_column(name, ImageFeature(decode=False))
-    return dataset
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} is no image file and no array: {one_line(error)}.") from error
 
 
 # Reporting
@@ -206,10 +228,7 @@ class _Views:
         Raises:
             ImageError: it cannot be used; `name` says which it is.
         """
-        try:
-            image, label_map = to_arrays(example, self.label_set)
-        except (OSError, ValueError) as error:
-            raise ImageError(f"{name}: {error}") from error
+        image, label_map = read_example(example, self.label_set, name)
         ignore_index = self.label_set.ignore_index
         if (label_map == ignore_index).all():
             self.report.add("without_labels", name)
@@ -248,7 +267,7 @@ class TrainingImages(torch.utils.data.Dataset):
         augmentation: Augmentation,
         seed: int = 0,
     ) -> None:
-        self.dataset = _undecoded(dataset)
+        self.dataset = undecoded(dataset)
         self.report = DataReport()
         self._views = _Views(label_set, image_processor, augmentation, seed, self.report)
         # Shared: workers that outlive an epoch hear of the next one
@@ -277,11 +296,7 @@ class TrainingImages(torch.utils.data.Dataset):
         if number < 0:
             raise IndexError(f"samples are numbered from 0, {number} is none.")
         epoch, index = divmod(int(number), len(self))
-        try:
-            example = self.dataset[index]
-        except (OSError, ValueError) as error:
-            raise ImageError(f"example {index}: {error}") from error
-        return self._views.make(example, self.epoch + epoch, index, f"example {index}")
+        return self._views.make(self.dataset[index], self.epoch + epoch, index, f"example {index}")
 
 
 class StreamedImages(torch.utils.data.IterableDataset):
@@ -330,7 +345,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
                 f"batch_size {batch_size} and buffer_size {buffer_size} must be at least 1, skip {skip} at least 0, "
                 f"and rank {rank} below world_size {world_size}."
             )
-        self.dataset = _undecoded(dataset)
+        self.dataset = undecoded(dataset)
         self.report = DataReport()
         self._views = _Views(label_set, image_processor, augmentation, seed, self.report)
         self.batch_size = batch_size
@@ -481,6 +496,7 @@ __all__ = [
     "TrainingImages",
     "check_first_images",
     "load_images",
-    "open_encoded",
+    "read_example",
+    "read_examples",
     "to_arrays",
 ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CommandError, one_line, say
+from modeling_san.processing.wording_san import one_line
+
+from .errors import CommandError, say
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -150,7 +151,7 @@ def _load_tokenizer(source: str) -> CLIPTokenizer:
 
 def _check_output(output: Path, overwrite: bool) -> None:
     """Refuse to replace what is there, unless it is a model and the user says so."""
-    if not (output.exists() or output.is_symlink()) or _is_empty_folder(output):
+    if not (output.exists() or output.is_symlink()) or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / "config.json").is_file():
         raise CommandError(f"{output} exists and is not a model folder: choose another name")
@@ -158,28 +159,16 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise CommandError(f"{output} exists: choose another name, or pass --overwrite to replace it")
 
 
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
-
-
 def _save(model: SANForOpenVocabSegmentation, processor: SANProcessor, output: Path) -> None:
-    """Write beside `output`, then rename: a folder of that name is always complete."""
+    """Write a folder that is complete or not there; files that an older model has besides stay."""
+    from modeling_san.processing.files import filling_folder, new_folder
+
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
-            new, old = Path(scratch, "new"), Path(scratch, "old")
-            model.save_pretrained(new)
-            processor.save_pretrained(new)
-            for path in new.iterdir():
+        with (filling_folder if output.exists() else new_folder)(output) as folder:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            for path in folder.iterdir():
                 # Weights are written readable for their owner alone; the folder's other files follow the umask
-                shutil.copymode(new / "config.json", path)
-            if output.exists() or output.is_symlink():
-                output.rename(old)
-            try:
-                new.rename(output)
-            except OSError:
-                if old.exists():
-                    old.rename(output)
-                raise
+                shutil.copymode(folder / "config.json", path)
     except OSError as error:
         raise CommandError(f"{output} cannot be written: {error.strerror or error}") from error

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CommandError, one_line, say
+from modeling_san.processing.wording_san import one_line
+
+from .errors import CommandError, say
 from .labels import add_label_options, read_labels, read_templates
 from .parser import add_templates_option, positive_integer
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
+
+    from modeling_san.processing import Vocabulary
 
     from .models import LoadedModel
 
@@ -97,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
     _check_libraries()
     import torch
 
-    from modeling_san.export import export_program, quantize_onnx, replacing, write_onnx
+    from modeling_san.export import export_program, quantize_onnx, write_onnx
+    from modeling_san.processing.files import replacing_file
 
     from .models import load_model, quiet_libraries
 
@@ -105,18 +109,16 @@ def run(args: argparse.Namespace) -> int:
     labels, templates = read_labels(args), read_templates(args.templates)
     loaded = load_model(None if args.model == BUILT_IN else args.model, torch.device("cpu"))
     processor = loaded.processor.image_processor
-    names: list[str] = []
     if args.class_embeds_input:
-        class_embeds = _any_class_embeds(loaded)
+        vocabulary = _any_vocabulary(loaded)
     else:
         vocabulary = loaded.vocabulary(labels, templates=templates)
-        class_embeds, names = vocabulary.class_embeds.clone(), list(vocabulary.labels)
     size = _recommended_size(processor, args.size)
 
     say(f"exporting {loaded.name}; this takes a minute or more")
     program = export_program(
         loaded.model,
-        None if args.class_embeds_input else class_embeds,
+        None if args.class_embeds_input else vocabulary.class_embeds.clone(),
         image_mean=processor.image_mean,
         image_std=processor.image_std,
         all_scores=args.all_scores,
@@ -126,27 +128,28 @@ def run(args: argparse.Namespace) -> int:
         "size": size,
         "input": "upright RGB images, uint8, resized to about `size` (bilinear, antialiased); nothing else",
     }
-    if names:
-        metadata["labels"] = names
-    check = _Check(loaded, class_embeds, args.class_embeds_input, args.all_scores)
+    if not args.class_embeds_input:
+        metadata["labels"] = list(vocabulary.labels)
+    check = _Check(loaded, vocabulary, args.class_embeds_input, args.all_scores)
     divisor = loaded.model.config.size_divisor
     short = size.get("shortest_edge") or min(size["height"], size["width"])
     # The size and batch that were traced, and the size that the model works at
     batches = [draw_batch(2, 5 * divisor - 3, 7 * divisor - 5), draw_batch(1, short, short * 4 // 3)]
-    with replacing(output) as partial:
+    with replacing_file(output) as partial:
         opset = write_onnx(program, partial, metadata, args.opset)
         agreements = [check(partial, images) for images in batches]
         for agreement in agreements:
             agreement.require()
         float_size = partial.stat().st_size
-    what = f"{len(names)} labels" if names else "labels as an input"
+    what = "labels as an input" if args.class_embeds_input else f"{len(vocabulary.labels)} labels"
     say(
         f"wrote {output}: {_megabytes(float_size)}, opset {opset}, {what}; in onnxruntime, against PyTorch: "
         f"{_join(agreements)}"
     )
     if args.int8:
         smaller = output.with_suffix(f".int8{_ENDING}")
-        quantize_onnx(output, smaller)
+        with replacing_file(smaller) as partial:
+            quantize_onnx(output, partial)
         agreements = [check(smaller, images) for images in batches]
         int8_size = smaller.stat().st_size
         say(
@@ -198,13 +201,13 @@ class _Check:
 
     Attributes:
         loaded: the model.
-        class_embeds: `(classes, projection_dim)`.
-        embeds_are_input: whether the file takes them.
+        vocabulary: what to look for.
+        embeds_are_input: whether the file takes its embeddings.
         all_scores: whether the file returns the scores of all classes.
     """
 
     loaded: LoadedModel
-    class_embeds: torch.Tensor
+    vocabulary: Vocabulary
     embeds_are_input: bool
     all_scores: bool
 
@@ -214,55 +217,39 @@ class _Check:
 
         feed = {"images": images}
         if self.embeds_are_input:
-            feed["class_embeds"] = self.class_embeds.numpy()
+            feed["class_embeds"] = self.vocabulary.class_embeds.numpy()
         labels, scores, *others = (torch.from_numpy(output) for output in _run_onnx(path, feed))
-        model, processor = self.loaded.model, self.loaded.processor
-        with torch.inference_mode():
-            inputs = processor(images=list(images.transpose(0, 2, 3, 1)), do_resize=False, return_tensors="pt")
-            outputs = model(**inputs, class_embeds=self.class_embeds)
-            maps, winning = processor.post_process_semantic_segmentation(outputs, return_scores=True)
-            expected_labels, expected = torch.stack(maps), torch.stack(winning)
-            if labels.shape != expected_labels.shape or scores.shape != expected.shape:
-                raise CommandError(
-                    f"the exported file returns labels of {tuple(labels.shape)} for images of {images.shape}: "
-                    "nothing was written"
-                )
-            if labels.max() >= len(self.class_embeds) or labels.min() < 0:
-                raise CommandError(
-                    f"the exported file does not do what the model does: it returns labels beyond the "
-                    f"{len(self.class_embeds)} asked for. Nothing was written"
-                )
-            differences = (scores - expected).abs()
-            largest = [differences.max()]
-            if self.all_scores:
-                full = torch.stack(processor.post_process_semantic_scores(outputs))
-                largest.append((others[0] - full).abs().max())
-            wrong = labels != expected_labels
-            shortfall = expected[wrong] - self._scores_of(outputs, labels, wrong)
+        segmenter, classes = self.loaded.segmenter, len(self.vocabulary.labels)
+        prepared = segmenter.prepare(list(images.transpose(0, 2, 3, 1)), do_resize=False)
+        expected = segmenter.segment(prepared, self.vocabulary)
+        if labels.shape != scores.shape or labels.shape != (len(images), *images.shape[2:]):
+            raise CommandError(
+                f"the exported file returns labels of {tuple(labels.shape)} for images of {images.shape}: nothing was "
+                "written"
+            )
+        if labels.max() >= classes or labels.min() < 0:
+            raise CommandError(
+                f"the exported file does not do what the model does: it returns labels beyond the {classes} asked "
+                "for. Nothing was written"
+            )
+        differences = torch.stack([(ours - each.scores).abs() for ours, each in zip(scores, expected, strict=True)])
+        largest, shortfalls = [differences.max()], [torch.zeros(1)]
+        for index, segmentation in enumerate(expected):
+            wrong = labels[index] != segmentation.label_map
+            for label in range(classes) if self.all_scores else labels[index][wrong].unique().tolist():
+                heat = segmentation.heat_map(label)
+                pixels = wrong & (labels[index] == label)
+                # In the model's own scores, how much worse the file's label is than the best
+                shortfalls.append((segmentation.scores - heat)[pixels])
+                largest += [(others[0][index, label] - heat).abs().max()] if self.all_scores else []
+        equal = torch.stack([ours == each.label_map for ours, each in zip(labels, expected, strict=True)])
         return Agreement(
             images.shape,
             largest=torch.stack(largest).max().item(),
             mean=differences.mean().item(),
-            equal=1 - wrong.double().mean().item(),
-            worst=shortfall.max().item() if len(shortfall) else 0.0,
+            equal=equal.double().mean().item(),
+            worst=torch.cat(shortfalls).max().item(),
         )
-
-    def _scores_of(self, outputs: Any, labels: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-        """The model's own scores of `labels` (batch, height, width), for the pixels `where`."""
-        import torch
-        from torch import nn
-
-        stride = self.loaded.model.config.side_patch_size
-        masks, probabilities = outputs.masks_queries_logits, outputs.class_queries_logits.softmax(-1)
-        found = []
-        for image, pixels in enumerate(where):
-            if not pixels.any():
-                continue
-            rows, columns = pixels.nonzero(as_tuple=True)
-            large = nn.functional.interpolate(masks[image, None], scale_factor=stride, mode="bilinear")[0]
-            weights = probabilities[image][:, labels[image][rows, columns]]
-            found.append((large[:, rows, columns].sigmoid() * weights).sum(0))
-        return torch.cat(found) if found else torch.empty(0)
 
 
 def draw_batch(batch: int, height: int, width: int) -> np.ndarray:
@@ -318,15 +305,18 @@ def _output_file(given: str) -> Path:
     return output
 
 
-def _any_class_embeds(loaded: LoadedModel) -> torch.Tensor:
+def _any_vocabulary(loaded: LoadedModel) -> Vocabulary:
     """Embeddings to check with: those stored in the model, or random directions."""
     import torch
 
-    model = loaded.model
-    if model.stored_class_embeds is not None:
-        return model.stored_class_embeds.float()
-    vectors = torch.randn(7, model.config.projection_dim, generator=torch.Generator().manual_seed(0))
-    return torch.nn.functional.normalize(vectors, dim=-1)
+    from modeling_san.processing import Vocabulary
+
+    class_embeds = loaded.model.stored_class_embeds
+    if class_embeds is None:
+        class_embeds = torch.randn(7, loaded.model.config.projection_dim, generator=torch.Generator().manual_seed(0))
+        class_embeds = torch.nn.functional.normalize(class_embeds, dim=-1)
+    names = tuple(f"class {index}" for index in range(len(class_embeds)))
+    return Vocabulary(names, class_embeds.float(), len(names))
 
 
 def _recommended_size(processor: Any, short_side: int | None) -> dict[str, int]:

@@ -157,6 +157,9 @@ def _find_classes(source: str) -> tuple[Any, Any]:
     """
     from transformers import CONFIG_MAPPING, MODEL_MAPPING, PROCESSOR_MAPPING, PreTrainedConfig
 
+    from modeling_san.auto import register
+
+    register()
     try:
         config, _ = PreTrainedConfig.get_config_dict(source)
     except OSError as error:

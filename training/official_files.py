@@ -1,4 +1,4 @@
-"""The six benchmark label sets: where their official archives keep things, and what the stored values mean."""
+"""Where the official archives of the benchmarks keep things, and what their stored values mean."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from modeling_san.processing.vocabulary_san import ClassList, load_vocabulary, vocabulary_names
+from modeling_san.processing.vocabulary_san import load_vocabulary
+from modeling_san.processing.wording_san import listed, one_line
 
 _LISTED = 12
 _UNKNOWN = -1
@@ -88,10 +89,9 @@ class LabelReader:
         known = inside & (labels != _UNKNOWN)
         if not known.all():
             strange = np.unique(values[~known])
-            listed = ", ".join(map(str, strange[:_LISTED])) + (", ..." if len(strange) > _LISTED else "")
             raise UnknownValueError(
-                f"{path} holds the value{'s' if len(strange) > 1 else ''} {listed}, to which this data set gives no "
-                "meaning: use the official label files, not converted ones."
+                f"{path} holds the value{'s' if len(strange) > 1 else ''} {listed(strange, _LISTED)}, to which this "
+                "data set gives no meaning: use the official label files, not converted ones."
             )
         return labels.astype(np.uint8 if self.ignore_index == _BYTE_IGNORE else np.uint16)
 
@@ -116,47 +116,20 @@ class FoundSplit:
     layout: str
 
 
-@dataclass(frozen=True)
-class Preset:
+def find_files(name: str, source: Path, split: str) -> FoundSplit:
     """
-    One of the six label sets.
-
-    Attributes:
-        name: what `load_vocabulary` calls the label set.
-        title: what its authors call it.
-        homepage: where its archives are.
-        counts: official number of images of each split; two where two official lists are in use.
-        expected: layout of the official archives, in words.
-        find: finds the files of a split below a folder.
-    """
-
-    name: str
-    title: str
-    homepage: str
-    counts: Mapping[str, tuple[int, ...]]
-    expected: str
-    find: Callable[[Path, str], FoundSplit]
-
-    @property
-    def vocabulary(self) -> ClassList:
-        """Class names and ignore label."""
-        return load_vocabulary(self.name)
-
-
-def load_preset(name: str) -> Preset:
-    """
-    The preset of a label set.
+    The files of a split in the folder into which official archives were unpacked.
 
     Args:
-        name: such as "ade20k_150"; `vocabulary_names` lists all.
+        name: of the preset.
+        source: the folder, or the one that holds it.
+        split: "train", "validation", or "train_aug" of Pascal VOC.
 
     Raises:
-        ValueError: there is none of that name; the message lists those there are.
+        MissingFolderError: a folder or list is not there; the message says where it was looked for.
+        ValueError: `source` is no folder, or a list in it cannot be read.
     """
-    for preset in _PRESETS:
-        if preset.name == name:
-            return preset
-    raise ValueError(f"there is no preset {name!r}: choose one of {', '.join(vocabulary_names())}.")
+    return _FINDERS[name](source, split)
 
 
 def _find_coco(source: Path, split: str) -> FoundSplit:
@@ -173,7 +146,6 @@ def _find_coco(source: Path, split: str) -> FoundSplit:
     vocabulary = load_vocabulary("coco_stuff_171")
     # Things keep COCO's ids from 1, label maps store them from 0.
     stored = {source_id - 1: index for index, source_id in enumerate(vocabulary.source_ids or ())}
-    table = _table(256, {**stored, 255: vocabulary.ignore_index})
     # Another tool writes its own maps beside the official ones.
     official = {
         name: path
@@ -183,7 +155,7 @@ def _find_coco(source: Path, split: str) -> FoundSplit:
     return _paired(
         _by_stem(images, ".jpg"),
         official,
-        LabelReader(_read_values, table, vocabulary.ignore_index),
+        LabelReader(_read_values, _table({**stored, 255: vocabulary.ignore_index}), vocabulary.ignore_index),
         "pixel values of stuffthingmaps, plus 1, are COCO-Stuff's ids; 255 = no label",
     )
 
@@ -196,7 +168,7 @@ def _find_ade_150(source: Path, split: str) -> FoundSplit:
     return _paired(
         _by_stem(images, ".jpg"),
         _by_stem(maps, ".png"),
-        LabelReader(_read_values, _shifted_table("ade20k_150"), load_vocabulary("ade20k_150").ignore_index),
+        _shifted_reader("ade20k_150", _read_values),
         "pixel values of annotations, less 1; 0 = no label",
     )
 
@@ -223,11 +195,10 @@ def _find_ade_847(source: Path, split: str) -> FoundSplit:
     known = {source_id: index for index, source_id in enumerate(vocabulary.source_ids or ())}
     # Most of the classes of the full list are none of the 847.
     others = dict.fromkeys(range(_ADE_FULL_CLASSES + 1), vocabulary.ignore_index)
-    table = _table(_ADE_FULL_CLASSES + 1, {**others, **known})
     return _paired(
         images,
         maps,
-        LabelReader(_read_ade_colors, table, vocabulary.ignore_index),
+        LabelReader(_read_ade_colors, _table({**others, **known}), vocabulary.ignore_index),
         "red // 10 * 256 + green of *_seg.png is the id in the full list; classes outside the 847 = no label; "
         "images and label maps in full size",
     )
@@ -236,56 +207,33 @@ def _find_ade_847(source: Path, split: str) -> FoundSplit:
 def _find_voc(source: Path, split: str) -> FoundSplit:
     root = _voc_root(source, "VOC2012")
     augmented = split == "train_aug"
-    names = {"train": ("train",), "validation": ("val",), "train_aug": ("train_aug", "trainaug")}[split]
-    listed = _read_list(_first_file(root, tuple(f"ImageSets/Segmentation/{name}.txt" for name in names)))
+    lists = {"train": ("train",), "validation": ("val",), "train_aug": ("train_aug", "trainaug")}[split]
+    names = _read_list(_first_file(root, tuple(f"ImageSets/Segmentation/{name}.txt" for name in lists)))
     maps = _folder(root, ("",), ("SegmentationClassAug" if augmented else "SegmentationClass",), ".png")
-    vocabulary = load_vocabulary("pascal_voc_20")
-    table = _shifted_table("pascal_voc_20", size=256, extra={255: vocabulary.ignore_index})
     return _listed_pairs(
-        listed,
+        names,
         _by_stem(root / "JPEGImages", ".jpg"),
         _by_stem(maps, ".png"),
-        LabelReader(_read_values, table, vocabulary.ignore_index),
+        _shifted_reader("pascal_voc_20", _read_values, no_label=(0, 255)),
         f"palette indices of {maps.name}, less 1; background (0) and 255 = no label",
     )
 
 
 def _find_context_459(source: Path, split: str) -> FoundSplit:
     maps = _folder(source, _voc_roots("VOC2010"), ("trainval",), ".mat")
-    reader = LabelReader(
-        _read_matlab, _shifted_table("pascal_context_459"), load_vocabulary("pascal_context_459").ignore_index
-    )
+    reader = _shifted_reader("pascal_context_459", _read_matlab)
     return _context_pairs(source, split, _by_stem(maps, ".mat"), reader, "LabelMap of trainval/*.mat, less 1")
 
 
 def _find_context_59(source: Path, split: str) -> FoundSplit:
-    vocabulary = load_vocabulary("pascal_context_59")
-    releases: tuple[tuple[str, str, Callable[[Path], np.ndarray], Callable[[Path], np.ndarray], str], ...] = (
-        ("trainval", ".mat", _read_matlab, _table_from_459, "LabelMap of trainval/*.mat, mapped by class name"),
-        (
-            "SegmentationClassContext",
-            ".png",
-            _read_values,
-            lambda _: _shifted_table("pascal_context_59"),
-            "pixel values of SegmentationClassContext (alphabetical), less 1",
-        ),
-        (
-            "59_context_labels",
-            ".png",
-            _read_values,
-            _table_from_59_labels,
-            "pixel values of 59_context_labels, mapped by class name",
-        ),
-    )
     roots = _voc_roots("VOC2010")
-    for folder, suffix, decode, table, layout in releases:
+    for folder, suffix, make_reader, layout in _CONTEXT_59_RELEASES:
         try:
             maps = _folder(source, roots, (folder,), suffix)
         except MissingFolderError:
             continue
-        reader = LabelReader(decode, table(maps.parent), vocabulary.ignore_index)
-        return _context_pairs(source, split, _by_stem(maps, suffix), reader, layout)
-    looked_for = ", ".join(f"{release[0]}/*{release[1]}" for release in releases)
+        return _context_pairs(source, split, _by_stem(maps, suffix), make_reader(maps.parent), layout)
+    looked_for = ", ".join(f"{folder}/*{suffix}" for folder, suffix, *_ in _CONTEXT_59_RELEASES)
     raise MissingFolderError(
         f"{source} holds no label files of Pascal-Context: looked for {looked_for} in {_places(roots)}; "
         f"{_what_is_in(source)}."
@@ -295,7 +243,7 @@ def _find_context_59(source: Path, split: str) -> FoundSplit:
 def _context_pairs(source: Path, split: str, maps: dict[str, Path], reader: LabelReader, layout: str) -> FoundSplit:
     root = _voc_root(source, "VOC2010")
     name = {"train": "train", "validation": "val"}[split]
-    listed = _first_file(
+    list_file = _first_file(
         root,
         (
             f"ImageSets/SegmentationContext/{name}.txt",
@@ -305,20 +253,21 @@ def _context_pairs(source: Path, split: str, maps: dict[str, Path], reader: Labe
             f"ImageSets/Main/{name}.txt",
         ),
     )
-    layout = f"{layout}; 0 = no label; split by {listed.relative_to(root).as_posix()}"
-    return _listed_pairs(_read_list(listed), _by_stem(root / "JPEGImages", ".jpg"), maps, reader, layout)
+    layout = f"{layout}; 0 = no label; split by {list_file.relative_to(root).as_posix()}"
+    return _listed_pairs(_read_list(list_file), _by_stem(root / "JPEGImages", ".jpg"), maps, reader, layout)
 
 
-def _table_from_459(_: Path) -> np.ndarray:
-    """Class index among the 59 of each of the 459 ids, found by name."""
+def _reader_of_459(_: Path) -> LabelReader:
+    """Finds each of the 459 ids among the 59 classes by name."""
     few, many = load_vocabulary("pascal_context_59"), load_vocabulary("pascal_context_459")
     ids = {name: index + 1 for index, name in enumerate(many.classes)}
     named = {ids[_CONTEXT_SYNONYMS.get(name, name)]: index for index, name in enumerate(few.classes)}
-    return _table(len(many) + 1, {**dict.fromkeys(range(len(many) + 1), few.ignore_index), **named})
+    others = dict.fromkeys(range(len(many) + 1), few.ignore_index)
+    return LabelReader(_read_matlab, _table({**others, **named}), few.ignore_index)
 
 
-def _table_from_59_labels(folder: Path) -> np.ndarray:
-    """Class index of each value of the official PNG files, by the names in 59_labels.txt where it is at hand."""
+def _reader_of_59_labels(folder: Path) -> LabelReader:
+    """Reads the official PNG files, by the names in 59_labels.txt where it is at hand."""
     vocabulary = load_vocabulary("pascal_context_59")
     indices = {_CONTEXT_SYNONYMS.get(name, name): index for index, name in enumerate(vocabulary.classes)}
     path = folder / "59_labels.txt"
@@ -329,45 +278,43 @@ def _table_from_59_labels(folder: Path) -> np.ndarray:
     named = {number: indices.get(_CONTEXT_SYNONYMS.get(name, name), _UNKNOWN) for number, name in entries.items()}
     if sorted(named) != list(range(1, 60)) or set(named.values()) != set(range(59)):
         raise ValueError(f"{path} does not number Pascal-Context's 59 classes from 1 to 59, one `1: name` a line.")
-    return _table(
-        60, {0: vocabulary.ignore_index, **{key: value for key, value in named.items() if value is not None}}
-    )
+    return LabelReader(_read_values, _table({0: vocabulary.ignore_index, **named}), vocabulary.ignore_index)
 
 
-def _shifted_table(name: str, size: int | None = None, extra: Mapping[int, int] | None = None) -> np.ndarray:
-    """Stored 0 = no label, class c is stored as c + 1."""
+def _shifted_reader(name: str, decode: Callable[[Path], np.ndarray], no_label: tuple[int, ...] = (0,)) -> LabelReader:
+    """Class c is stored as c + 1."""
     vocabulary = load_vocabulary(name)
     classes = {index + 1: index for index in range(len(vocabulary))}
-    return _table(size or len(vocabulary) + 1, {0: vocabulary.ignore_index, **classes, **(extra or {})})
+    table = _table({**dict.fromkeys(no_label, vocabulary.ignore_index), **classes})
+    return LabelReader(decode, table, vocabulary.ignore_index)
 
 
-def _table(size: int, entries: Mapping[int, int]) -> np.ndarray:
-    table = np.full(size, _UNKNOWN, dtype=np.int32)
+def _table(entries: Mapping[int, int]) -> np.ndarray:
+    """Class index of each stored value, see `LabelReader`."""
+    table = np.full(max(entries) + 1, _UNKNOWN, dtype=np.int32)
     table[list(entries)] = list(entries.values())
     return table
 
 
 def _read_values(path: Path) -> np.ndarray:
     """Values of a grey PNG file, or indices of a palette one."""
-    try:
-        with Image.open(path) as image:
-            if len(image.getbands()) > 1:
-                raise ValueError(f"it has mode {image.mode}, expected one channel")
-            return np.asarray(image).astype(np.int32)
-    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnreadableFileError(f"{path} cannot be read as a label map: {error}.") from error
+    return _read_png(path, bands=1, expected="one channel").astype(np.int32)
 
 
 def _read_ade_colors(path: Path) -> np.ndarray:
     """Ids in ADE20K's full list, which its files code as colours."""
-    try:
-        with Image.open(path) as image:
-            if image.mode != "RGB":
-                raise ValueError(f"it has mode {image.mode}, expected RGB")
-            colors = np.asarray(image)
-    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnreadableFileError(f"{path} cannot be read as an RGB-coded label map: {error}.") from error
+    colors = _read_png(path, bands=3, expected="RGB")
     return colors[..., 0].astype(np.int32) // 10 * 256 + colors[..., 1]
+
+
+def _read_png(path: Path, bands: int, expected: str) -> np.ndarray:
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            if len(image.getbands()) != bands:
+                raise ValueError(f"it has mode {image.mode}, expected {expected}")
+            return np.asarray(image)
+    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UnreadableFileError(f"{path} cannot be read as a label map: {one_line(error)}.") from error
 
 
 def _read_matlab(path: Path) -> np.ndarray:
@@ -380,9 +327,7 @@ def _read_matlab(path: Path) -> np.ndarray:
         raise UnreadableFileError(f"{path} holds no matrix LabelMap: expected a file of Pascal-Context.") from error
     except Exception as error:
         # The reader raises whatever a damaged file makes it stumble over.
-        raise UnreadableFileError(
-            f"{path} cannot be read as a MATLAB file: {error or type(error).__name__}"
-        ) from error
+        raise UnreadableFileError(f"{path} cannot be read as a MATLAB file: {one_line(error)}.") from error
     if values.ndim != 2 or values.dtype.kind not in "ui" or values.size == 0:
         raise UnreadableFileError(
             f"{path}: LabelMap is of type {values.dtype} and shape {values.shape}: expected integers (height, width)."
@@ -392,24 +337,18 @@ def _read_matlab(path: Path) -> np.ndarray:
 
 def _folder(source: Path, roots: Sequence[str], names: Sequence[str], suffix: str | None) -> Path:
     """The first of the folders that holds a file that ends with `suffix`, or anything if that is None."""
-    _require_folder(source)
+    if not source.is_dir():
+        what = "is a file" if source.is_file() else "does not exist"
+        raise ValueError(f"{source} {what}: pass the folder into which the official archives were unpacked.")
     for root in roots:
         for name in names:
             folder = source / root / name
-            if folder.is_dir() and _holds(folder, suffix):
+            if folder.is_dir() and (any(folder.iterdir()) if suffix is None else _by_stem(folder, suffix)):
                 return folder
     files = "" if suffix is None else f" with {suffix} files"
     raise MissingFolderError(
         f"{source} has no folder {' or '.join(names)}{files}; looked in {_places(roots)}; {_what_is_in(source)}."
     )
-
-
-def _holds(folder: Path, suffix: str | None) -> bool:
-    with os.scandir(folder) as entries:
-        return any(
-            suffix is None or (entry.name.lower().endswith(suffix) and not entry.name.startswith("."))
-            for entry in entries
-        )
 
 
 def _voc_roots(year: str) -> tuple[str, ...]:
@@ -427,23 +366,13 @@ def _first_file(root: Path, names: Sequence[str]) -> Path:
     raise MissingFolderError(f"{root} has no list {' or '.join(names)}, which says what belongs to the split.")
 
 
-def _require_folder(source: Path) -> None:
-    if not source.is_dir():
-        what = "is a file" if source.is_file() else "does not exist"
-        raise ValueError(f"{source} {what}: pass the folder into which the official archives were unpacked.")
-
-
 def _places(roots: Iterable[str]) -> str:
     return ", ".join("the folder itself" if root == "" else root for root in roots)
 
 
 def _what_is_in(source: Path) -> str:
     names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in source.iterdir())
-    if not names:
-        return "it is empty"
-    return f"it holds {', '.join(names[:_LISTED])}" + (
-        f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    )
+    return f"it holds {listed(names, _LISTED)}" if names else "it is empty"
 
 
 def _by_stem(folder: Path, suffix: str) -> dict[str, Path]:
@@ -481,92 +410,50 @@ def _paired(images: dict[str, Path], maps: dict[str, Path], reader: LabelReader,
 
 
 def _listed_pairs(
-    listed: Sequence[str], images: dict[str, Path], maps: dict[str, Path], reader: LabelReader, layout: str
+    names: Sequence[str], images: dict[str, Path], maps: dict[str, Path], reader: LabelReader, layout: str
 ) -> FoundSplit:
     """Images and label maps that an official list names."""
     return FoundSplit(
-        pairs=tuple(Pair(images[name], maps[name]) for name in listed if name in images and name in maps),
-        without_label_map=tuple(name for name in listed if name in images and name not in maps),
-        without_image=tuple(name for name in listed if name not in images),
+        pairs=tuple(Pair(images[name], maps[name]) for name in names if name in images and name in maps),
+        without_label_map=tuple(name for name in names if name in images and name not in maps),
+        without_image=tuple(name for name in names if name not in images),
         reader=reader,
         layout=layout,
     )
 
 
-_CONTEXT_COUNTS = {
-    # VOC2010's own lists, and those of the PASCAL in Detail challenge, which lack two and one.
-    "train": (4998, 4996),
-    "validation": (5105, 5104),
+_CONTEXT_59_RELEASES: tuple[tuple[str, str, Callable[[Path], LabelReader], str], ...] = (
+    ("trainval", ".mat", _reader_of_459, "LabelMap of trainval/*.mat, mapped by class name"),
+    (
+        "SegmentationClassContext",
+        ".png",
+        lambda _: _shifted_reader("pascal_context_59", _read_values),
+        "pixel values of SegmentationClassContext (alphabetical), less 1",
+    ),
+    (
+        "59_context_labels",
+        ".png",
+        _reader_of_59_labels,
+        "pixel values of 59_context_labels, mapped by class name",
+    ),
+)
+"""Folder, ending, reader and description of the label files in which Pascal-Context was released."""
+
+_FINDERS = {
+    "coco_stuff_171": _find_coco,
+    "ade20k_150": _find_ade_150,
+    "ade20k_847": _find_ade_847,
+    "pascal_context_59": _find_context_59,
+    "pascal_context_459": _find_context_459,
+    "pascal_voc_20": _find_voc,
 }
-_CONTEXT_LISTS = (
-    "ImageSets/SegmentationContext/{train,val}.txt, pascalcontext_{train,val}.txt or ImageSets/Main/{train,val}.txt"
-)
-
-_PRESETS = (
-    Preset(
-        name="coco_stuff_171",
-        title="COCO-Stuff 164K",
-        homepage="https://github.com/nightrome/cocostuff",
-        counts={"train": (118_287,), "validation": (5_000,)},
-        expected="{train,val}2017/*.jpg (or images/...) and stuffthingmaps/{train,val}2017/*.png (or annotations/...)",
-        find=_find_coco,
-    ),
-    Preset(
-        name="ade20k_150",
-        title="ADE20K, scene parsing challenge (ADEChallengeData2016)",
-        homepage="http://sceneparsing.csail.mit.edu",
-        counts={"train": (20_210,), "validation": (2_000,)},
-        expected="images/{training,validation}/*.jpg and annotations/{training,validation}/*.png",
-        find=_find_ade_150,
-    ),
-    Preset(
-        name="ade20k_847",
-        title="ADE20K, full (ADE20K_2021_17_01)",
-        homepage="https://ade20k.csail.mit.edu",
-        counts={"train": (25_574,), "validation": (2_000,)},
-        expected="images/ADE/{training,validation}/**/NAME.jpg with NAME_seg.png",
-        find=_find_ade_847,
-    ),
-    Preset(
-        name="pascal_context_59",
-        title="Pascal-Context, 59 classes",
-        homepage="https://cs.stanford.edu/~roozbeh/pascal-context",
-        counts=_CONTEXT_COUNTS,
-        expected=(
-            "VOC2010/JPEGImages/*.jpg with trainval/*.mat (or SegmentationClassContext/*.png, or "
-            f"59_context_labels/*.png), and {_CONTEXT_LISTS}"
-        ),
-        find=_find_context_59,
-    ),
-    Preset(
-        name="pascal_context_459",
-        title="Pascal-Context, 459 classes",
-        homepage="https://cs.stanford.edu/~roozbeh/pascal-context",
-        counts=_CONTEXT_COUNTS,
-        expected=f"VOC2010/JPEGImages/*.jpg with trainval/*.mat, and {_CONTEXT_LISTS}",
-        find=_find_context_459,
-    ),
-    Preset(
-        name="pascal_voc_20",
-        title="Pascal VOC 2012",
-        homepage="http://host.robots.ox.ac.uk/pascal/VOC/voc2012",
-        counts={"train": (1_464,), "validation": (1_449,), "train_aug": (10_582,)},
-        expected=(
-            "VOC2012/JPEGImages/*.jpg, SegmentationClass/*.png and ImageSets/Segmentation/{train,val}.txt; for "
-            "train_aug SegmentationClassAug/*.png and ImageSets/Segmentation/train_aug.txt"
-        ),
-        find=_find_voc,
-    ),
-)
-
 
 __all__ = [
     "FoundSplit",
     "LabelReader",
     "MissingFolderError",
     "Pair",
-    "Preset",
     "UnknownValueError",
     "UnreadableFileError",
-    "load_preset",
+    "find_files",
 ]

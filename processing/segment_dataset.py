@@ -1,0 +1,640 @@
+"""
+Labels a whole data set: images in, parquet files with label maps out.
+
+The data set is cut into shards of `shard_size` consecutive rows. Shard 7 becomes the file `part-000007.parquet`, which
+appears complete or not at all, and a shard whose file is there is done: so a run that was killed at any moment goes on
+where it was. Images share a batch with others of their shard only: who labels a shard changes nothing in the result.
+
+One process labels the shards in turn, with what `datasets` opens:
+
+    segmenter = Segmenter(model, processor)
+    segment_dataset(segmenter, segmenter.vocabulary("sky, road"), rows, "labelled")
+
+Several GPUs or machines share them out with Ray Data. Every actor of a pool holds one model, opens the data set itself,
+and writes part files of its own, as the one process does. A shard whose actor died is labelled by another one, and
+when everything died, the same call goes on. All machines have to see images and output folder under the same path (or
+Hub id):
+
+    ray.init("auto")
+    segment_dataset_with_ray(load, open_rows, "/shared/labelled")
+
+The result is a data set: `datasets.load_dataset(folder)` reads it, and so do training and evaluation if the images
+are stored with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from tqdm import tqdm
+
+from .files import replacing_file, write_json, write_text
+from .images_san import load_image, open_image
+from .wording_san import one_line
+
+if TYPE_CHECKING:
+    from .segmenter import PreparedImages, Segmentation, Segmenter, Vocabulary
+
+RUN_FILE, LABELS_FILE, CARD_FILE = "run.json", "id2label.json", "README.md"
+"""Beside the part files: what they hold the results of, their labels, and how `datasets` and the Hub read them."""
+
+ROW, IMAGE, ANNOTATION, SCORES, SEGMENTS, ERROR = "row", "image", "annotation", "scores", "segments", "error"
+"""Columns of the part files."""
+
+_PART = r"part-(\d{6,})\.parquet"
+_BYTE_LABELS = 255
+"""Up to so many labels a map has 8 bits; 255 stays free for "no label"."""
+
+_BATCHES_AT_ONCE = 4
+"""Images of so many batches are sorted by their padded size."""
+
+_VOLATILE = {"_name_or_path", "architectures", "auto_map", "custom_pipelines", "dtype", "transformers_version"}
+"""Entries of a config that say nothing about what the model computes."""
+
+_Shard = tuple[int, Sequence[Mapping[str, Any]]]
+_Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """
+    What goes into the part files, and how.
+
+    Attributes:
+        keep_columns: of the data set, to store as well.
+        with_images: store the images, encoded as they came.
+        with_scores: store a map of the winning scores in thousandths, of 16 bits.
+        shard_size: rows of a part file.
+        batch_size: images that the model sees at once.
+        strict: end at the first image that cannot be read.
+        workers: threads that read and decode images and encode label maps; by default one for each core, 16 at most.
+    """
+
+    keep_columns: tuple[str, ...] = ()
+    with_images: bool = False
+    with_scores: bool = False
+    shard_size: int = 256
+    batch_size: int = 8
+    strict: bool = False
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that make no sense, and columns that would sit on those of the result."""
+        for name in ("shard_size", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: pass a whole number of at least 1")
+        if taken := {ROW, IMAGE, ANNOTATION, SCORES, SEGMENTS, ERROR}.intersection(self.keep_columns):
+            raise ValueError(f"column {min(taken)!r} cannot be kept: the result has one of that name, rename it")
+
+
+@dataclass(frozen=True)
+class Report:
+    """
+    What a run did, and what its folder holds.
+
+    Attributes:
+        images: rows labelled in this run.
+        parts: part files in the folder, of all runs.
+        total: rows in them.
+        failures: those among them whose image could not be read.
+        first_error: why the first of these could not.
+    """
+
+    images: int
+    parts: int
+    total: int
+    failures: int
+    first_error: str | None
+
+
+def segment_dataset(
+    segmenter: Segmenter,
+    vocabulary: Vocabulary,
+    rows: Dataset | IterableDataset,
+    output: str | os.PathLike,
+    options: Options | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Report:
+    """
+    Label a data set in this process, or what of it is not labelled yet.
+
+    Args:
+        segmenter: labels the images.
+        vocabulary: that it chooses from.
+        rows: a data set with the column `image`; of a stream two shards are in memory at most.
+        output: folder for the part files; one that holds a part of the same run is continued.
+        options: what to write.
+        settings: what else decides the results, such as prompt templates: a folder begun with others is refused.
+        about: what else `run.json` should say, for people.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: the folder holds something else, there is no such column, or (strict) an image cannot be read.
+        OSError: a file cannot be written. What was written stays, and the next run goes on from there.
+    """
+    options, output = options or Options(), Path(output)
+    rows = _encoded(rows, options)
+    _claim(output, vocabulary, _fingerprint(segmenter, vocabulary, rows, options, settings or {}), about or {})
+    labeler = _ShardLabeler(segmenter, vocabulary, rows.features, output, options)
+    return _follow(labeler.run(_shards(rows, output, options)), rows, output, options, progress)
+
+
+def segment_dataset_with_ray(
+    load: Callable[[str | None], tuple[Segmenter, Vocabulary]],
+    open_rows: Callable[[], Dataset | IterableDataset],
+    output: str | os.PathLike,
+    options: Options | None = None,
+    *,
+    actors: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Report:
+    """
+    Label a data set with the GPUs of a Ray cluster, or its CPUs where it has none: the same files as without Ray.
+
+    The cluster is the one that `ray.init` was called for, else one of this machine.
+
+    Args:
+        load: makes the segmenter and its vocabulary on a device, None standing for the best there is. It is called
+            with "cpu" here, and with None in every actor.
+        open_rows: opens the data set, here and in every actor; a stream is read by one task for all of them.
+        output: folder for the part files, which all machines share.
+        options: as for `segment_dataset`, and so are `settings`, `about` and `progress`.
+        actors: how many models; by default one for each GPU, or one for each machine.
+
+    Raises:
+        ImportError: Ray is not installed.
+        ValueError: as for `segment_dataset`.
+        OSError: an actor cannot go on, for any of those reasons, or the machines do not share the folder.
+    """
+    import ray
+
+    options, output = options or Options(), Path(output).absolute()
+    segmenter, vocabulary = load("cpu")
+    rows = _encoded(open_rows(), options)
+    _claim(output, vocabulary, _fingerprint(segmenter, vocabulary, rows, options, settings or {}), about or {})
+    if not ray.is_initialized():
+        ray.init()
+    labelled = _run_actors(_Actor(load, open_rows, output, options), rows, actors)
+    report = _follow(labelled, rows, output, options, progress)
+    if isinstance(rows, Dataset) and (missing := len(_unfinished(rows, output, options.shard_size))):
+        raise OSError(f"{missing:,} part files are not in {output}: pass a folder that all machines share")
+    return report
+
+
+def _follow(labelled: Iterable[int], rows: Any, output: Path, options: Options, progress: bool) -> Report:
+    """Show a bar of numbers of images as they come, and say at the end what there is."""
+    total = len(rows) if isinstance(rows, Dataset) else None
+    done = sum(map(len, _errors_by_part(output).values()))
+    images = 0
+    with tqdm(desc="segmenting", total=total, initial=done, unit="image", disable=not progress) as bar:
+        for more in labelled:
+            images += more
+            bar.update(more)
+    parts = _errors_by_part(output)
+    errors = [
+        f"row {part * options.shard_size + position}: {error}"
+        for part in sorted(parts)
+        for position, error in enumerate(parts[part])
+        if error is not None
+    ]
+    return Report(images, len(parts), sum(map(len, parts.values())), len(errors), errors[0] if errors else None)
+
+
+# The data set
+
+
+def _encoded(rows: Any, options: Options) -> Any:
+    """The columns that are needed, with images encoded, so that what is passed over costs nothing."""
+    columns = [IMAGE, *dict.fromkeys(options.keep_columns)]
+    if missing := [name for name in columns if name not in (rows.features or {IMAGE: None})]:
+        raise ValueError(f"the data set has no column {missing[0]!r}, but {', '.join(rows.features or [])}")
+    if rows.features is None:
+        return rows
+    rows = rows.select_columns(columns)
+    for name, feature in rows.features.items():
+        if isinstance(feature, ImageFeature):
+            rows = rows.cast_column(name, ImageFeature(decode=False))
+    return rows
+
+
+def _unfinished(rows: Dataset, output: Path, size: int) -> list[int]:
+    """The shards without a part file; a damaged one does not count."""
+    numbers = range(-(-len(rows) // size))
+    return [n for n in numbers if len(_errors(output, n)) != min(size, len(rows) - n * size)]
+
+
+def _read_shard(rows: Dataset, number: int, size: int) -> _Shard:
+    return number, rows.select(range(number * size, min((number + 1) * size, len(rows)))).to_list()
+
+
+def _shards(rows: Any, output: Path, options: Options) -> Iterator[_Shard]:
+    """The shards without a part file, with their rows; of a stream the others pass by."""
+    size = options.shard_size
+    if isinstance(rows, Dataset):
+        yield from (_read_shard(rows, number, size) for number in _unfinished(rows, output, size))
+        return
+    stream = iter(rows)
+    for number in count():
+        if not (shard := list(islice(stream, size))):
+            return
+        if len(_errors(output, number)) != len(shard):
+            yield number, shard
+
+
+def _open(value: Any) -> tuple[bytes | None, Any]:
+    """A column's entry as the file it came as, if it came as one, and as an upright image."""
+    if isinstance(value, Mapping):
+        content = value.get("bytes")
+        if content is None and value.get("path"):
+            with fsspec.open(value["path"], "rb") as file:
+                content = file.read()
+        value = content
+    if value is None:
+        raise ValueError("the image is missing")
+    if not isinstance(value, bytes):
+        return None, load_image(value, "the image")
+    with open_image(value) as image:
+        # PIL refuses images from twice as many pixels only, which take gigabytes
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None and image.width * image.height > limit:
+            raise ValueError(f"the image has {image.width} x {image.height} pixels, more than the {limit:,} allowed")
+        return value, load_image(image, "the image")
+
+
+# Labelling
+
+
+class _ShardLabeler:
+    """Labels shards and writes their part files. The model computes in the caller's thread, all else in others."""
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        vocabulary: Vocabulary,
+        features: Mapping[str, Any] | None,
+        output: Path,
+        options: Options,
+    ) -> None:
+        self.segmenter, self.vocabulary = segmenter, vocabulary
+        self.output, self.options = output, options
+        self.features = _result_features(features, options)
+        self.map_type = np.uint8 if len(vocabulary.shown_labels) <= _BYTE_LABELS else np.uint16
+
+    def run(self, shards: Iterable[_Shard]) -> Iterator[int]:
+        """Label shards, and say how many images were; what is complete reaches the disk whatever ends the run."""
+        with ExitStack() as stack:
+            # They stop in the opposite order: the writer waits for rows that the pool encodes
+            pool = ThreadPoolExecutor(self.options.workers or min(16, os.cpu_count() or 1), "image")
+            stack.callback(pool.shutdown, cancel_futures=True)
+            writer = ThreadPoolExecutor(1, "writer")
+            stack.callback(writer.shutdown)
+            reader = ThreadPoolExecutor(1, "reader")
+            stack.callback(reader.shutdown, cancel_futures=True)
+
+            windows = self._begin_windows(shards, pool)
+            upcoming = reader.submit(next, windows, None)
+            rows: list[Future[_Row]] = []
+            written: Future[None] | None = None
+            while (window := upcoming.result()) is not None:
+                # The next images are read and decoded, and the last ones encoded, while the model computes
+                upcoming = reader.submit(next, windows, None)
+                shard, images, is_last = window
+                labelled = self._label([image.result() for image in images], pool)
+                wait(rows)
+                rows += labelled
+                if is_last:
+                    if written is not None:
+                        written.result()
+                    written, rows = writer.submit(self._write, shard, rows), []
+                yield len(labelled)
+            if written is not None:
+                written.result()
+
+    def _begin_windows(
+        self, shards: Iterable[_Shard], pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[int, list[Future[tuple[_Row, PreparedImages | None]]], bool]]:
+        """Begin to read the images of a few batches; the number of their shard, the images, and whether it ends."""
+        size = _BATCHES_AT_ONCE * self.options.batch_size
+        for shard, rows in shards:
+            for start in range(0, len(rows), size):
+                numbered = enumerate(rows[start : start + size], shard * self.options.shard_size + start)
+                yield shard, [pool.submit(self._read, *row) for row in numbered], start + size >= len(rows)
+
+    def _read(self, number: int, values: Mapping[str, Any]) -> tuple[_Row, PreparedImages | None]:
+        """A row as far as it is known before the image is labelled, and the image if it can be read."""
+        row: _Row = {ROW: number, IMAGE: None, ANNOTATION: None, SCORES: None, SEGMENTS: [], ERROR: None}
+        row |= {name: _without_path(values[name]) for name in self.options.keep_columns}
+        try:
+            encoded, image = _open(values.get(IMAGE))
+            prepared = self.segmenter.prepare(image)
+        except Exception as error:
+            # Decoders of damaged files raise what they please
+            return row | {ERROR: one_line(error)[:300]}, None
+        if self.options.with_images:
+            row[IMAGE] = _png(np.asarray(image)) if encoded is None else {"bytes": encoded, "path": None}
+        return row, prepared
+
+    def _label(
+        self, images: Sequence[tuple[_Row, PreparedImages | None]], pool: ThreadPoolExecutor
+    ) -> list[Future[_Row]]:
+        """Rows of the part file, on their way."""
+        finished: dict[int, Future[_Row]] = {}
+        alike = defaultdict(list)
+        for row, prepared in images:
+            if prepared is not None:
+                alike[prepared.pixel_values.shape].append((row, prepared))
+            elif self.options.strict:
+                raise ValueError(f"row {row[ROW]}: {row[ERROR]}")
+            else:
+                finished[row[ROW]] = pool.submit(self._finish, row, None)
+        for group in alike.values():
+            for start in range(0, len(group), self.options.batch_size):
+                rows, batch = zip(*group[start : start + self.options.batch_size], strict=True)
+                for row, segmentation in zip(rows, self._segment(rows, batch), strict=True):
+                    finished[row[ROW]] = pool.submit(self._finish, row, segmentation)
+        return [finished[row[ROW]] for row, _ in images]
+
+    def _segment(self, rows: Sequence[_Row], batch: Sequence[PreparedImages]) -> list[Segmentation]:
+        """Label images of one padded size; one by one where the memory does not hold them all."""
+        try:
+            return self.segmenter.segment(batch, self.vocabulary)
+        except (MemoryError, RuntimeError) as error:
+            # On the CPU PyTorch has no type of its own for it
+            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+                raise
+            if len(batch) == 1:
+                raise ValueError(
+                    f"row {rows[0][ROW]}: the image does not fit into the memory of {self.segmenter.model.device}: "
+                    "free some of it, or compute on the CPU"
+                ) from error
+        torch.cuda.empty_cache()
+        return [self._segment([row], [image])[0] for row, image in zip(rows, batch, strict=True)]
+
+    def _finish(self, row: _Row, segmentation: Segmentation | None) -> _Row:
+        if segmentation is not None:
+            row[ANNOTATION] = _png(segmentation.label_map.numpy().astype(self.map_type))
+            row[SEGMENTS] = [
+                {"label": part.label, "index": part.index, "area": part.area, "mean_score": part.score}
+                for part in segmentation.segments()
+            ]
+            if self.options.with_scores:
+                # A score sums what all queries say of a pixel, and may be above 1
+                row[SCORES] = _png(np.rint(segmentation.scores.numpy() * 1000).clip(0, 65535).astype(np.uint16))
+        return {name: row[name] for name in self.features}
+
+    def _write(self, shard: int, rows: Sequence[Future[_Row]]) -> None:
+        path = _part_file(self.output, shard)
+        finished = [row.result() for row in rows]
+        try:
+            with replacing_file(path) as beside:
+                _write_rows(finished, self.features, beside)
+        except OSError as error:
+            # The reason may be a number only, or a sentence of pyarrow's that names the file beside
+            reason = os.strerror(error.errno) if error.errno else one_line(error)
+            raise OSError(
+                f"{path} cannot be written ({reason}): what is done stays; make room or choose another disk, and run "
+                "the same command again to go on"
+            ) from error
+
+
+def _result_features(features: Mapping[str, Any] | None, options: Options) -> Features:
+    """Columns of the part files; `features` are those of the data set."""
+    segment = {"label": Value("string"), "index": Value("int32"), "area": Value("float32")}
+    columns: dict[str, Any] = {ROW: Value("int64"), **{name: (features or {})[name] for name in options.keep_columns}}
+    columns |= {IMAGE: ImageFeature()} if options.with_images else {}
+    columns |= {ANNOTATION: ImageFeature()} | ({SCORES: ImageFeature()} if options.with_scores else {})
+    columns |= {SEGMENTS: [segment | {"mean_score": Value("float32")}], ERROR: Value("string")}
+    decoded = {name: ImageFeature() if isinstance(kind, ImageFeature) else kind for name, kind in columns.items()}
+    return Features(decoded)
+
+
+def _png(pixels: np.ndarray) -> dict[str, Any]:
+    """An array of 8 or 16 bits as a PNG file, without loss, in the form of a column of images."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def _without_path(value: Any) -> Any:
+    """An encoded file without its path, which `datasets` would store in place of the content."""
+    is_file = isinstance(value, Mapping) and set(value) == {"bytes", "path"} and value["bytes"] is not None
+    return value | {"path": None} if is_file else value
+
+
+def _write_rows(rows: Sequence[Mapping[str, Any]], features: Features | None, place: Any) -> None:
+    pq.write_table(Dataset.from_list([dict(row) for row in rows], features=features).data.table, place)
+
+
+# Ray
+
+
+class _Actor:
+    """What works in a process of its own: there it opens the data set, and loads the model with its first shard."""
+
+    def __init__(self, load: Callable, open_rows: Callable, output: Path, options: Options) -> None:
+        self.arguments = load, open_rows, output, options
+        self.labeler: _ShardLabeler | None = None
+
+    def read_stream(self, batch: Any) -> Iterator[dict[str, Any]]:
+        """The shards of a stream without a part file, each in one value, which no block cuts."""
+        _, open_rows, output, options = self.arguments
+        rows = _encoded(open_rows(), options)
+        for number, shard in _shards(rows, output, options):
+            _write_rows(shard, rows.features, content := io.BytesIO())
+            yield {"number": [number], "rows": np.array([content.getvalue()], dtype=object)}
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """Label one shard. What the user has to mend comes back as a sentence, in place of Ray's pages."""
+        load, open_rows, output, options = self.arguments
+        try:
+            if self.labeler is None:
+                self.rows = _encoded(open_rows(), options)
+                self.labeler = _ShardLabeler(*load(None), self.rows.features, output, options)
+            number = int(batch["number"][0])
+            if "rows" in batch:
+                shard = number, pq.read_table(io.BytesIO(batch["rows"][0])).to_pylist()
+            else:
+                shard = _read_shard(self.rows, number, options.shard_size)
+            # Ray asks again where an actor died before it could say that it was done
+            is_done = len(_errors(output, number)) == len(shard[1])
+            return {"images": [0 if is_done else sum(self.labeler.run([shard]))], "stopped": [""]}
+        except (OSError, ValueError) as error:
+            return {"images": [0], "stopped": [str(error)]}
+
+
+def _run_actors(actor: _Actor, rows: Any, actors: int | None) -> Iterator[int]:
+    """Let a pool of actors label what has no part file yet; the number of images of each shard."""
+    import ray
+    import ray.data
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    actors = actors or gpus or len(nodes)
+    # Ray gives an actor as many threads as CPUs
+    cpus = min(*(node["CPU"] for node in nodes), sum(node["CPU"] for node in nodes) // actors)
+    if isinstance(rows, Dataset):
+        _, _, output, options = actor.arguments
+        items = [{"number": number} for number in _unfinished(rows, output, options.shard_size)]
+        shards = ray.data.from_items(items, override_num_blocks=max(1, min(len(items), 10_000)))
+    else:
+        # One reader, which needs no CPU of its own: with the needs of an actor Ray would let that one read
+        shards = ray.data.from_items([{}]).map_batches(actor.read_stream, num_cpus=0)
+    labelled = shards.map_batches(
+        _Actor,
+        fn_constructor_args=actor.arguments,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        **({"num_gpus": 1} if gpus else {"num_cpus": max(1, int(cpus))}),
+    )
+    labelled.context.enable_progress_bars = False
+    # One shard is one block, which goes to whichever actor is free
+    labelled.context.target_max_block_size = 1
+    for outcome in labelled.iter_rows():
+        if outcome["stopped"]:
+            raise OSError(outcome["stopped"])
+        yield outcome["images"]
+
+
+# The folder
+
+
+def _part_file(output: Path, number: int) -> Path:
+    return output / f"part-{number:06d}.parquet"
+
+
+def _errors(output: Path, number: int) -> list[str | None]:
+    """The errors of a part file, None for most of its rows; an empty list if it is not there, or damaged."""
+    try:
+        with pq.ParquetFile(_part_file(output, number)) as file:
+            return file.read(columns=[ERROR])[ERROR].to_pylist()
+    except (OSError, ValueError, KeyError):
+        # pyarrow's own errors are ValueErrors
+        return []
+
+
+def _errors_by_part(output: Path) -> dict[int, list[str | None]]:
+    matches = (re.fullmatch(_PART, path.name) for path in output.iterdir())
+    errors = {number: _errors(output, number) for number in (int(match[1]) for match in matches if match)}
+    return {number: rows for number, rows in errors.items() if rows}
+
+
+def _claim(output: Path, vocabulary: Vocabulary, run: Mapping[str, str], about: Mapping[str, Any]) -> None:
+    """
+    Make a folder this run's own.
+
+    Raises:
+        ValueError: it is another run's, or holds files of unknown origin where this one would write.
+    """
+    path, labels = output / RUN_FILE, vocabulary.shown_labels
+    if path.exists():
+        try:
+            found = dict(json.loads(path.read_text(encoding="utf-8"))["compared"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} cannot be read ({one_line(error)}): choose another folder") from error
+        if different := [name for name in {**run, **found} if found.get(name) != run.get(name)]:
+            raise ValueError(
+                f"{output} holds the results of another run (other {' and '.join(different)}): choose another folder, "
+                "or run it with the options that it was begun with"
+            )
+    else:
+        names = [*(file.name for file in output.glob("part-*.parquet")), LABELS_FILE, CARD_FILE]
+        if taken := [name for name in names if (output / name).exists()]:
+            raise ValueError(f"{output} holds {taken[0]} but no {RUN_FILE}, which says of what: choose another folder")
+        # First: what is there besides is this run's own
+        write_json(path, {**about, "labels": list(labels), "compared": dict(run)})
+    ours = rf"({_PART}|{'|'.join(map(re.escape, (RUN_FILE, LABELS_FILE, CARD_FILE)))})\.unfinished-[0-9a-f]{{8}}"
+    for leftover in output.iterdir():
+        if re.fullmatch(ours, leftover.name):
+            leftover.unlink(missing_ok=True)
+    if not (output / LABELS_FILE).exists():
+        write_json(output / LABELS_FILE, {str(index): label for index, label in enumerate(labels)})
+    if not (output / CARD_FILE).exists():
+        write_text(output / CARD_FILE, _CARD.format(labels="\n".join(f"- {label}" for label in labels)))
+
+
+_CARD = """\
+---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: part-*.parquet
+task_categories:
+- image-segmentation
+---
+Label maps that a Side Adapter Network drew. `row` is the number of the image in its data set, `annotation` the index
+of a label for each pixel, `segments` the labels present with the share of the image that they cover and their mean
+scores. Where an image could not be read, `error` says why and the annotation is missing.
+
+Labels, counted from 0:
+
+{labels}
+"""
+
+
+def _fingerprint(
+    segmenter: Segmenter, vocabulary: Vocabulary, rows: Any, options: Options, settings: Mapping[str, Any]
+) -> dict[str, str]:
+    """
+    What makes a run this one: two runs with the same entries write the same rows.
+
+    The batch size and the device are left out: they change nothing but rounding.
+    """
+    weights = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(segmenter.model.state_dict().items()):
+        weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    configs = [
+        json.loads(config.to_json_string(), object_hook=lambda entry: {k: entry[k] for k in entry.keys() - _VOLATILE})
+        for config in (segmenter.model.config, segmenter.processor.image_processor)
+    ]
+    if isinstance(rows, Dataset):
+        length, sample = len(rows), [rows[len(rows) * eighth // 8] for eighth in range(8 if len(rows) else 0)]
+    else:
+        length, sample = None, list(rows.take(2))
+    return {
+        "model": _digest([weights.hexdigest(), configs]),
+        "labels": _digest([vocabulary.labels, vocabulary.num_own, vocabulary.shown_labels]),
+        "dataset": _digest([length, [_describe(row.get(IMAGE)) for row in sample]]),
+        "shard_size": str(options.shard_size),
+        "columns": ", ".join(_result_features(rows.features, options)),
+        **{name: _digest(value) for name, value in settings.items()},
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+def _describe(value: Any) -> Any:
+    """The content of an image, or its name: the same wherever the data set lies."""
+    if not isinstance(value, Mapping):
+        return repr(value)[:1000]
+    return value.get("bytes") or Path(value.get("path") or "").name
+
+
+__all__ = ["RUN_FILE", "Options", "Report", "segment_dataset", "segment_dataset_with_ray"]

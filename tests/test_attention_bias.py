@@ -9,7 +9,7 @@ from conftest import TINY_VISION
 from torch import nn
 from torch.testing import assert_close
 
-from modeling_san.attention_bias import mask_regions, recognize_regions
+from modeling_san.attention_bias import recognize_regions
 from modeling_san.pooling import pool_attention_bias
 
 GRID = (4, 4)

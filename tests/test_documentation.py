@@ -117,10 +117,10 @@ def test_json_of_a_page_is_a_label_file(page, text, tmp_path):
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=str)
 def test_a_command_of_a_page_is_one(page, command, monkeypatch):
     monkeypatch.chdir(REPOSITORY / "examples")  # where the drawn world's recipe lies
-    modules = {"modeling_san.commands.main": "san", "modeling_san.training.train": "san train"}
+    programs = {"modeling_san.commands.main": "san"}
     if "-m" in command:
         module, *arguments = command[command.index("-m") + 1 :]
-        command = [*modules.get(module, module).split(), *arguments]
+        command = [programs.get(module, module), *arguments]
     with pytest.raises(SystemExit, match=r"^0$") if "--help" in command else nullcontext():
         if command[:2] == ["san", "train"]:
             parse_recipe(command[2:])

@@ -155,7 +155,7 @@ def as_arguments(options):
 
 
 def start_process(options, *program):
-    program = program or ("-m", "modeling_san.training.train")
+    program = program or ("-m", "modeling_san.commands.main", "train")
     return subprocess.Popen(
         [sys.executable, *program, *as_arguments(options)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -543,7 +543,7 @@ def test_two_processes_have_the_gradients_of_one_with_twice_the_batch(options, t
 
 def test_launched_on_two_processes_it_is_the_same_program(options):
     # `accelerate launch` starts several processes on GPUs only; on a CPU it hands over to torchrun or mpirun
-    launch = ["--nproc_per_node", "2", "--master_port", str(free_port()), "-m", "modeling_san.training.train"]
+    launch = ["--nproc_per_node", "2", "--master_port", str(free_port()), "-m", "modeling_san.commands.main", "train"]
     arguments = as_arguments({**options, "validation": options["dataset"]})
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *launch, *arguments],

@@ -1,8 +1,8 @@
 """
 Training with Accelerate: devices, processes, mixed precision and accumulation are its; the recipe is the paper's.
 
-`accelerate launch -m modeling_san.training.train --config recipe.yaml` is `san train --config recipe.yaml` on many
-processes.
+`accelerate launch -m modeling_san.commands.main train --config recipe.yaml` is `san train --config recipe.yaml` on
+many processes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import math
 import re
 import shutil
-import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -632,12 +631,6 @@ def _load_images(recipe: Recipe, source: str, split: str) -> Any:
         image_column=recipe.image_column,
         label_column=recipe.label_column,
     )
-
-
-if __name__ == "__main__":
-    from modeling_san.commands.main import main
-
-    sys.exit(main(["train", *sys.argv[1:]]))
 
 
 __all__ = ["NonFiniteLossError", "Progress", "Run", "compute_gradients", "prepare_run", "seed_step", "train"]

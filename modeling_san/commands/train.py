@@ -10,7 +10,7 @@ from .errors import CommandError, say
 
 _DESCRIPTION = """\
 Train a model as a recipe says: a YAML file whose keys are the options below, which change it. With `accelerate launch
--m modeling_san.training.train` in place of `san train` the same runs on several GPUs or machines.
+-m modeling_san.commands.main train` in place of `san train` the same runs on several GPUs or machines.
 
 OUTPUT_DIR holds in the end the model (from_pretrained loads it), metrics.jsonl, curves.png, overlays of the validation
 images after each evaluation, and checkpoints. Killed at any moment, the run goes on with --resume auto; SIGTERM and
@@ -21,7 +21,7 @@ example:
   san train --config fine_tune --model san-vit-b-16 --dataset train.parquet --validation val.parquet \\
       --labels classes.json --output-dir my-model
   san train --config my-model/recipe.yaml --resume auto
-  accelerate launch --num_processes 8 -m modeling_san.training.train --config coco_stuff_vit_b_16 \\
+  accelerate launch --num_processes 8 -m modeling_san.commands.main train --config coco_stuff_vit_b_16 \\
       --dataset coco_stuff --validation coco_stuff --output-dir san-vit-b-16
   san train --plot my-model
 

@@ -235,7 +235,7 @@ def make_page(
     concurrency: int = 1,
 ) -> gr.Blocks:
     """
-    The page of a model. `launch_page` gives it its looks.
+    The page of a model. `serve` gives it its looks.
 
     All that belongs to a visitor lies in the state of the visitor's own session, and in files that Gradio keeps under
     names nobody can guess and removes after half an hour.
@@ -390,7 +390,10 @@ def make_page(
         painted.select(choose_label, [result], [label, tabs], show_progress="hidden", **on_result)
         label.change(show_heat, [result, label], [heat], show_progress="hidden", **on_result)
         opacity.input(
-            None, [opacity], None, js="(percent) => document.documentElement.style.setProperty('--san-opacity', percent / 100)"
+            None,
+            [opacity],
+            None,
+            js="(percent) => document.documentElement.style.setProperty('--san-opacity', percent / 100)",
         )
         for kind, button in buttons.items():
             button.click(write_file(kind), [result, opacity], [saved], **on_result).success(
@@ -398,56 +401,6 @@ def make_page(
             )
     page.queue(max_size=_WAITING_VISITORS, api_open=False)
     return page
-
-
-def launch_page(
-    page: gr.Blocks, *, host: str | None = "127.0.0.1", port: int | None = None, share: bool = False
-) -> str:
-    """
-    Serve a page until it is closed, from threads of its own.
-
-    Args:
-        page: what `make_page` returned.
-        host: address to listen at; None leaves it to Gradio, which a Space tells where.
-        port: to listen at; None takes a free one from 7860 on.
-        share: let Gradio's servers pass the page on to anybody who knows its address.
-
-    Returns:
-        the page's address.
-
-    Raises:
-        OSError: the address cannot be listened at.
-    """
-    system = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
-    theme = Base(
-        primary_hue=colors.emerald,
-        neutral_hue=colors.slate,
-        radius_size=sizes.radius_lg,
-        font=system,
-        font_mono=("ui-monospace", "Menlo", "Consolas", "monospace"),
-    ).set(body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400")
-    _, local, shared = page.launch(
-        server_name=host,
-        server_port=port,
-        share=share,
-        prevent_thread_lock=True,
-        quiet=True,
-        inline=False,
-        show_error=False,
-        footer_links=[],
-        run_history=False,
-        enable_monitoring=False,
-        ssr_mode=False,
-        mcp_server=False,
-        pwa=False,
-        max_file_size=MAX_BYTES,
-        state_session_capacity=_KEPT_VISITORS,
-        theme=theme,
-        css=(_ASSETS / "app.css").read_text(encoding="utf-8"),
-        head=f"<script>{(_ASSETS / 'app.js').read_text(encoding='utf-8')}</script>",
-        app_kwargs={"middleware": [Middleware(_SafeHeaders)]},
-    )
-    return shared or local
 
 
 def serve(
@@ -459,30 +412,54 @@ def serve(
     host: str | None = "127.0.0.1",
     port: int | None = None,
     share: bool = False,
-    on_start: Callable[[str], None] | None = None,
+    on_start: Callable[[str], None] = print,
 ) -> None:
     """
     Make a page, serve it until Ctrl-C or SIGTERM, and remove all that was uploaded.
 
     Args:
-        model: see `make_page`.
-        processor: see `make_page`.
-        name: see `make_page`.
-        labels: see `make_page`.
-        host: see `launch_page`.
-        port: see `launch_page`.
-        share: see `launch_page`.
-        on_start: called with the page's address once it is served; None prints it.
+        model: see `make_page`, as for `processor`, `name` and `labels`.
+        processor: of the model.
+        name: of the model.
+        labels: words to begin with.
+        host: address to listen at; None leaves it to Gradio, which a Space tells where.
+        port: to listen at; None takes a free one from 7860 on.
+        share: let Gradio's servers pass the page on to anybody who knows its address.
+        on_start: called with the page's address once it is served.
 
     Raises:
         OSError: the address cannot be listened at.
         ValueError: a label cannot be used.
     """
+    # Nothing is fetched from elsewhere, fonts neither
+    fonts = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
+    theme = Base(
+        colors.emerald, neutral_hue=colors.slate, radius_size=sizes.radius_lg, font=fonts, font_mono=fonts[-1:]
+    )
     with _private_uploads(), _stopped_by_signals() as stopped:
         page = make_page(model, processor, name=name, labels=labels)
         try:
-            address = launch_page(page, host=host, port=port, share=share)
-            print(address, flush=True) if on_start is None else on_start(address)
+            _, local, shared = page.launch(
+                server_name=host,
+                server_port=port,
+                share=share,
+                prevent_thread_lock=True,
+                quiet=True,
+                inline=False,
+                footer_links=[],
+                run_history=False,
+                enable_monitoring=False,
+                ssr_mode=False,
+                mcp_server=False,
+                pwa=False,
+                max_file_size=MAX_BYTES,
+                state_session_capacity=_KEPT_VISITORS,
+                theme=theme,
+                css=(_ASSETS / "app.css").read_text(encoding="utf-8"),
+                head=f"<script>{(_ASSETS / 'app.js').read_text(encoding='utf-8')}</script>",
+                app_kwargs={"middleware": [Middleware(_SafeHeaders)]},
+            )
+            on_start(shared or local)
             stopped.wait()
         finally:
             page.close(verbose=False)
@@ -555,9 +532,7 @@ def _told_to_visitor() -> Iterator[None]:
     except (ValueError, MemoryError) as error:
         sentence = str(error) if isinstance(error, ValueError) else "The image does not fit into memory: shrink it"
         # Gradio shows messages as HTML, and they may quote what the visitor typed
-        raise gr.Error(
-            html.escape(sentence), title="This does not work", duration=8, print_exception=False
-        ) from error
+        raise gr.Error(html.escape(sentence), title="This does not work", duration=8, print_exception=False) from error
 
 
 def _still_here(result: Result | None) -> Result:

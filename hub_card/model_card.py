@@ -332,7 +332,9 @@ def _training_record(folder: Path) -> str | None:
     """What the run's own figures say of its end."""
     path = folder / METRICS_FILE
     lines = [line for line in read_metrics(path) if _is_number(line.get("loss"))] if path.is_file() else []
-    return f"The run's record ends at step {lines[-1]['step']} with a loss of {lines[-1]['loss']:.4g}." if lines else None
+    return (
+        f"The run's record ends at step {lines[-1]['step']} with a loss of {lines[-1]['loss']:.4g}." if lines else None
+    )
 
 
 # Measurements

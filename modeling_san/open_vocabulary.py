@@ -203,7 +203,11 @@ class OpenVocabularyModel(PreTrainedModel):
         """
         super().train(mode)
         for name, module in self.named_modules():
-            if not name or f"{name}.".startswith(self.own_parameters) or isinstance(module, GradientCheckpointingLayer):
+            if (
+                not name
+                or f"{name}.".startswith(self.own_parameters)
+                or isinstance(module, GradientCheckpointingLayer)
+            ):
                 continue
             own = list(module.parameters())
             if own and not any(parameter.requires_grad for parameter in own):

@@ -476,7 +476,8 @@ def segment(page, path, text):
     page.click("#san-run")
     page.wait_for_function(
         "(old) => document.querySelector('#san-painted .base-image').src !== old && "
-        "document.querySelectorAll('#san-painted .mask').length > 0",
+        "document.querySelector('#san-painted .mask') && "
+        "[...document.querySelectorAll('#san-painted img')].every((image) => image.complete && image.naturalWidth)",
         arg=before,
     )
 
@@ -526,7 +527,9 @@ def test_an_image_and_words_become_labels_heat_maps_and_files(visit, image, word
     assert button["y"] + button["height"] < 850
     # All words in one line, not ended by Enter: what was typed counts when the button is pressed
     segment(page, image, ", ".join(words))
-    page.wait_for_function("(count) => document.querySelectorAll('#san-words .token').length === count", arg=len(words))
+    page.wait_for_function(
+        "(count) => document.querySelectorAll('#san-words .token').length === count", arg=len(words)
+    )
     segments = result.shown.segments()
     assert found(page) == {one.label: f"{100 * one.area:.1f}" for one in segments}
     assert "brick" in page.locator("#san-notice").inner_text()
@@ -545,7 +548,7 @@ def test_an_image_and_words_become_labels_heat_maps_and_files(visit, image, word
     page.wait_for_selector(f"#san-heat >> text=score of {segments[1].label}")
     keep_screenshot(page, tmp_path, "heat.png")
     page.click("button[role=tab] >> text=Table")
-    page.wait_for_selector(f"#san-table >> text={segments[0].pixels}")
+    page.wait_for_selector(f"#san-table >> text={segments[0].pixels} >> visible=true")
 
 
 @pytest.mark.browser

@@ -426,7 +426,3 @@ def _to_indices(array: np.ndarray, name: str) -> np.ndarray:
 def _shape(array: np.ndarray) -> str:
     """A shape for an error message."""
     return " x ".join(map(str, array.shape))
-
-
-RASTER_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "QOI", "AVIF", "HEIF")
-"""Formats that images are read in, as far as PIL has them."""

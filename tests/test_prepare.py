@@ -46,11 +46,6 @@ def save_map(path, values, palette=False):
     image.save(path)
 
 
-def save_matlab(path, values):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    savemat(path, {"LabelMap": np.array(values, dtype=np.uint16)})
-
-
 def save_text(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
@@ -91,96 +86,113 @@ def only_map(output, split="train"):
 # ------------------------------------------------------------------------------------------------- what values become
 
 
+def write_image_and_map(source, image, label_map, values, lists=None):
+    """One image and its label map in an official layout, by the paths that the archives give them."""
+    save_image(source / image, (len(values[0]), len(values)))
+    path = source / label_map
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".mat":
+        savemat(path, {"LabelMap": np.array(values, dtype=np.uint16)})
+    elif np.ndim(values) == 3:
+        Image.fromarray(np.array(values, dtype=np.uint8)).save(path)
+    else:
+        save_map(path, values, palette="VOC2012" in label_map)
+    for name, text in (lists or {}).items():
+        save_text(source / name, text)
+
+
+COCO_VALUES = [[0, 12, 91, 181, 255]], [[0, 11, 80, 170, 255]], ["person", "stop sign", "banner", "wood"]
+# wall (2978 = 11 * 256 + 162) twice, building (312), airplane (14), adding machine (3148), none, one of the others
+ADE_COLORS = [[(110, 162, 9), (119, 162, 0), (10, 56, 200), (0, 14, 0), (120, 76, 1), (0, 0, 0), (0, 1, 3)]]
+ADE_NAMES = ["wall", "wall", "building, edifice", "airplane, aeroplane, plane", "adding machine, totalizer, totaliser"]
+CONTEXT, VOC = "JPEGImages/2008_000002.jpg", "VOCdevkit/VOC2012/"
+CONTEXT_LIST = {"ImageSets/SegmentationContext/train.txt": "2008_000002\n\n"}
+CONTEXT_459 = [[0, 1, 397, 459]], [[65535, 0, 396, 458]], ["accordion", "table", "wool"]
+
+CASES = {
+    # preset, image, label map, lists; stored values, class indices, names of those that are classes
+    "coco": ("coco_stuff_171", "train2017/9.jpg", "stuffthingmaps/train2017/9.png", {}, *COCO_VALUES),
+    "coco in images": ("coco_stuff_171", "images/train2017/9.jpg", "annotations/train2017/9.png", {}, *COCO_VALUES),
+    "coco apart": ("coco_stuff_171", "images/train2017/9.jpg", "train2017/9.png", {}, *COCO_VALUES),
+    "coco together": ("coco_stuff_171", "train2017/9.jpg", "train2017/9.png", {}, *COCO_VALUES),
+    "coco below": ("coco_stuff_171", "coco/train2017/9.jpg", "coco/stuffthingmaps/train2017/9.png", {}, *COCO_VALUES),
+    "ade 150": (
+        "ade20k_150", "images/training/1.jpg", "annotations/training/1.png", {},
+        [[0, 1, 2], [150, 150, 0]], [[255, 0, 1], [149, 149, 255]], ["wall", "building", "flag", "flag"],
+    ),
+    "ade 150 below": (
+        "ade20k_150", "ADEChallengeData2016/images/training/1.jpg", "ADEChallengeData2016/annotations/training/1.png",
+        {}, [[0, 1]], [[255, 0]], ["wall"],
+    ),
+    "ade 847": (
+        "ade20k_847", "images/ADE/training/urban/street/1.jpg", "images/ADE/training/urban/street/1_seg.png", {},
+        ADE_COLORS, [[0, 0, 1, 94, 846, 65535, 65535]], ADE_NAMES,
+    ),
+    "ade 847 without any class": (
+        "ade20k_847", "images/ADE/training/a/1.jpg", "images/ADE/training/a/1_seg.png", {},
+        [[(0, 0, 0), (0, 0, 0)]], [[65535, 65535]], [],
+    ),
+    "context 459": ("pascal_context_459", CONTEXT, "trainval/2008_000002.mat", CONTEXT_LIST, *CONTEXT_459),
+    "context 459 below": (
+        "pascal_context_459", f"VOC2010/{CONTEXT}", "VOC2010/trainval/2008_000002.mat",
+        {"VOC2010/pascalcontext_train.txt": "JPEGImages/2008_000002.jpg GroundTruth_trainval_png/2008_000002.png\n"},
+        *CONTEXT_459,
+    ),
+    "context 459 with another list": (
+        "pascal_context_459", f"VOCdevkit/VOC2010/{CONTEXT}", "VOCdevkit/VOC2010/trainval/2008_000002.mat",
+        {"VOCdevkit/VOC2010/pascal_context_train.txt": "2008_000002"}, *CONTEXT_459,
+    ),
+    # The 459 ids by name: accordion is none of the 59, and a diningtable is called table
+    "context 59 of 459": (
+        "pascal_context_59", CONTEXT, "trainval/2008_000002.mat", {"ImageSets/Main/train.txt": "2008_000002"},
+        [[0, 1, 2, 9, 397, 427, 458]], [[255, 255, 0, 1, 49, 54, 58]],
+        ["aeroplane", "bag", "diningtable", "tvmonitor", "wood"],
+    ),
+    "context 59 counted alphabetically": (
+        "pascal_context_59", CONTEXT, "SegmentationClassContext/2008_000002.png", CONTEXT_LIST,
+        [[0, 1, 2, 50, 59]], [[255, 0, 1, 49, 58]], ["aeroplane", "bag", "diningtable", "wood"],
+    ),
+    "context 59 counted officially": (
+        "pascal_context_59", CONTEXT, "59_context_labels/2008_000002.png", CONTEXT_LIST,
+        [[0, 1, 2, 11, 21, 52, 59]], [[255, 0, 5, 49, 1, 3, 58]],
+        ["aeroplane", "bicycle", "diningtable", "bag", "bedclothes", "wood"],
+    ),
+    "voc": (
+        "pascal_voc_20", f"{VOC}JPEGImages/1.jpg", f"{VOC}SegmentationClass/1.png",
+        {f"{VOC}ImageSets/Segmentation/train.txt": "1\n"},
+        [[0, 1, 20, 255]], [[255, 0, 19, 255]], ["aeroplane", "tv"],
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("images", "maps"),
-    [
-        ("train2017", "stuffthingmaps/train2017"),
-        ("images/train2017", "annotations/train2017"),
-        ("images/train2017", "train2017"),
-        ("train2017", "train2017"),
-        ("coco/train2017", "coco/stuffthingmaps/train2017"),
-    ],
+    ("preset", "image", "label_map", "lists", "stored", "expected", "names"), CASES.values(), ids=CASES
 )
-def test_coco_stuff_counts_source_ids_from_0_and_255_is_no_label(tmp_path, images, maps):
-    save_image(tmp_path / "in" / images / "000000000009.jpg")
-    # person (id 1), stop sign (13), banner (92), wood (182)
-    save_map(tmp_path / "in" / maps / "000000000009.png", [[0, 12, 91, 181, 255]])
-    run("coco_stuff_171", tmp_path / "in", tmp_path / "out")
-    values = only_map(tmp_path / "out")
-    assert values.dtype == np.uint8
-    assert values.tolist() == [[0, 11, 80, 170, 255]]
-    names = load_vocabulary("coco_stuff_171").classes
-    assert [names[index] for index in (0, 11, 80, 170)] == ["person", "stop sign", "banner", "wood"]
+def test_values_become_class_indices(tmp_path, preset, image, label_map, lists, stored, expected, names):
+    write_image_and_map(tmp_path / "in", image, label_map, stored, lists)
+    run(preset, tmp_path / "in", tmp_path / "out")
+    values, classes = only_map(tmp_path / "out"), load_vocabulary(preset)
+    assert values.tolist() == expected
+    assert values.dtype == (np.uint8 if classes.ignore_index == 255 else np.uint16)
+    assert [classes.classes[index] for index in values[values != classes.ignore_index]] == names
 
 
 def test_coco_maps_that_another_tool_wrote_beside_are_passed_over(tmp_path):
-    save_image(tmp_path / "in/images/val2017/000000000139.jpg", (1, 1))
-    save_map(tmp_path / "in/annotations/val2017/000000000139.png", [[181]])
-    save_map(tmp_path / "in/annotations/val2017/000000000139_labelTrainIds.png", [[170]])
+    folder = "annotations/val2017"
+    write_image_and_map(tmp_path / "in", "images/val2017/139.jpg", f"{folder}/139.png", [[181]])
+    save_map(tmp_path / "in" / folder / "139_labelTrainIds.png", [[170]])
     warnings = []
     run("coco_stuff_171", tmp_path / "in", tmp_path / "out", "validation", warn=warnings.append)
-    assert warnings == ["validation: found 1 of 5000 images with label maps"]
+    assert len(warnings) == 1
+    assert "1 of 5000" in warnings[0]
     assert only_map(tmp_path / "out", "validation").tolist() == [[170]]
 
 
-@pytest.mark.parametrize("root", ["in", "in/ADEChallengeData2016"])
-def test_ade_150_is_shifted_by_one_and_0_is_no_label(tmp_path, root):
-    save_image(tmp_path / root / "images/validation/ADE_val_00000001.jpg", (3, 2))
-    save_map(tmp_path / root / "annotations/validation/ADE_val_00000001.png", [[0, 1, 2], [150, 150, 0]])
-    run("ade20k_150", tmp_path / "in", tmp_path / "out", "validation")
-    assert only_map(tmp_path / "out", "validation").tolist() == [[255, 0, 1], [149, 149, 255]]
-
-
-def test_ade_847_reads_ids_from_red_and_green(tmp_path):
-    folder = tmp_path / "in/images/ADE/training/urban/street"
-    save_image(folder / "ADE_train_00000001.jpg", (7, 1))
-    # wall (2978 = 11 * 256 + 162) twice, building (312), airplane (14), adding machine (3148), none, one of the others
-    colors = [(110, 162, 9), (119, 162, 0), (10, 56, 200), (0, 14, 0), (120, 76, 1), (0, 0, 0), (0, 1, 3)]
-    Image.fromarray(np.array([colors], dtype=np.uint8)).save(folder / "ADE_train_00000001_seg.png")
-    Image.fromarray(np.array([colors], dtype=np.uint8)).save(folder / "ADE_train_00000001_parts_1.png")
-    run("ade20k_847", tmp_path / "in", tmp_path / "out")
-    values = only_map(tmp_path / "out")
-    assert values.dtype == np.uint16
-    assert values.tolist() == [[0, 0, 1, 94, 846, 65535, 65535]]
-
-
-def test_ade_847_keeps_images_without_any_of_the_classes(tmp_path):
-    folder = tmp_path / "in/images/ADE/validation/urban/street"
-    save_image(folder / "ADE_val_00000001.jpg", (2, 1))
-    Image.fromarray(np.zeros((1, 2, 3), dtype=np.uint8)).save(folder / "ADE_val_00000001_seg.png")
-    run("ade20k_847", tmp_path / "in", tmp_path / "out", "validation")
-    assert only_map(tmp_path / "out", "validation").tolist() == [[65535, 65535]]
-
-
-def make_context(root, folder, save, ending, values, lists="ImageSets/SegmentationContext"):
-    save_image(root / "JPEGImages/2008_000002.jpg", (len(values[0]), len(values)))
+def make_context(root, folder, ending, values, names=("2008_000002",)):
+    """A Pascal-Context folder with two images, the first of which has a label map."""
+    text = {"ImageSets/SegmentationContext/train.txt": "\n".join(names)}
+    write_image_and_map(root, CONTEXT, f"{folder}/2008_000002{ending}", values, text)
     save_image(root / "JPEGImages/2008_000003.jpg")
-    save(root / folder / f"2008_000002{ending}", values)
-    save_text(root / lists / "train.txt", "2008_000002\n\n")
-    return root
-
-
-@pytest.mark.parametrize("root", ["in", "in/VOC2010", "in/VOCdevkit/VOC2010"])
-def test_context_459_is_shifted_by_one_in_16_bits(tmp_path, root):
-    # accordion is 1, table 397, wool 459
-    make_context(tmp_path / root, "trainval", save_matlab, ".mat", [[0, 1, 397, 459]])
-    run("pascal_context_459", tmp_path / "in", tmp_path / "out")
-    values = only_map(tmp_path / "out")
-    assert values.dtype == np.uint16
-    assert values.tolist() == [[65535, 0, 396, 458]]
-    names = load_vocabulary("pascal_context_459").classes
-    assert [names[index] for index in (0, 396, 458)] == ["accordion", "table", "wool"]
-
-
-def test_context_59_maps_the_459_ids_by_name(tmp_path):
-    # none, accordion (not among the 59), aeroplane, bag, table (called diningtable), tvmonitor, wood
-    make_context(tmp_path / "in", "trainval", save_matlab, ".mat", [[0, 1, 2, 9, 397, 427, 458]])
-    run("pascal_context_59", tmp_path / "in", tmp_path / "out")
-    values = only_map(tmp_path / "out")
-    assert values.dtype == np.uint8
-    assert values.tolist() == [[255, 255, 0, 1, 49, 54, 58]]
-    names = load_vocabulary("pascal_context_59").classes
-    assert [names[index] for index in (0, 1, 49, 54, 58)] == ["aeroplane", "bag", "diningtable", "tvmonitor", "wood"]
 
 
 def test_context_59_agrees_with_the_ids_that_others_use():
@@ -195,62 +207,28 @@ def test_context_59_agrees_with_the_ids_that_others_use():
     assert (table == 255).sum() == 460 - 59
 
 
-def test_context_59_counts_alphabetically_in_segmentation_class_context(tmp_path):
-    make_context(tmp_path / "in", "SegmentationClassContext", save_map, ".png", [[0, 1, 2, 50, 59]])
-    run("pascal_context_59", tmp_path / "in", tmp_path / "out")
-    assert only_map(tmp_path / "out").tolist() == [[255, 0, 1, 49, 58]]
-
-
-def test_context_59_counts_in_the_official_order_in_59_context_labels(tmp_path):
-    # aeroplane, bicycle, table, bag, bedclothes, wood
-    make_context(tmp_path / "in", "59_context_labels", save_map, ".png", [[0, 1, 2, 11, 21, 52, 59]])
-    run("pascal_context_59", tmp_path / "in", tmp_path / "out")
-    assert only_map(tmp_path / "out").tolist() == [[255, 0, 5, 49, 1, 3, 58]]
-
-
 def test_context_59_goes_by_the_names_of_59_labels_txt(tmp_path):
     names = [*reversed(load_vocabulary("pascal_context_59").classes)]
     names[names.index("cloth")], names[names.index("diningtable")] = "clothes", "table"
-    make_context(tmp_path / "in", "59_context_labels", save_map, ".png", [[1, 59, 60 - 50]])
+    make_context(tmp_path / "in", "59_context_labels", ".png", [[1, 59, 60 - 50]])
     save_text(tmp_path / "in/59_labels.txt", "".join(f"{number}: {name}\n" for number, name in enumerate(names, 1)))
     run("pascal_context_59", tmp_path / "in", tmp_path / "out")
     assert only_map(tmp_path / "out").tolist() == [[58, 0, 49]]
     save_text(tmp_path / "in/59_labels.txt", "1: aeroplane\n2: spaceship\n")
-    with pytest.raises(ValueError, match="does not number Pascal-Context's 59 classes"):
+    with pytest.raises(ValueError, match=r"59_labels\.txt"):
         run("pascal_context_59", tmp_path / "in", tmp_path / "other")
-
-
-@pytest.mark.parametrize("name", ["pascalcontext_train.txt", "pascal_context_train.txt", "ImageSets/Main/train.txt"])
-def test_context_takes_other_lists_of_the_split(tmp_path, name):
-    make_context(tmp_path / "in", "trainval", save_matlab, ".mat", [[1]], lists="elsewhere")
-    save_text(tmp_path / "in" / name, "JPEGImages/2008_000002.jpg GroundTruth_trainval_png/2008_000002.png\n")
-    assert run("pascal_context_459", tmp_path / "in", tmp_path / "out")["train"].images == 1
-
-
-@pytest.mark.parametrize("root", ["in", "in/VOCdevkit/VOC2012"])
-def test_voc_takes_palette_indices_and_ignores_background_and_borders(tmp_path, root):
-    save_image(tmp_path / root / "JPEGImages/2007_000032.jpg", (4, 1))
-    save_image(tmp_path / root / "JPEGImages/2007_000033.jpg", (4, 1))
-    save_map(tmp_path / root / "SegmentationClass/2007_000032.png", [[0, 1, 20, 255]], palette=True)
-    save_text(tmp_path / root / "ImageSets/Segmentation/train.txt", "2007_000032\n")
-    run("pascal_voc_20", tmp_path / "in", tmp_path / "out")
-    assert only_map(tmp_path / "out").tolist() == [[255, 0, 19, 255]]
 
 
 def test_voc_takes_augmented_label_maps_for_train_aug_alone(tmp_path):
     root = tmp_path / "in"
-    save_image(root / "JPEGImages/2007_000032.jpg", (1, 1))
-    save_map(root / "SegmentationClass/2007_000032.png", [[5]], palette=True)
-    save_map(root / "SegmentationClassAug/2007_000032.png", [[7]])
-    save_text(root / "ImageSets/Segmentation/train.txt", "2007_000032\n")
-    save_text(
-        root / "ImageSets/Segmentation/trainaug.txt",
-        "/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png\n",
-    )
+    lists = {
+        "ImageSets/Segmentation/train.txt": "1\n",
+        "ImageSets/Segmentation/trainaug.txt": "/JPEGImages/1.jpg /SegmentationClassAug/1.png\n",
+    }
+    write_image_and_map(root, "JPEGImages/1.jpg", "SegmentationClass/1.png", [[5]], lists)
+    save_map(root / "SegmentationClassAug/1.png", [[7]])
     run("pascal_voc_20", root, tmp_path / "out")
     run("pascal_voc_20", root, tmp_path / "out", "train_aug")
-    assert only_map(tmp_path / "out", "train").tolist() == [[4]]
-    assert only_map(tmp_path / "out", "train_aug").tolist() == [[6]]
     read = load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
     assert {split: np.asarray(read[split][0]["annotation"]).item() for split in read} == {"train": 4, "train_aug": 6}
 
@@ -527,16 +505,13 @@ def test_a_missing_split_is_left_out_only_if_that_is_meant(tmp_path):
 
 
 def test_a_list_entry_without_files_is_counted(tmp_path):
-    make_context(tmp_path / "in", "trainval", save_matlab, ".mat", [[1]])
-    save_text(
-        tmp_path / "in/ImageSets/SegmentationContext/train.txt", "2008_000002\n2008_000003\n2008_000004\n2008_000002\n"
-    )
+    names = ("2008_000002", "2008_000003", "2008_000004", "2008_000002")
+    make_context(tmp_path / "in", "trainval", ".mat", [[1]], names)
     warnings = []
     run("pascal_context_459", tmp_path / "in", tmp_path / "out", warn=warnings.append)
-    assert warnings == [
-        "train: found 1 of 4998 or 4996 images with label maps; 1 without label map: 2008_000003; 1 without "
-        "image: 2008_000004"
-    ]
+    assert len(warnings) == 1
+    facts = "1 of 4998 or 4996", "1 without label map: 2008_000003", "1 without image: 2008_000004"
+    assert [fact for fact in facts if fact not in warnings[0]] == []
     assert list(label_maps(tmp_path / "out")) == ["2008_000002.jpg"]
 
 
@@ -587,7 +562,7 @@ def test_damaged_files_stop_the_run_or_are_skipped_and_counted(tmp_path, damage)
 
 
 def test_a_damaged_matlab_file_is_named(tmp_path):
-    make_context(tmp_path / "in", "trainval", save_matlab, ".mat", [[1]])
+    make_context(tmp_path / "in", "trainval", ".mat", [[1]])
     path = tmp_path / "in/trainval/2008_000002.mat"
     for content, reason in ((b"MATLAB? no", "cannot be read as a MATLAB file"), (None, "holds no matrix LabelMap")):
         path.write_bytes(content) if content else savemat(path, {"other": np.ones((1, 1))})

@@ -266,7 +266,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
                 asked of images of several padded sizes.
         """
         recorded = [kwargs.pop(name) for name in list(kwargs) if name.startswith("output_")]
-        refuse_unknown_arguments(type(self).forward, kwargs)
+        refuse_unknown_arguments(type(self), kwargs)
         self._check_pixel_values(pixel_values)
         class_embeds = self.choose_class_embeds(input_ids, attention_mask, class_embeds)
         batches = split_by_padded_size(pixel_values, image_sizes, self.config.size_divisor)

@@ -5,24 +5,35 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from modeling_san.commands.errors import CommandError, one_line
+import torch
+
+from modeling_san.commands.models import quiet_libraries
 from modeling_san.commands.parser import CommandParser, positive_integer, positive_number
+from modeling_san.processing.device import pick_device
+from modeling_san.processing.wording_san import one_line
 
+from .agreement import format_agreement, measure_agreement
+from .compare import check_comparable, format_comparison, is_regression, judge
+from .machine import describe_machine, load_average
+from .measure import Meter
+from .others import LABELS, format_others, measure_others
+from .profiling import count_flops, profile_stage
+from .report import Report, format_machine, format_rates, format_stages
+from .scaling import AXES, format_scaling, measure_scaling
 from .settings import COMPILE_MODES, DTYPES, SIZE_DIVISOR, Settings
-
-if TYPE_CHECKING:
-    from .measure import Meter
-    from .report import Report
+from .stages import STAGES
+from .workload import Workload
 
 _DESCRIPTION = """\
-Measure how fast SAN is and how much memory it takes, stage by stage, with random weights. Times on a processor are
-also given as cost: seconds times the GFLOP/s of a float32 product of two 2048 x 2048 matrices measured in the same
-run, so that figures of different machines can be compared. benchmarks/README.md explains the tables.
+Measure how fast SAN is and how much memory it takes, stage by stage, with random weights. Times on a CPU are also
+given as cost: seconds times the GFLOP/s of a float32 product of two 2048 x 2048 matrices measured in the same run, so
+that figures of different machines can be compared. benchmarks/README.md explains the tables.
 """
 _EXAMPLE = """\
 example:
@@ -39,13 +50,10 @@ Exit code 0, 1 if --compare finds a stage slower or larger, 2 for bad input.
 """
 
 _DEFAULT_OUTPUT = Path("outputs/benchmarks.json")
-_DEFAULT_TOLERANCE = 0.15
 _NO_STAGES = "none"
-_WARMUPS = {"eager": 1, "prepared": 3}
+_TITLES = {name: stage.title for name, stage in STAGES.items()}
 
-EXIT_REGRESSION = 1
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
+EXIT_REGRESSION, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
 class _Parser(CommandParser):
@@ -53,100 +61,75 @@ class _Parser(CommandParser):
 
     def error(self, message: str) -> NoReturn:
         """End with exit code 2."""
-        print(f"benchmarks: error: {one_line(message)} (see python -m benchmarks --help)", file=sys.stderr)
-        raise SystemExit(EXIT_BAD_INPUT)
+        sys.exit(_report_error(f"{message} (see python -m benchmarks --help)"))
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser. Settings that are not given are None: `--compare` takes them from the older run."""
-    default = Settings()
     parser = _Parser(prog="python -m benchmarks", description=_DESCRIPTION, epilog=_EXAMPLE)
-    what = parser.add_argument_group("what is measured")
-    what.add_argument(
-        "--model", metavar="NAME_OR_FOLDER", help=f"vit_b_16, vit_l_14 or a model's folder (default: {default.model})"
-    )
-    what.add_argument("--size", type=_side, help=f"side of the square image in pixels (default: {default.size})")
-    what.add_argument("--batch", type=positive_integer, help="images at once (default: 1)")
-    what.add_argument("--classes", type=positive_integer, help=f"labels (default: {default.classes})")
-    what.add_argument(
+    default = Settings()
+
+    what = parser.add_argument_group("what is measured").add_argument
+    what("--model", metavar="NAME_OR_FOLDER", help=f"vit_b_16, vit_l_14 or a folder (default: {default.model})")
+    what("--size", type=_side, help=f"side of the square image in pixels (default: {default.size})")
+    what("--batch", type=positive_integer, help="images at once (default: 1)")
+    what("--classes", type=positive_integer, help=f"labels (default: {default.classes})")
+    what(
         "--target",
         type=positive_integer,
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
         help="size of the label maps (default: {} {})".format(*default.target),
     )
-    what.add_argument("--queries", type=positive_integer, help="masks per image (default: as the model has)")
-    what.add_argument("--dtype", choices=DTYPES, help=f"(default: {default.dtype})")
-    what.add_argument(
-        "--compile",
-        nargs="?",
-        const=COMPILE_MODES[0],
-        choices=COMPILE_MODES,
-        help="torch.compile, in one of its modes (default: eager)",
-    )
-    what.add_argument("--threads", type=positive_integer, help="of the processor (default: as many as cores)")
-    what.add_argument("--device", help=f'"cpu", "cuda" or "cuda:1" (default: {default.device})')
-    what.add_argument(
-        "--tokenizer", metavar="FOLDER", help="CLIP's tokenizer (default: made-up token ids of the same lengths)"
-    )
-    what.add_argument(
-        "--stages",
-        nargs="+",
-        metavar="STAGE",
-        help="some of text, cached_text, preprocessing, pil, clip, side_adapter, recognition, network, "
-        "post_processing, post_processing_large, end_to_end, full_scores, import_torch, import_san, "
-        "import_model, help; or none (default: all)",
-    )
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--rounds", type=positive_integer, default=5, help="runs that count, after a warm-up (default: 5)"
-    )
-    how.add_argument(
+    what("--queries", type=positive_integer, help="masks per image (default: as the model has)")
+    what("--dtype", choices=DTYPES, help=f"(default: {default.dtype})")
+    what("--compile", nargs="?", const="default", choices=COMPILE_MODES, help="torch.compile's mode (default: eager)")
+    what("--threads", type=positive_integer, help="of the CPU (default: as many as cores)")
+    what("--device", help=f'"cpu", "cuda" or "cuda:1" (default: {default.device})')
+    what("--stages", nargs="+", metavar="STAGE", help=f"some of {', '.join(STAGES)}; or none (default: all)")
+
+    how = parser.add_argument_group("how").add_argument
+    how("--rounds", type=positive_integer, default=5, help="runs that count, after a warm-up (default: 5)")
+    how(
         "--budget",
         type=positive_number,
         default=60.0,
         metavar="SECONDS",
-        help="no further round of a stage begins after this (default: 60)",
+        help="no round begins after it (default: 60)",
     )
-    more = parser.add_argument_group("more")
-    more.add_argument("--flops", action="store_true", help="count floating-point operations")
-    more.add_argument("--profile", action="store_true", help="show operators by time, and write a trace of each stage")
-    more.add_argument(
-        "--scaling",
-        nargs="*",
-        metavar="AXIS[=N,N]",
-        help="time and memory against size, classes, queries and batch (default: all four)",
-    )
-    more.add_argument(
+
+    more = parser.add_argument_group("more").add_argument
+    more("--flops", action="store_true", help="count floating-point operations")
+    more("--profile", action="store_true", help="show operators by time, and write a trace of each stage")
+    more("--scaling", nargs="*", metavar="AXIS[=N,N]", help=f"growth with some of {', '.join(AXES)} (default: all)")
+    more(
         "--others",
         nargs="*",
         type=positive_integer,
         metavar="LABELS",
         help="CLIPSeg, EoMT-B and Mask2Former with these numbers of labels (default: 1 20 171)",
     )
-    more.add_argument(
+    more(
         "--agreement",
         nargs="+",
         type=Path,
         metavar="IMAGE",
         help="how many pixels get the label that they get in float32, eager; needs --model FOLDER",
     )
-    more.add_argument(
+    more(
         "--compare",
         nargs="+",
         type=Path,
         metavar="JSON",
         help="an earlier run's file to compare with; with a second file nothing is measured",
     )
-    more.add_argument(
+    more(
         "--tolerance",
         type=positive_number,
-        default=_DEFAULT_TOLERANCE,
-        help=f"growth of cost or memory that is no regression, as a share (default: {_DEFAULT_TOLERANCE})",
+        default=0.15,
+        help="growth of cost or memory that is no regression, as a share (default: 0.15)",
     )
-    more.add_argument(
-        "--output", type=Path, default=_DEFAULT_OUTPUT, metavar="JSON", help=f"(default: {_DEFAULT_OUTPUT})"
-    )
+    more("--output", type=Path, default=_DEFAULT_OUTPUT, metavar="JSON", help=f"(default: {_DEFAULT_OUTPUT})")
     return parser
 
 
@@ -165,9 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(args)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except (CommandError, OSError, ValueError) as error:
-        print(f"benchmarks: error: {one_line(error)}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    except (OSError, ValueError) as error:
+        return _report_error(one_line(error))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -175,29 +157,19 @@ def run(args: argparse.Namespace) -> int:
     Measure and compare as the arguments say.
 
     Raises:
-        ValueError, OSError or CommandError: something has to be given differently; the message says what.
+        ValueError or OSError: something has to be given differently; the message says what.
     """
-    # Nothing here may wait for a network
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # What an earlier run left on disk would be measured in place of the encoder
-    os.environ["SAN_TEXT_CACHE"] = "off"
-    from .report import Report
-
-    if args.compare is not None and len(args.compare) > 2:
-        raise ValueError(f"--compare got {len(args.compare)} files: pass an older one, and a newer one or none")
-    old = None if args.compare is None else Report.load(args.compare[0])
-    if old is not None and len(args.compare) == 2:
-        return _compare(old, Report.load(args.compare[1]), args.tolerance)
-    settings = choose_settings(args, old)
-    names = _choose_stages(args.stages, old)
-    axes = _choose_axes(args.scaling)
+    files = args.compare or []
+    if len(files) > 2:
+        raise ValueError(f"--compare got {len(files)} files: pass an older one, and a newer one or none")
+    old, *newer = map(Report.load, files) if files else [None]
+    if old and newer:
+        return _compare(old, newer[0], args.tolerance)
+    settings, names, axes = choose_settings(args, old), _choose_stages(args.stages, old), _choose_axes(args.scaling)
     _check_output(args)
-    new = _measure(args, settings, names, axes)
-    print(f"\nWritten to {args.output}")
-    if old is None:
-        return 0
-    print()
-    return _compare(old, new, args.tolerance)
+    new = _Run(args, settings).measure(names, axes)
+    print(f"\nWritten to {args.output}\n")
+    return _compare(old, new, args.tolerance) if old else 0
 
 
 def choose_settings(args: argparse.Namespace, old: Report | None) -> Settings:
@@ -207,142 +179,112 @@ def choose_settings(args: argparse.Namespace, old: Report | None) -> Settings:
     Raises:
         ValueError: what is given differs from the older run's.
     """
-    import torch
-
-    chosen: dict[str, Any] = {} if old is None else {f.name: getattr(old.settings, f.name) for f in fields(Settings)}
-    given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name) is not None}
-    if "target" in given:
-        given["target"] = tuple(given["target"])
-    for name, value in given.items():
-        if chosen and chosen[name] != value:
-            raise ValueError(
-                f"--{name} {value}: {args.compare[0]} was measured with {chosen[name]}: leave --{name} out, or "
-                "measure without --compare"
-            )
-    if not chosen and args.threads is None:
-        chosen["threads"] = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else os.cpu_count() or 1
-    return Settings(**{**chosen, **given})
+    given = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    given = {name: tuple(value) if name == "target" else value for name, value in given.items() if value is not None}
+    if old is None:
+        cores = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else os.cpu_count() or 1
+        return Settings(**{"threads": cores, **given})
+    for name in old.settings.differences(replace(old.settings, **given)):
+        raise ValueError(
+            f"--{name} {given[name]}: {args.compare[0]} was measured with {getattr(old.settings, name)}: leave "
+            f"--{name} out, or measure without --compare"
+        )
+    return old.settings
 
 
-def _measure(
-    args: argparse.Namespace, settings: Settings, names: Sequence[str], axes: dict[str, Sequence[int]]
-) -> Report:
-    """Measure all that was asked for; the file is written anew after each part."""
-    import torch
+class _Run:
+    """
+    Everything that is measured in one process, into one report, whose file is written anew after each part.
 
-    from modeling_san.commands.models import quiet_libraries
-    from modeling_san.processing.device import pick_device
+    Args:
+        args: that say how.
+        settings: that say what.
+    """
 
-    from .agreement import format_agreement, measure_agreement
-    from .machine import describe_machine, load_average
-    from .measure import Meter
-    from .others import LABELS, format_others, measure_others
-    from .report import Report, format_machine, format_rates, format_stages
-    from .scaling import format_scaling, measure_scaling
-    from .stages import STAGES
-    from .workload import make_workload_folder
+    def __init__(self, args: argparse.Namespace, settings: Settings) -> None:
+        quiet_libraries()
+        self.args, self.settings = args, settings
+        self.device = pick_device(settings.device)
+        torch.set_num_threads(settings.threads)
+        self.report = Report(settings, describe_machine(self.device))
 
-    quiet_libraries()
-    device = pick_device(settings.device)
-    torch.set_num_threads(settings.threads)
-    report = Report(settings, describe_machine(device))
-    print(format_machine(report), flush=True)
-    # Compiled functions and the memory pools of GPUs settle over a few runs
-    prepared = settings.compile is not None or device.type == "cuda"
+    def measure(self, names: Sequence[str], axes: dict[str, Sequence[int]]) -> Report:
+        """Measure stages and axes by name, and what else the arguments ask for."""
+        args, settings, report = self.args, self.settings, self.report
+        print(format_machine(report), flush=True)
+        with tempfile.TemporaryDirectory(prefix="san-benchmarks-") as name, torch.inference_mode():
+            folder = Path(name)
+            self._measure_stages(names, folder)
+            for axis, value, by_stage in measure_scaling(settings, axes, folder, self._meter):
+                report.scaling.setdefault(axis, {})[str(value)] = by_stage
+                self._done(f"{axis} {value}")
+            self._print(*(format_scaling(axis, points) for axis, points in report.scaling.items()))
+            if args.others is not None:
+                for title, count, measured in measure_others(settings, args.others or LABELS, folder, self._meter):
+                    report.others.setdefault(title, {})[str(count)] = measured
+                    self._done(f"{title}, {count} labels")
+                self._print(format_others(report.others, settings))
+            if args.agreement is not None:
+                for path, share in measure_agreement(settings, args.agreement, folder):
+                    report.agreement[str(path)] = share
+                    self._done(f"{path}: {share:.2%}")
+                self._print(format_agreement(report.agreement, settings))
+        self._print(format_rates(report))
+        return report
 
-    def make_meter() -> Meter:
-        warmups = _WARMUPS["prepared" if prepared else "eager"]
-        meter = Meter(device, rounds=args.rounds, budget=args.budget, warmups=warmups)
-        meter.rates = report.rates
+    def _measure_stages(self, names: Sequence[str], folder: Path) -> None:
+        if not names:
+            return
+        work, tables = Workload(self.settings, folder), []
+        eager = Workload(replace(self.settings, compile=None), folder, model=work.model)
+        for name in names:
+            stage = STAGES[name]
+            prepared = stage.prepare(work)
+            measured = self._meter().measure(prepared, in_process=stage.in_process)
+            if self.args.flops and stage.is_network:
+                measured = replace(measured, flops=count_flops(stage.prepare(eager)))
+            self.report.stages[name] = measured
+            if self.args.profile and stage.in_process:
+                trace = self.args.output.with_name(f"{self.args.output.stem}_{name}.trace.json")
+                table = profile_stage(prepared, trace, self.device)
+                tables.append(f"{stage.title}\n{table}Trace written to {trace}")
+            self._done(stage.title.strip())
+        self._print(format_stages(self.report.stages, _TITLES), *tables)
+
+    def _meter(self) -> Meter:
+        # Compiled functions and the memory pools of GPUs settle over a few runs
+        warmups = 3 if self.settings.compile is not None or self.device.type == "cuda" else 1
+        meter = Meter(self.device, rounds=self.args.rounds, budget=self.args.budget, warmups=warmups)
+        meter.rates = self.report.rates
         return meter
 
-    def save() -> None:
-        report.load_average = load_average()
-        report.save(args.output)
+    def _done(self, what: str) -> None:
+        self.report.load_average = load_average()
+        self.report.save(self.args.output)
+        print(f"  measured: {what}", file=sys.stderr, flush=True)
 
-    titles = {name: stage.title for name, stage in STAGES.items()}
-    with make_workload_folder() as folder, torch.inference_mode():
-        profiles = _measure_stages(args, report, names, make_meter, Path(folder), save)
-        if report.stages:
-            print(f"\n{format_stages(report.stages, titles)}", flush=True)
-        for name, table in profiles.items():
-            print(f"\n{titles[name]}\n{table}")
-        for axis, value, measured in measure_scaling(settings, axes, Path(folder), make_meter):
-            report.scaling.setdefault(axis, {})[str(value)] = measured
-            save()
-            _progress(f"{axis} {value}")
-        for axis, points in report.scaling.items():
-            print(f"\n{format_scaling(axis, points)}", flush=True)
-        if args.others is not None:
-            for title, count, measurement in measure_others(settings, args.others or LABELS, Path(folder), make_meter):
-                report.others.setdefault(title, {})[str(count)] = measurement
-                save()
-                _progress(f"{title}, {count} labels")
-            print(f"\n{format_others(report.others, settings)}", flush=True)
-        if args.agreement is not None:
-            for path, share in measure_agreement(settings, args.agreement, Path(folder)):
-                report.agreement[str(path)] = share
-                save()
-                _progress(f"{path}: {share:.2%}")
-            print(f"\n{format_agreement(report.agreement, settings)}", flush=True)
-    save()
-    print(f"\n{format_rates(report)}")
-    return report
-
-
-def _measure_stages(
-    args: argparse.Namespace,
-    report: Report,
-    names: Sequence[str],
-    make_meter: Callable[[], Meter],
-    folder: Path,
-    save: Callable[[], None],
-) -> dict[str, str]:
-    """Measure stages into the report; the operator tables of those that were profiled are returned."""
-    from dataclasses import replace
-
-    from .profiling import count_flops, profile_stage
-    from .stages import STAGES
-    from .workload import Workload
-
-    work = Workload(report.settings, folder)
-    eager = Workload(replace(report.settings, compile=None), folder, model=work.model) if names else work
-    profiles = {}
-    for name in names:
-        stage = STAGES[name]
-        prepared = stage.prepare(work)
-        measured = make_meter().measure(prepared, in_process=stage.in_process)
-        if args.flops and stage.is_network:
-            measured = measured.with_flops(count_flops(stage.prepare(eager)))
-        report.stages[name] = measured
-        save()
-        if args.profile and stage.in_process:
-            trace = args.output.with_name(f"{args.output.stem}_{name}.trace.json")
-            profiles[name] = profile_stage(prepared, trace, work.device) + f"Trace written to {trace}"
-        _progress(stage.title.strip())
-    return profiles
+    def _print(self, *tables: str) -> None:
+        self.report.save(self.args.output)
+        for table in tables:
+            print(f"\n{table}", flush=True)
 
 
 def _compare(old: Report, new: Report, tolerance: float) -> int:
-    from .compare import compare_reports, format_comparisons, has_regression
-    from .stages import STAGES
-
-    comparisons = compare_reports(old, new, tolerance)
-    print(f"Before: commit {old.machine.get('commit')}, {old.machine.get('processor')}, {old.machine.get('date')}")
-    print(f"After:  commit {new.machine.get('commit')}, {new.machine.get('processor')}, {new.machine.get('date')}\n")
-    print(format_comparisons(comparisons, {name: stage.title for name, stage in STAGES.items()}))
-    if has_regression(comparisons):
+    check_comparable(old, new)
+    verdicts = {name: judge(measured, new.stages.get(name), tolerance) for name, measured in old.stages.items()}
+    for when, machine in (("Before", old.machine), ("After", new.machine)):
+        print(f"{when}: commit {machine.get('commit')}, {machine.get('processor')}, {machine.get('date')}")
+    print(f"\n{format_comparison(old, new, verdicts, _TITLES)}")
+    if any(map(is_regression, verdicts.values())):
         print(f"\nA stage grew by more than {tolerance:.0%}.")
         return EXIT_REGRESSION
     return 0
 
 
 def _choose_stages(given: Sequence[str] | None, old: Report | None) -> list[str]:
-    from .stages import STAGES
-
     if given is None:
-        return list(STAGES) if old is None else [name for name in STAGES if name in old.stages]
-    if list(given) == [_NO_STAGES]:
+        return [name for name in STAGES if old is None or name in old.stages]
+    if given == [_NO_STAGES]:
         return []
     if unknown := [name for name in given if name not in STAGES]:
         raise ValueError(f"--stages {unknown[0]}: there is no such stage: choose of {', '.join(STAGES)}, or none")
@@ -350,16 +292,12 @@ def _choose_stages(given: Sequence[str] | None, old: Report | None) -> list[str]
 
 
 def _choose_axes(given: Sequence[str] | None) -> dict[str, Sequence[int]]:
-    from .scaling import AXES
-
-    if given is None:
-        return {}
     axes: dict[str, Sequence[int]] = {}
-    for text in given or AXES:
+    for text in [] if given is None else given or AXES:
         axis, _, values = text.partition("=")
         if axis not in AXES:
             raise ValueError(f"--scaling {text}: there is no such axis: choose of {', '.join(AXES)}")
-        convert = _side if axis == "size" else positive_integer
+        convert: Callable[[str], int] = _side if axis == "size" else positive_integer
         try:
             axes[axis] = [convert(value) for value in values.split(",")] if values else AXES[axis].values
         except argparse.ArgumentTypeError as error:
@@ -369,8 +307,6 @@ def _choose_axes(given: Sequence[str] | None) -> dict[str, Sequence[int]]:
 
 def _check_output(args: argparse.Namespace) -> None:
     """Hours of measuring must not end at a file that cannot be written, or on top of the file to compare with."""
-    import tempfile
-
     output: Path = args.output
     if output == _DEFAULT_OUTPUT:
         output.parent.mkdir(exist_ok=True)
@@ -392,8 +328,9 @@ def _side(text: str) -> int:
     return side
 
 
-def _progress(done: str) -> None:
-    print(f"  measured: {done}", file=sys.stderr, flush=True)
+def _report_error(message: Any) -> int:
+    print(f"benchmarks: error: {one_line(message)}", file=sys.stderr)
+    return EXIT_BAD_INPUT
 
 
 if __name__ == "__main__":

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from PIL import Image, ImageOps
 
 from modeling_san import SANProcessor
+from modeling_san.processing import Segmenter
 
 from .settings import Settings
 from .workload import Workload, make_labels
@@ -38,21 +35,12 @@ def measure_agreement(settings: Settings, images: Sequence[Path], folder: Path) 
     processor = SANProcessor.from_pretrained(settings.model)
     exact = Workload(replace(settings, dtype="float32", compile=None), folder)
     other = Workload(settings, folder)
-    network = other.compiled(other.model)
-    class_embeds = exact.model.stored_class_embeds
-    if class_embeds is None:
-        prompts = processor.tokenize_labels(make_labels(settings.classes)).to(exact.device)
-        class_embeds = exact.model.get_class_embeds(**prompts)
+    segmenters = [Segmenter(work.compiled(work.model), processor) for work in (exact, other)]
+    stored = exact.model.config.stored_labels
+    vocabulary = segmenters[0].vocabulary(None if stored else make_labels(settings.classes))
     for path in images:
-        inputs = processor(images=path, return_tensors="pt").to(exact.device)
-        with Image.open(path) as image:
-            target = [ImageOps.exif_transpose(image).size[::-1]]
-
-        def label(model: Any, inputs: Any = inputs, target: Any = target) -> torch.Tensor:
-            outputs = model(**inputs, class_embeds=class_embeds)
-            return processor.post_process_semantic_segmentation(outputs, target_sizes=target)[0]
-
-        yield path, (label(exact.model) == label(network)).double().mean().item()
+        [first], [second] = (segmenter(path, vocabulary) for segmenter in segmenters)
+        yield path, (first.label_map == second.label_map).double().mean().item()
 
 
 def format_agreement(agreement: dict[str, float], settings: Settings) -> str:

@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ _PRODUCTS_AROUND = 3
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
+_NUMBERS = ("gflops", "peak_memory", "added_memory", "flops")
+_NUMBER = int | float | None
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Measurement:
 
     Attributes:
         seconds: of each round.
-        gflops: rate of the float32 matrix product on the processor before, between and after the rounds, in 10^9
+        gflops: rate of the float32 matrix product on the CPU before, between and after the rounds, in 10^9
             operations per second; None on a GPU.
         peak_memory: largest memory of the process, or of tensors on the GPU, during the first round, in bytes; None
             where the system does not tell.
@@ -58,22 +60,12 @@ class Measurement:
 
     @property
     def cost(self) -> float | None:
-        """Median seconds times the matrix product's rate: about the same on a faster or slower processor."""
+        """Median seconds times the matrix product's rate: about the same on a faster or slower CPU."""
         return None if self.gflops is None else self.median * self.gflops
-
-    def with_flops(self, flops: int) -> Measurement:
-        """The same with the number of operations."""
-        return replace(self, flops=flops)
 
     def to_json(self) -> dict[str, Any]:
         """As a dictionary; median, spread and cost are in it for readers."""
-        return {
-            **asdict(self),
-            "seconds": list(self.seconds),
-            "median": self.median,
-            "spread": self.spread,
-            "cost": self.cost,
-        }
+        return {**asdict(self), "median": self.median, "spread": self.spread, "cost": self.cost}
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Measurement:
@@ -83,17 +75,11 @@ class Measurement:
         Raises:
             ValueError: it is not of that form.
         """
-        seconds = saved.get("seconds")
-        fields = ("gflops", "peak_memory", "added_memory", "flops")
-        numbers = [saved.get(name) for name in fields]
-        if (
-            not isinstance(seconds, list)
-            or not seconds
-            or not all(isinstance(value, int | float) and value > 0 for value in seconds)
-            or not all(value is None or isinstance(value, int | float) for value in numbers)
-        ):
+        seconds, numbers = saved.get("seconds"), {name: saved.get(name) for name in _NUMBERS}
+        are_times = isinstance(seconds, list) and all(isinstance(one, int | float) and one > 0 for one in seconds)
+        if not (seconds and are_times and all(isinstance(value, _NUMBER) for value in numbers.values())):
             raise ValueError(f"a measurement holds {dict(saved)}: expected a list of seconds, rate and memory")
-        return cls(tuple(seconds), warmed_up=bool(saved.get("warmed_up")), **dict(zip(fields, numbers, strict=True)))
+        return cls(tuple(seconds), warmed_up=bool(saved.get("warmed_up")), **numbers)
 
 
 class PeakMemory:
@@ -138,7 +124,6 @@ class Meter:
         budget: seconds after which no further round of a stage begins. A warm-up that takes longer counts as the only
             round.
         warmups: runs before the rounds.
-        product_side: rows and columns of the matrices.
 
     Attributes:
         rates: of all products so far, in 10^9 operations per second; none on a GPU.
@@ -151,12 +136,10 @@ class Meter:
         rounds: int = 5,
         budget: float = 60.0,
         warmups: int = 1,
-        product_side: int = PRODUCT_SIDE,
     ) -> None:
         self.rates: list[float] = []
         self._device = device
         self._rounds, self._budget, self._warmups = rounds, budget, warmups
-        self._product_side = product_side
         self._memory = PeakMemory(device)
 
     def measure(self, run: Callable[[], Any], *, in_process: bool = True) -> Measurement:
@@ -199,21 +182,18 @@ class Meter:
     def _measure_rates(self, count: int) -> list[float]:
         if self._device.type != "cpu":
             return []
-        rates = product_rates(self._product_side, count)
+        rates = product_rates(count)
         self.rates += rates
         return rates
 
 
-def product_rates(side: int = PRODUCT_SIDE, count: int = _PRODUCTS_AROUND) -> list[float]:
+def product_rates(count: int, side: int = PRODUCT_SIDE) -> list[float]:
     """
-    How fast the processor multiplies float32 matrices.
+    How fast the CPU multiplies float32 matrices, in 10^9 multiplications and additions per second.
 
     Args:
+        count: products that are timed, each by itself.
         side: rows and columns.
-        count: products that are timed.
-
-    Returns:
-        10^9 operations per second for each; a multiplication and an addition are two.
     """
     left, right = torch.rand(2, side, side)
     out = left @ right

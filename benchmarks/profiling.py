@@ -21,7 +21,7 @@ def count_flops(run: Callable[[], Any]) -> int:
     Args:
         run: a stage in eager mode.
     """
-    # The fused attention of processors is unknown to the counter; the plain one is made of products it counts
+    # The fused attention of CPUs is unknown to the counter; the plain one is made of products it counts
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run()
     return int(counter.get_total_flops())

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from modeling_san.processing.files import write_json
 
 from .measure import Measurement
 from .settings import Settings
 
 _FORMAT = 1
 _BUSY = 0.25
-_MEGABYTE = 1e6
+COLUMNS = ("seconds", "spread", "rounds", "cost", "peak MB", "added MB")
+"""What `format_measurement` gives."""
 
 
 @dataclass
@@ -45,21 +47,9 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Write JSON; what is there already stays whole until the new file is."""
-        content = {
-            "format": _FORMAT,
-            "settings": self.settings.to_json(),
-            "machine": self.machine,
-            "rates": self.rates,
-            "rate": statistics.median(self.rates) if self.rates else None,
-            "load_average": self.load_average,
-            "stages": _to_json(self.stages),
-            "scaling": _to_json(self.scaling),
-            "others": _to_json(self.others),
-            "agreement": self.agreement,
-        }
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        content = {"format": _FORMAT, "rate": statistics.median(self.rates) if self.rates else None}
+        content |= {field.name: getattr(self, field.name) for field in fields(self)}
+        write_json(path, _to_json(content))
 
     @classmethod
     def load(cls, path: Path) -> Report:
@@ -84,7 +74,7 @@ class Report:
                     for axis, points in content["scaling"].items()
                 },
                 others={model: _measurements(labels) for model, labels in content["others"].items()},
-                agreement={path: float(share) for path, share in content.get("agreement", {}).items()},
+                agreement=dict(content.get("agreement", {})),
                 load_average=content["load_average"],
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -126,8 +116,7 @@ def format_rates(report: Report) -> str:
 def format_stages(stages: Mapping[str, Measurement], titles: Mapping[str, str]) -> str:
     """A table with one row per measurement."""
     counted = any(measured.flops is not None for measured in stages.values())
-    headers = ["", "seconds", "spread", "rounds", "cost", "peak MB", "added MB"]
-    headers += ["GFLOP", "GFLOP/s"] if counted else []
+    headers = ["", *COLUMNS, *(["GFLOP", "GFLOP/s"] if counted else [])]
     rows = []
     for name, measured in stages.items():
         row = [titles.get(name, name), *format_measurement(measured)]
@@ -139,12 +128,11 @@ def format_stages(stages: Mapping[str, Measurement], titles: Mapping[str, str]) 
 
 
 def format_measurement(measured: Measurement) -> list[str]:
-    """Median seconds, spread, rounds, cost, peak and added memory."""
-    rounds = str(len(measured.seconds)) + ("" if measured.warmed_up else ", cold")
+    """Median seconds, spread, rounds, cost, peak and added memory: a cell for each of `COLUMNS`."""
     return [
         format_seconds(measured.median),
         f"{measured.spread:.0%}" if len(measured.seconds) > 1 else "",
-        rounds,
+        str(len(measured.seconds)) + ("" if measured.warmed_up else ", cold"),
         format_cost(measured.cost),
         format_memory(measured.peak_memory),
         format_memory(measured.added_memory),
@@ -158,34 +146,33 @@ def format_seconds(seconds: float) -> str:
 
 def format_cost(cost: float | None) -> str:
     """A whole number, or with decimals where it is small."""
-    if cost is None:
-        return ""
-    return f"{cost:,.0f}" if cost >= 10 else f"{cost:.2f}"
+    return "" if cost is None else f"{cost:,.0f}" if cost >= 10 else f"{cost:.2f}"
 
 
 def format_memory(memory: int | None) -> str:
     """Whole megabytes."""
-    return "" if memory is None else f"{memory / _MEGABYTE:,.0f}"
+    return "" if memory is None else f"{memory / 1e6:,.0f}"
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown whose columns line up, the first to the left and the others to the right."""
-    widths = [max(len(line[column]) for line in [headers, *rows]) for column in range(len(headers))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + " |"
-
-    rule = "|" + "|".join(
-        "-" * (width + 2) if not index else "-" * (width + 1) + ":" for index, width in enumerate(widths)
-    )
-    return "\n".join([line(headers), rule + "|", *map(line, rows)])
+    first, *others = (max(map(len, column)) for column in zip(headers, *rows, strict=True))
+    rule = "-" * (first + 2) + "|" + "|".join("-" * (width + 1) + ":" for width in others)
+    lines = [
+        " | ".join(
+            [cells[0].ljust(first), *(cell.rjust(width) for cell, width in zip(cells[1:], others, strict=True))]
+        )
+        for cells in [headers, *rows]
+    ]
+    return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])
 
 
 def _to_json(tree: Any) -> Any:
     if isinstance(tree, Measurement):
         return tree.to_json()
-    return {key: _to_json(value) for key, value in tree.items()}
+    if isinstance(tree, Settings):
+        return asdict(tree)
+    return {key: _to_json(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
 def _measurements(saved: Mapping[str, Any]) -> dict[str, Measurement]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .measure import Measurement, Meter
-from .report import format_cost, format_memory, format_seconds, format_table
+from .report import format_measurement, format_table
 from .settings import Settings
 from .stages import STAGES, Run
 from .workload import Workload
@@ -51,7 +52,7 @@ AXES = {
     ),
     "batch": Axis(
         (1, 2, 4, 8),
-        "Everything is linear: a processor takes large batches a few images at a time. Memory is that of two "
+        "Everything is linear: a CPU takes large batches a few images at a time. Memory is that of two "
         "images, and the masks and biases of all.",
     ),
 }
@@ -93,7 +94,7 @@ def measure_scaling(
 
 def format_scaling(axis: str, points: Mapping[str, Mapping[str, Measurement]]) -> str:
     """
-    A table of one axis, with the line that explains it.
+    A table of one axis, with the power of growth from each row to the next, and the line that explains it.
 
     Args:
         axis: what was varied.
@@ -103,34 +104,23 @@ def format_scaling(axis: str, points: Mapping[str, Mapping[str, Measurement]]) -
     headers = [axis]
     for name in stages:
         headers += [f"{_TITLES.get(name, name)}: s", "cost", "power", "peak MB", "added MB"]
-    rows: list[list[str]] = []
-    before: tuple[int, Mapping[str, Measurement]] | None = None
-    for value, point in points.items():
+    rows = []
+    for (before, earlier), (value, point) in itertools.pairwise([("", {}), *points.items()]):
         row = [value]
         for name in stages:
-            row += _cells(int(value), point.get(name), before, name)
+            if (measured := point.get(name)) is None:
+                row += [""] * 5
+                continue
+            seconds, _, _, cost, *memory = format_measurement(measured)
+            power = ""
+            if name in earlier and value != before:
+                growth = math.log(measured.median / earlier[name].median)
+                power = f"{growth / math.log(int(value) / int(before)):.1f}"
+            row += [seconds, cost, power, *memory]
         rows.append(row)
-        before = int(value), point
     return f"{format_table(headers, rows)}\n\n{AXES[axis].explanation}"
 
 
 def _one_prompt_a_label(work: Workload) -> Run:
     prompts, encode = work.prompts(templates=1), work.compiled(work.model.get_class_embeds)
     return lambda: encode(**prompts)
-
-
-def _cells(
-    value: int, measured: Measurement | None, before: tuple[int, Mapping[str, Measurement]] | None, name: str
-) -> list[str]:
-    if measured is None:
-        return [""] * 5
-    power = ""
-    if before is not None and name in before[1] and value != before[0]:
-        power = f"{math.log(measured.median / before[1][name].median) / math.log(value / before[0]):.1f}"
-    return [
-        format_seconds(measured.median),
-        format_cost(measured.cost),
-        power,
-        format_memory(measured.peak_memory),
-        format_memory(measured.added_memory),
-    ]

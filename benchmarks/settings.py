@@ -27,9 +27,8 @@ class Settings:
         queries: mask proposals per image; None leaves them to the model.
         dtype: of the network's weights and activations.
         compile: mode of `torch.compile`, or None for eager.
-        threads: of the processor.
+        threads: of the CPU.
         device: as PyTorch writes it.
-        tokenizer: folder of a tokenizer, or None for token ids that are made up, see `workload.made_up_prompts`.
     """
 
     model: str = "vit_b_16"
@@ -42,25 +41,20 @@ class Settings:
     compile: str | None = None
     threads: int = 1
     device: str = "cpu"
-    tokenizer: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """As a dictionary of what JSON knows."""
-        return {**dataclasses.asdict(self), "target": list(self.target)}
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Settings:
         """
-        Settings from the dictionary that `to_json` made.
+        Settings from a dictionary; entries that are None and no longer exist are left out.
 
         Raises:
             ValueError: it holds other names than the settings', or no target size.
         """
         names = {field.name for field in dataclasses.fields(cls)}
-        if set(saved) != names or len(saved["target"]) != 2:
-            raise ValueError(f"settings hold {', '.join(sorted(saved)) or 'nothing'}: expected {', '.join(names)}")
-        height, width = saved["target"]
-        return cls(**{**saved, "target": (height, width)})
+        kept = {name: value for name, value in saved.items() if name in names or value is not None}
+        if set(kept) != names or len(kept["target"]) != 2:
+            raise ValueError(f"settings hold {', '.join(sorted(kept)) or 'nothing'}: expected {', '.join(names)}")
+        return cls(**{**kept, "target": tuple(kept["target"])})
 
     def differences(self, other: Settings) -> list[str]:
         """Names of the settings that have another value in `other`."""

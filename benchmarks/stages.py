@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from modeling_san import SANOutput, text_cache_san
+from modeling_san import SANForOpenVocabSegmentation, SANOutput
 
 from .machine import REPOSITORY
 from .workload import PHOTO_SIZE, Workload
@@ -48,30 +47,15 @@ def _text(work: Workload) -> Run:
     return lambda: encode(**prompts)
 
 
-def _cached_text(work: Workload) -> Run:
-    """Labels that an earlier process encoded: all that a new one does for them, reading the weights included."""
-    prompts, encode = work.prompts(), work.model.get_class_embeds
-
-    def run() -> None:
-        os.environ[text_cache_san.SWITCH] = str(work.folder)
-        text_cache_san.forget_digests()
-        try:
-            encode(**prompts)
-        finally:
-            os.environ[text_cache_san.SWITCH] = "off"
-
-    return run
-
-
 def _preprocessing(work: Workload) -> Run:
-    paths, processor = work.images(*PHOTO_SIZE), work.image_processor
+    paths, processor = work.images(*PHOTO_SIZE), work.processor.image_processor
     return lambda: processor(images=paths, return_tensors="pt")
 
 
 def _pil(work: Workload) -> Run:
     """What PIL takes for the same images by itself: preprocessing can hardly be faster."""
     paths = work.images(*PHOTO_SIZE)
-    height, width = work.image_processor.resized_size(*PHOTO_SIZE)
+    height, width = work.processor.image_processor.resized_size(*PHOTO_SIZE)
 
     def run() -> None:
         for path in paths:
@@ -83,36 +67,38 @@ def _pil(work: Workload) -> Run:
 
 def _clip(work: Workload) -> Run:
     model, pixels = work.model, work.pixel_values.to(work.dtype)
-    encode = work.compiled(lambda pixels: model.get_clip_hidden_states(model.shrink_for_clip(pixels)))
+    encode = work.compiled(lambda pixels: _encode(model, pixels))
     return lambda: encode(pixels)
 
 
 def _side_adapter(work: Workload) -> Run:
     pixels = work.pixel_values.to(work.dtype)
-    hidden_states, grid = _clip_features(work, pixels)
-    adapt = work.compiled(work.model.side_adapter)
-    return lambda: adapt(pixels, hidden_states, grid)
+    states, adapt = _encode(work.model, pixels), work.compiled(work.model.side_adapter)
+    return lambda: adapt(pixels, states)
 
 
 def _recognition(work: Workload) -> Run:
     pixels = work.pixel_values.to(work.dtype)
-    hidden_states, grid = _clip_features(work, pixels)
-    biases = [work.model.side_adapter(pixels, hidden_states, grid)[-1].attention_bias]
-    last = hidden_states[-1]
+    states = _encode(work.model, pixels)
+    biases = [work.model.side_adapter(pixels, states)[-1].attention_bias]
     recognize = work.compiled(work.model.recognize)
-    return lambda: recognize(last, biases, grid)
+    return lambda: recognize(states, biases)
+
+
+def _encode(model: SANForOpenVocabSegmentation, pixels: Tensor) -> Any:
+    """CLIP's states, which the stages after it take as given."""
+    return model.trunk.encode(model.shrink_for_clip(pixels), model.config.sls_start_layer)
 
 
 def _network(work: Workload) -> Run:
     model = work.compiled(work.model)
-    inputs = {"class_embeds": work.class_embeds, "image_sizes": work.image_sizes}
+    inputs = {"class_embeds": work.vocabulary.class_embeds, "image_sizes": work.image_sizes}
     pixels = work.pixel_values
     return lambda: model(pixels, **inputs)
 
 
 def _post_processing(work: Workload) -> Run:
-    outputs = work.outputs(work.settings.classes, work.settings.size)
-    return _post_process(work, outputs, work.settings.target)
+    return _post_process(work, work.outputs(work.settings.classes, work.settings.size), work.settings.target)
 
 
 def _large_post_processing(work: Workload) -> Run:
@@ -120,31 +106,26 @@ def _large_post_processing(work: Workload) -> Run:
 
 
 def _post_process(work: Workload, outputs: SANOutput, target: tuple[int, int]) -> Run:
-    targets = [target] * work.settings.batch
-    processor = work.image_processor
+    targets, processor = [target] * work.settings.batch, work.processor
     return lambda: processor.post_process_semantic_segmentation(outputs, target_sizes=targets)
 
 
 def _end_to_end(work: Workload) -> Run:
-    processor, targets = work.image_processor, [work.settings.target] * work.settings.batch
-    segment = _from_file(work)
-    return lambda: processor.post_process_semantic_segmentation(segment(), target_sizes=targets)
+    paths = work.images(work.settings.size, work.settings.size)
+    segmenter, vocabulary, targets = work.segmenter, work.vocabulary, [work.settings.target] * work.settings.batch
+    return lambda: segmenter.segment(replace(segmenter.prepare(paths), target_sizes=targets), vocabulary)
 
 
 def _full_scores(work: Workload) -> Run:
     """End to end as it would be without blocks: how much memory these save."""
-    target, segment = work.settings.target, _from_file(work)
-    return lambda: label_maps_from_full_scores(segment(), target)
-
-
-def _from_file(work: Workload) -> Callable[[], SANOutput]:
     paths = work.images(work.settings.size, work.settings.size)
-    model, processor, class_embeds = work.compiled(work.model), work.image_processor, work.class_embeds
+    model, segmenter, vocabulary = work.compiled(work.model), work.segmenter, work.vocabulary
 
-    def run() -> SANOutput:
-        inputs = processor(images=paths, return_tensors="pt")
-        pixels = inputs["pixel_values"].to(work.device)
-        return model(pixels, image_sizes=inputs["image_sizes"], class_embeds=class_embeds)
+    def run() -> list[Tensor]:
+        images = segmenter.prepare(paths)
+        pixels, embeds = images.pixel_values.to(work.device), vocabulary.class_embeds
+        outputs = model(pixels, image_sizes=images.image_sizes, class_embeds=embeds)
+        return label_maps_from_full_scores(outputs, work.settings.target)
 
     return run
 
@@ -160,7 +141,6 @@ def _python(*arguments: str) -> Callable[[Workload], Run]:
 
 STAGES = {
     "text": Stage("text encoding", _text, is_network=True),
-    "cached_text": Stage("  labels known from disk", _cached_text),
     "preprocessing": Stage("preprocessing of a 1920 x 1080 JPEG", _preprocessing),
     "pil": Stage("  PIL alone: decode and resize", _pil),
     "clip": Stage("CLIP to layer K", _clip, is_network=True),
@@ -206,9 +186,3 @@ def label_maps_from_full_scores(outputs: SANOutput, target: tuple[int, int]) -> 
         scores = torch.einsum("qc,qhw->chw", probabilities, resized[0].sigmoid())
         label_maps.append(scores.argmax(0))
     return label_maps
-
-
-def _clip_features(work: Workload, pixels: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
-    """CLIP's hidden states and grid, which the stages after it take as given."""
-    clip_pixels = work.model.shrink_for_clip(pixels)
-    return work.model.get_clip_hidden_states(clip_pixels), work.model.clip_grid(clip_pixels)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import re
-import tempfile
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 from modeling_san import SANConfig, SANForOpenVocabSegmentation, SANImageProcessor, SANOutput, SANProcessor
-from modeling_san.processing import load_vocabulary, prompt_templates, vocabulary_names
+from modeling_san.conversion import RELEASED_CONFIGS
+from modeling_san.processing import Segmenter, Vocabulary, load_vocabulary, prompt_templates, vocabulary_names
+from reference import clip_tokenizer
 
 from .settings import Settings
 
@@ -32,7 +30,7 @@ _LOGIT_SCALE = 100
 _BLOB_CELLS = 10
 _BLOB_LOGIT = 4.0
 
-_VIT_L_14: dict[str, Any] = {
+_CLIP_L_14: dict[str, Any] = {
     "vision_config": {
         "hidden_size": 1024,
         "intermediate_size": 4096,
@@ -42,18 +40,10 @@ _VIT_L_14: dict[str, Any] = {
         "image_size": 336,
         "projection_dim": 768,
     },
-    "text_config": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_attention_heads": 12,
-        "projection_dim": 768,
-    },
+    "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768},
     "projection_dim": 768,
-    "clip_input_scale": 0.7,
-    "sls_start_layer": 18,
-    "fusion_map": [[0, 0], [6, 1], [12, 2], [18, 3]],
 }
-_CONFIGS: dict[str, dict[str, Any]] = {"vit_b_16": {}, "vit_l_14": _VIT_L_14}
+_CONFIGS: dict[str, dict[str, Any]] = {"vit_b_16": {}, "vit_l_14": {**_CLIP_L_14, **RELEASED_CONFIGS[1024]}}
 
 
 class Workload:
@@ -66,7 +56,7 @@ class Workload:
         model: the network, where another workload has it already.
 
     Raises:
-        ValueError: the model or the tokenizer cannot be loaded.
+        ValueError: the model cannot be loaded.
     """
 
     def __init__(self, settings: Settings, folder: Path, model: SANForOpenVocabSegmentation | None = None) -> None:
@@ -84,19 +74,28 @@ class Workload:
         return model.to(self.device, self.dtype)
 
     @functools.cached_property
-    def image_processor(self) -> SANImageProcessor:
-        """Resizes to the size that is measured, and knows the network's grid."""
+    def processor(self) -> SANProcessor:
+        """Resizes to the size that is measured, and has the tokenizer that the text encoder needs."""
         size, config = self.settings.size, self.model.config
-        return SANImageProcessor(
+        image_processor = SANImageProcessor(
             size={"shortest_edge": size, "longest_edge": 4 * size},
             size_divisor=config.size_divisor,
             mask_stride=config.side_patch_size,
         )
+        released = self.settings.model in _CONFIGS
+        tokenizer = clip_tokenizer() if released else SANProcessor.from_pretrained(self.settings.model).tokenizer
+        return SANProcessor(image_processor, tokenizer, templates=TEMPLATES)
 
     @functools.cached_property
-    def class_embeds(self) -> Tensor:
-        """Unit vectors `(classes, projection_dim)` in random directions."""
-        return self._unit_vectors(self.settings.classes)
+    def vocabulary(self) -> Vocabulary:
+        """Labels with unit vectors `(classes, projection_dim)` in random directions."""
+        labels = make_labels(self.settings.classes)
+        return Vocabulary(tuple(labels), self._unit_vectors(len(labels)), len(labels))
+
+    @functools.cached_property
+    def segmenter(self) -> Segmenter:
+        """The network, compiled where the settings say so, as images are labelled with it."""
+        return Segmenter(self.compiled(self.model), self.processor)
 
     @functools.cached_property
     def pixel_values(self) -> Tensor:
@@ -111,21 +110,14 @@ class Workload:
 
     def prompts(self, templates: int | None = None) -> dict[str, Tensor]:
         """
-        The vocabulary as the text encoder takes it.
+        The vocabulary as the text encoder takes it: `input_ids` and `attention_mask` `(classes, templates, tokens)`.
 
         Args:
             templates: how many of the templates to use; None takes all.
-
-        Returns:
-            `input_ids` and `attention_mask` `(classes, templates, tokens)`.
         """
-        labels, patterns = make_labels(self.settings.classes), prompt_templates(TEMPLATES)[:templates]
-        if self.settings.tokenizer is not None:
-            processor = SANProcessor(tokenizer=load_tokenizer(self.settings.tokenizer), templates=patterns)
-            prompts = dict(processor.tokenize_labels(labels))
-        else:
-            prompts = made_up_prompts(labels, patterns, self.model.config.text_config)
-        return {name: tensor.to(self.device) for name, tensor in prompts.items()}
+        patterns = prompt_templates(TEMPLATES)[:templates]
+        inputs = self.processor(text=make_labels(self.settings.classes), templates=patterns, return_tensors="pt")
+        return dict(inputs.to(self.device))
 
     def images(self, height: int, width: int) -> list[Path]:
         """A JPEG file of that size, as often as the batch has images."""
@@ -166,11 +158,6 @@ class Workload:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
 
 
-def make_workload_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder for images, removed when its context ends."""
-    return tempfile.TemporaryDirectory(prefix="san-benchmarks-")
-
-
 @torch.inference_mode(False)
 def make_model(settings: Settings) -> SANForOpenVocabSegmentation:
     """
@@ -180,38 +167,20 @@ def make_model(settings: Settings) -> SANForOpenVocabSegmentation:
         ValueError: the folder holds no SAN model.
     """
     torch.manual_seed(0)
+    queries = {} if settings.queries is None else {"num_queries": settings.queries}
     if settings.model in _CONFIGS:
-        return SANForOpenVocabSegmentation(SANConfig(**_CONFIGS[settings.model], **_changes(settings))).eval()
-    folder = Path(settings.model)
-    if not (folder / "config.json").is_file():
+        return SANForOpenVocabSegmentation(SANConfig(**_CONFIGS[settings.model], **queries)).eval()
+    if not (Path(settings.model) / "config.json").is_file():
         raise ValueError(
             f"model {settings.model}: there is no such folder with a config.json: pass {', '.join(_CONFIGS)} or a "
             "folder that save_pretrained wrote"
         )
     try:
-        if settings.queries is None:
-            return SANForOpenVocabSegmentation.from_pretrained(folder, use_safetensors=True).eval()
-        config = SANConfig.from_pretrained(folder, **_changes(settings))
+        if queries:  # trained queries are as many as they are
+            return SANForOpenVocabSegmentation(SANConfig.from_pretrained(settings.model, **queries)).eval()
+        return SANForOpenVocabSegmentation.from_pretrained(settings.model, use_safetensors=True).eval()
     except (OSError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"model {settings.model} cannot be loaded: {error}") from error
-    # Trained queries are as many as they are
-    return SANForOpenVocabSegmentation(config).eval()
-
-
-def load_tokenizer(folder: str) -> CLIPTokenizer:
-    """
-    CLIP's tokenizer.
-
-    Raises:
-        ValueError: the folder holds none.
-    """
-    if not Path(folder).is_dir():
-        raise ValueError(f"tokenizer {folder}: there is no such folder: leave --tokenizer out for made-up token ids")
-    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        # The library makes a tokenizer that knows no word, and says nothing
-        raise ValueError(f"tokenizer {folder} holds no tokenizer files: pass a folder that save_pretrained wrote")
-    return tokenizer
 
 
 def make_labels(count: int) -> list[str]:
@@ -224,45 +193,7 @@ def make_labels(count: int) -> list[str]:
     sets = sorted(vocabulary_names(), key=lambda name: (name != FIRST_VOCABULARY, name))
     names = list(dict.fromkeys(label for name in sets for label in load_vocabulary(name).classes))
     pairs = (f"{first} {second}" for first, second in itertools.product(names, names))
-    labels: dict[str, None] = {}
-    for label in itertools.chain(names, pairs):
-        if len(labels) == count:
-            break
-        labels[label] = None
-    return list(labels)
-
-
-def made_up_prompts(labels: Sequence[str], templates: Sequence[str], text_config: Any) -> dict[str, Tensor]:
-    """
-    Prompts as a tokenizer would give them, with a number for each word that is drawn from its letters.
-
-    What matters for speed is as with CLIP's tokenizer: words at the start that prompts share, prompts that occur
-    twice, and lengths. For 171 labels of COCO-Stuff in 14 templates these are 10.28 tokens on average and 13 at most;
-    CLIP's tokenizer, which splits rare words, gives 10.32 and 13.
-
-    Args:
-        labels: class names.
-        templates: each with one `{}`.
-        text_config: of the text encoder that reads them.
-
-    Returns:
-        `input_ids` and `attention_mask`, `(labels, templates, tokens)`; tokens are as many as the longest prompt has.
-    """
-    limit = text_config.max_position_embeddings - 2
-    bos, eos = int(text_config.bos_token_id), int(text_config.eos_token_id)
-    usable = [token for token in range(text_config.vocab_size) if token not in (bos, eos)]
-    prompts = [_word_ids(template.format(label), usable)[:limit] for label in labels for template in templates]
-    longest = max(map(len, prompts)) + 2
-    ids = np.full((len(prompts), longest), eos, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for row, words in enumerate(prompts):
-        ids[row, : len(words) + 1] = np.array([bos, *words])
-        mask[row, : len(words) + 2] = 1
-    shape = (len(labels), len(templates), longest)
-    return {
-        "input_ids": torch.from_numpy(ids).view(shape),
-        "attention_mask": torch.from_numpy(mask).view(shape),
-    }
+    return list(itertools.islice(dict.fromkeys(itertools.chain(names, pairs)), count))
 
 
 def make_image(height: int, width: int) -> Image.Image:
@@ -271,13 +202,3 @@ def make_image(height: int, width: int) -> Image.Image:
     blobs = Image.fromarray(random.integers(0, 256, (9, 16, 3), dtype=np.uint8)).resize((width, height))
     noise = random.normal(0, 6, (height, width, 3))
     return Image.fromarray(np.clip(np.asarray(blobs) + noise, 0, 255).astype(np.uint8))
-
-
-def _changes(settings: Settings) -> dict[str, Any]:
-    return {} if settings.queries is None else {"num_queries": settings.queries}
-
-
-def _word_ids(prompt: str, usable: Sequence[int]) -> list[int]:
-    """A number for each word, digit and run of punctuation."""
-    words = re.findall(r"[a-z]+|\d|[^\sa-z\d]+", prompt.lower())
-    return [usable[zlib.crc32(word.encode()) % len(usable)] for word in words]

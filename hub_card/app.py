@@ -2,57 +2,228 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
+import json
 import os
+import re
 import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from PIL import Image
+import gradio as gr
+import numpy as np
+from gradio.processing_utils import save_bytes_to_cache
+from gradio.themes import Base, colors, sizes
+from PIL import Image, ImageOps
+from starlette.middleware import Middleware
 
 from modeling_san import SANForOpenVocabSegmentation, SANProcessor
 from modeling_san.builtin import is_drawn_world, load_examples
 from modeling_san.processing import EXTENSIONS, normalize_labels
+from modeling_san.processing.images_san import open_image, read_byte_image, resize_image
+from modeling_san.processing.segmenter import Segmentation, Segmenter
+from modeling_san.processing.wording_san import listed
 
-from .segmenting import MAX_BYTES, Segmentation, Segmenter, read_upload, read_words
-
-if TYPE_CHECKING:
-    import gradio
+MAX_BYTES = 20 * 2**20
+MAX_PIXELS = 32_000_000
+"""Largest image that is decoded; twice that would take half a gigabyte on its way through."""
+MAX_LABELS = 300
+MAX_CHARACTERS = 20_000
+"""Of all labels together: more than anybody types, less than what would keep the tokenizer busy."""
 
 _ASSETS = Path(__file__).parent / "assets"
 _TITLE = "SAN: any words, every pixel"
-
-_KEPT_SECONDS = 30 * 60
+_SHOWN_SIDE, _SHOWN_SEGMENTS = 1024, 60
+"""Longest side of images on their way to a browser, and how many labels are painted, largest first."""
+_OPACITY = 55
+_KEPT_SECONDS, _CLEANED_EVERY_SECONDS = 30 * 60, 60
 """How long uploads and results are kept after they were last of use."""
-_CLEANED_EVERY_SECONDS = 60
-_KEPT_VISITORS = 200
-_WAITING_VISITORS = 32
-
-_EXTENSION_NAMES = {
-    "none": "only my words",
-    "coco-stuff": "+ COCO stuff",
-    "coco-all": "+ all of COCO",
-}
-_MIME_TYPES = {"overlay": "image/png", "labels": "image/png", "json": "application/json"}
-_SUGGESTED_WORDS = 60
+_KEPT_VISITORS, _WAITING_VISITORS = 200, 32
+_SUGGESTED_WORDS = 200
 _FIRST_WORDS = ("sky", "tree", "road", "person", "building", "grass")
-
-_DISTRACTORS = ("red plain", "green dotted", "water", "brick")
-
-_Example = tuple[Image.Image, tuple[str, ...]]
-"""An image to start with and the names of what is in it."""
+_EXTENSION_NAMES = {"none": "only my words", "coco-stuff": "+ COCO stuff", "coco-all": "+ all of COCO"}
+_FILES = {"overlay": "_overlay.png", "labels": "_labels.png", "json": ".json"}
 
 # What the page may load and talk to: the server it came from. Gradio's own scripts need "unsafe-eval".
-_CONTENT_POLICY = (
-    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
-    "style-src 'self' 'unsafe-inline'; base-uri 'self'; form-action 'self'; object-src 'none'"
-)
+_HEADERS = {
+    "content-security-policy": "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; base-uri 'self'; form-action 'self'; object-src 'none'",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+
+
+# What a visitor sends
+
+
+def read_words(given: Any) -> list[str]:
+    """
+    Labels as the page's field of words sends them.
+
+    Args:
+        given: a list of labels, or lines of several that are separated by commas. It may be anything.
+
+    Returns:
+        normalised labels.
+
+    Raises:
+        ValueError: there are none, too many, or one cannot be used.
+    """
+    if not isinstance(given or [], list) or not all(isinstance(word, str) for word in given or []):
+        raise ValueError("The words are not a list of texts: type them into the field, separated by commas")
+    line = ",".join(word for word in given or [] if word.strip())
+    if not line:
+        raise ValueError("There are no words yet: type what to look for, for example: sky, road, car")
+    if len(line) > MAX_CHARACTERS:
+        raise ValueError(f"The words have {len(line):,} letters: keep to {MAX_CHARACTERS:,}")
+    labels = normalize_labels(line)
+    if len(labels) > MAX_LABELS:
+        raise ValueError(f"There are {len(labels)} labels: keep to {MAX_LABELS}")
+    return labels
+
+
+def read_upload(path: str | None) -> bytes:
+    """
+    Content of an uploaded image file, whose size on disk is checked before it is read.
+
+    Args:
+        path: of the file; None where nothing was uploaded.
+
+    Raises:
+        ValueError: there is none, it is gone, empty or too large.
+    """
+    if path is None:
+        raise ValueError("There is no image yet: upload one, paste one, or choose an example")
+    if not Path(path).is_file():
+        raise ValueError("The image is no longer here: uploads are kept for a short time, upload it again")
+    if (size := Path(path).stat().st_size) > MAX_BYTES:
+        raise ValueError(f"The file has {size / 2**20:.0f} MB: keep to {MAX_BYTES // 2**20} MB, or shrink the image")
+    if not size:
+        raise ValueError("The file is empty: it may not have been saved completely")
+    return Path(path).read_bytes()
+
+
+def open_upload(content: bytes) -> np.ndarray:
+    """
+    Pixels of an image file, whose number of pixels is checked before they are decoded.
+
+    Returns:
+        `(height, width, 3)` bytes, upright.
+
+    Raises:
+        ValueError: it is no image of a usual format, damaged, or too large.
+    """
+    try:
+        with open_image(content) as image:
+            width, height = image.size
+            if width * height <= MAX_PIXELS:
+                return read_byte_image(image, "The image")
+    except Exception as error:
+        # Decoders of damaged files raise what they please
+        raise ValueError(
+            "The file is no image that can be read: use PNG, JPEG, WebP, TIFF, BMP or GIF, "
+            f"of up to {MAX_PIXELS // 10**6} million pixels"
+        ) from error
+    raise ValueError(f"The image has {width} x {height} pixels: keep to {MAX_PIXELS // 10**6} million, or shrink it")
+
+
+# What a visitor gets
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """
+    One visitor's image, segmented.
+
+    Attributes:
+        content: of the image's file.
+        source: its name.
+        size: height and width of the image, upright.
+        shown: the segmentation at the size at which a browser gets it.
+    """
+
+    content: bytes
+    source: str
+    size: tuple[int, int]
+    shown: Segmentation
+
+    def image(self) -> np.ndarray:
+        """The image as a browser gets it."""
+        return resize_image(open_upload(self.content), self.shown.size, Image.Resampling.BOX)
+
+    def annotations(self) -> tuple[list[tuple[np.ndarray, str]], dict[str, str]]:
+        """A mask for each label found with what the legend calls it, and colours by these names."""
+        segments = self.shown.segments()[:_SHOWN_SEGMENTS]
+        names = {segment.index: f"{segment.label}  {100 * segment.area:.1f} %" for segment in segments}
+        masks = [((self.shown.label_map == index).numpy().astype(np.float32), name) for index, name in names.items()]
+        return masks, {names[segment.index]: segment.color for segment in segments}
+
+    def heat(self, label: str) -> tuple[Image.Image, float]:
+        """Where a label scores, glowing on the grey image, and its highest score, which is white."""
+        scores = self.shown.heat_map(label).numpy()
+        highest = float(scores.max())
+        glow = Image.fromarray(np.rint(scores * (255 / max(highest, 1e-12))).clip(0, 255).astype(np.uint8))
+        colors = ImageOps.colorize(glow, black="#1b0c41", mid="#ed6925", white="#fcffa4")
+        return Image.blend(ImageOps.grayscale(Image.fromarray(self.image())).convert("RGB"), colors, 0.7), highest
+
+    def file(self, kind: str, opacity: float, model: str) -> tuple[str, bytes]:
+        """
+        A file to download, at the image's own size.
+
+        Args:
+            kind: "overlay", "labels" or "json".
+            opacity: of the overlay's colours, 0 ... 1.
+            model: its name, for the JSON file.
+
+        Returns:
+            the file's name and its content.
+        """
+        stem = re.sub(r"[^\w.-]+", "_", Path(self.source).stem)[:60].strip("._") or "image"
+        names = {one: stem + ending for one, ending in _FILES.items()}
+        segmentation = self.shown.resized(self.size)
+        buffer = io.BytesIO()
+        if kind == "json":
+            files = {"overlay": names["overlay"], "label_map": names["labels"]}
+            summary = segmentation.summary(image=self.source, model=model) | files
+            text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+            buffer.write(text.encode("utf-8", errors="replace"))
+        elif kind == "overlay":
+            segmentation.overlay(open_upload(self.content), opacity).save(buffer, format="PNG")
+        else:
+            segmentation.label_image().save(buffer, format="PNG")
+        return names[kind], buffer.getvalue()
+
+
+def segment_upload(segmenter: Segmenter, content: bytes, labels: Sequence[str], extend: str, source: str) -> Result:
+    """
+    Segment an image file.
+
+    Args:
+        segmenter: that all visitors share.
+        content: of the file.
+        labels: normalised labels.
+        extend: names to add, see `modeling_san.processing.extend_labels`.
+        source: name of the file.
+
+    Raises:
+        ValueError: the image or the labels cannot be used.
+    """
+    image = open_upload(content)
+    height, width = image.shape[:2]
+    scale = min(1.0, _SHOWN_SIDE / max(height, width))
+    shown = max(1, round(height * scale)), max(1, round(width * scale))
+    vocabulary = segmenter.vocabulary(labels, extend=extend)
+    [segmentation] = segmenter.segment(replace(segmenter.prepare(image), target_sizes=[shown]), vocabulary)
+    return Result(content, source, (height, width), segmentation)
+
+
+# The page
 
 
 def make_page(
@@ -62,12 +233,12 @@ def make_page(
     name: str = "built-in",
     labels: Sequence[str] | None = None,
     concurrency: int = 1,
-) -> gradio.Blocks:
+) -> gr.Blocks:
     """
-    The page of a model. `launch_page` gives it its looks.
+    The page of a model. `serve` gives it its looks.
 
-    All that belongs to a visitor lies in the state of the visitor's own session, but for the uploaded file, which
-    Gradio keeps under a name nobody can guess and removes after half an hour.
+    All that belongs to a visitor lies in the state of the visitor's own session, and in files that Gradio keeps under
+    names nobody can guess and removes after half an hour.
 
     Args:
         model: to segment with; put into evaluation mode.
@@ -77,132 +248,159 @@ def make_page(
         concurrency: images that are segmented at the same time; other visitors wait in a queue.
 
     Raises:
-        ImportError: Gradio is not installed.
         ValueError: a label cannot be used.
     """
-    import gradio as gr
-
+    segmenter = Segmenter(model.eval(), processor)
     # Where a folder lies on the server is nobody's business
-    segmenter = Segmenter(model.eval(), processor, Path(name).resolve().name if Path(name).is_dir() else name)
-    examples = _draw_examples() if _knows_drawn_world(segmenter) else []
-    words = normalize_labels(labels) if labels is not None else _first_words(segmenter, examples)
-    suggestions = _suggested_words(segmenter)
-    handlers = _Handlers(gr, segmenter, examples)
+    name = Path(name).resolve().name if Path(name).is_dir() else name
+    known = list(model.config.training_labels or ())
+    is_builtin = is_drawn_world(known)
+    examples = [[one.image, list(one.labels)] for one in load_examples(enlargement=4)] if is_builtin else []
+    suggested = known or list(model.config.stored_labels or _FIRST_WORDS)
+    first = normalize_labels(labels) if labels is not None else suggested[: len(_FIRST_WORDS)]
+
+    def segment(path: str | None, words: Any, extend: str) -> tuple[Any, ...]:
+        with _told_to_visitor():
+            content, own = read_upload(path), read_words(words)
+            result = segment_upload(segmenter, content, own, extend, Path(path or "").name)
+            segmentation = result.shown
+            masks, colors = result.annotations()
+            found = segmentation.segments()
+            absent = [label for label in segmentation.labels if label not in {segment.label for segment in found}]
+            unknown = segmenter.unknown_words(own)
+        notes = [f"Not found: {listed(absent, 12)}."] if absent else []
+        if unknown:
+            notes += [f"This model was not trained on {listed(unknown, 8)}: expect poor results there."]
+        return (
+            result,
+            gr.AnnotatedImage((result.image(), masks), color_map=colors),
+            html.escape(" ".join(notes)),
+            gr.Dropdown(choices=[segment.label for segment in found] + absent, value=found[0].label),
+            [[one.label, f"{100 * one.area:.1f} %", one.pixels, f"{one.score:.3f}"] for one in found],
+            [f'"{label}"' if "," in label else label for label in own],
+            gr.Tabs(selected="labels"),
+        )
+
+    def choose_label(result: Result | None, event: gr.SelectData) -> tuple[Any, Any]:
+        with _told_to_visitor():
+            index = event.index if isinstance(event.index, int) else -1
+            segments = _still_here(result).shown.segments()
+            if not 0 <= index < len(segments):
+                raise ValueError("There is no such label")
+            return segments[index].label, gr.Tabs(selected="heat")
+
+    def show_heat(result: Result | None, label: str | None) -> Any:
+        if result is None or label is None:
+            return None
+        with _told_to_visitor():
+            image, highest = result.heat(label)
+            return gr.Image(image, label=f"score of {label}, up to {highest:.2f}")
+
+    def write_file(kind: str) -> Callable[[Result | None, Any], str]:
+        def write(result: Result | None, opacity: Any) -> str:
+            with _told_to_visitor():
+                file_name, content = _still_here(result).file(kind, opacity / 100, name)
+                return save_bytes_to_cache(content, file_name, saved.GRADIO_CACHE)
+
+        return write
 
     with gr.Blocks(
         title=_TITLE, analytics_enabled=False, delete_cache=(_CLEANED_EVERY_SECONDS, _KEPT_SECONDS)
     ) as page:
         result = gr.State(None, time_to_live=_KEPT_SECONDS)
-        gr.HTML(_heading(segmenter, bool(examples)), elem_id="san-head", apply_default_css=False, js_on_load=None)
+        gr.HTML(_heading(name, is_builtin), elem_id="san-head", padding=False)
         with gr.Row(elem_id="san-columns"):
-            with gr.Column(scale=5, min_width=320, elem_id="san-left"):
-                image = _image_field(gr)
-                if examples:
-                    thumbnails = gr.HTML(
-                        html_template='<div class="san-title">Examples <small>drawn for this model</small></div>',
-                        js_on_load=_script("app_examples.js"),
-                        apply_default_css=False,
-                        elem_id="san-examples",
-                        images=[{"address": _address(image), "name": ", ".join(names)} for image, names in examples],
-                    )
-                field = gr.HTML(
-                    words,
-                    html_template=(
-                        '<div class="san-title">Words <small>Enter or comma after each; a|b are synonyms</small></div>'
-                    ),
-                    js_on_load=_script("app_words.js"),
-                    apply_default_css=False,
+            with gr.Column(scale=5, min_width=320):
+                image = _image_field(examples[0][0] if examples and labels is None else None)
+                words = gr.Dropdown(
+                    suggested[:_SUGGESTED_WORDS],
+                    value=examples[0][1] if examples and labels is None else first,
+                    multiselect=True,
+                    allow_custom_value=True,
+                    label="Words",
+                    info="Type any, with Enter after each or commas between; a|b are synonyms.",
                     elem_id="san-words",
-                    suggestions=suggestions,
                 )
-                added = gr.Radio(
+                extend = gr.Radio(
                     [(_EXTENSION_NAMES[how], how) for how in EXTENSIONS],
                     value="none",
                     label="Vocabulary",
-                    info='Names of COCO-Stuff compete with yours; what they win becomes "other".',
-                    elem_id="san-added",
+                    info='Names that compete with yours; what they win is "other".',
+                    elem_id="san-extend",
                 )
                 run = gr.Button("Segment", variant="primary", elem_id="san-run")
-            with gr.Column(scale=7, min_width=320, elem_id="san-right"):
-                viewer = gr.HTML(
-                    html_template="",
-                    js_on_load=_script("app_viewer.js"),
-                    apply_default_css=False,
-                    elem_id="san-viewer",
-                )
+                if examples:
+                    gallery = gr.Examples(
+                        examples,
+                        [image, words],
+                        label="Examples, drawn for this model",
+                        visible_columns=[0],
+                        elem_id="san-examples",
+                        api_visibility="private",
+                    )
+            with gr.Column(scale=7, min_width=320):
+                with gr.Tabs(elem_id="san-tabs") as tabs:
+                    with gr.Tab("Labels", id="labels"):
+                        painted = gr.AnnotatedImage(
+                            show_label=False, height=430, elem_id="san-painted", buttons=["fullscreen"]
+                        )
+                    with gr.Tab("Heat map", id="heat"):
+                        label = gr.Dropdown([], show_label=False, container=False, elem_id="san-label")
+                        heat = gr.Image(
+                            interactive=False, height=430, format="jpeg", buttons=["fullscreen"], elem_id="san-heat"
+                        )
+                    with gr.Tab("Table", id="table"):
+                        table = gr.Dataframe(
+                            headers=["label", "area", "pixels", "mean score"], interactive=False, elem_id="san-table"
+                        )
+                notice = gr.HTML(elem_id="san-notice", padding=False)
+                with gr.Row(elem_id="san-bar"):
+                    opacity = gr.Slider(
+                        0,
+                        100,
+                        _OPACITY,
+                        step=1,
+                        label="Opacity in percent",
+                        buttons=[],
+                        scale=4,
+                        min_width=260,
+                        elem_id="san-opacity",
+                    )
+                    buttons = {
+                        kind: gr.Button(f"\u2193 {title}", size="sm", min_width=80, elem_id=f"san-{kind}")
+                        for kind, title in (("overlay", "Overlay"), ("labels", "Label map"), ("json", "JSON"))
+                    }
+                saved = gr.DownloadButton(visible="hidden", elem_id="san-saved")
 
         private: dict[str, Any] = {"api_visibility": "private"}
-        on_model: dict[str, Any] = {**private, "concurrency_id": "model", "concurrency_limit": concurrency}
-        on_result: dict[str, Any] = {
+        on_result: dict[str, Any] = {**private, "concurrency_id": "result", "concurrency_limit": 2}
+        segmenting: dict[str, Any] = {
+            "fn": segment,
+            "inputs": [image, words, extend],
+            "outputs": [result, painted, notice, label, table, words, tabs],
+            "concurrency_id": "model",
+            "concurrency_limit": concurrency,
+            "show_progress_on": [painted],
             **private,
-            "concurrency_id": "result",
-            "concurrency_limit": 2,
-            "show_progress": "hidden",
         }
-        inputs, outputs = [image, field, added], [viewer, result]
-        run.click(handlers.segment, inputs, outputs, **on_model)
-        field.submit(handlers.segment, inputs, outputs, **on_model)
+        run.click(**segmenting)
         if examples:
-            chosen = thumbnails.select(
-                _with_event(gr, handlers.choose), None, [image, field], show_progress="hidden", **private
+            gallery.load_input_event.success(**segmenting)
+            page.load(**segmenting)
+        painted.select(choose_label, [result], [label, tabs], show_progress="hidden", **on_result)
+        label.change(show_heat, [result, label], [heat], show_progress="hidden", **on_result)
+        opacity.input(
+            None,
+            [opacity],
+            None,
+            js="(percent) => document.documentElement.style.setProperty('--san-opacity', percent / 100)",
+        )
+        for kind, button in buttons.items():
+            button.click(write_file(kind), [result, opacity], [saved], **on_result).success(
+                None, None, None, js="() => document.querySelector('#san-saved').click()"
             )
-            chosen.success(handlers.segment, inputs, outputs, **on_model)
-        viewer.select(_with_event(gr, handlers.show_heat), [result], [viewer], **on_result)
-        viewer.download(_with_event(gr, handlers.download), [result], [viewer], **on_result)
     page.queue(max_size=_WAITING_VISITORS, api_open=False)
     return page
-
-
-def launch_page(
-    page: gradio.Blocks, *, host: str | None = "127.0.0.1", port: int | None = None, share: bool = False
-) -> str:
-    """
-    Serve a page until it is closed, from threads of its own.
-
-    Args:
-        page: what `make_page` returned.
-        host: address to listen at; None leaves it to Gradio, which a Space tells where.
-        port: to listen at; None takes a free one from 7860 on.
-        share: let Gradio's servers pass the page on to anybody who knows its address.
-
-    Returns:
-        the page's address.
-
-    Raises:
-        OSError: the address cannot be listened at.
-    """
-    from gradio.themes import Base, colors, sizes
-    from starlette.middleware import Middleware
-
-    system = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
-    theme = Base(
-        primary_hue=colors.emerald,
-        neutral_hue=colors.slate,
-        radius_size=sizes.radius_lg,
-        font=system,
-        font_mono=("ui-monospace", "Menlo", "Consolas", "monospace"),
-    ).set(body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400")
-    _, local, shared = page.launch(
-        server_name=host,
-        server_port=port,
-        share=share,
-        prevent_thread_lock=True,
-        quiet=True,
-        inline=False,
-        show_error=False,
-        footer_links=[],
-        run_history=False,
-        enable_monitoring=False,
-        ssr_mode=False,
-        mcp_server=False,
-        pwa=False,
-        max_file_size=MAX_BYTES,
-        state_session_capacity=_KEPT_VISITORS,
-        theme=theme,
-        css=(_ASSETS / "app.css").read_text(encoding="utf-8"),
-        app_kwargs={"middleware": [Middleware(_ContentPolicy)]},
-    )
-    return shared or local
 
 
 def serve(
@@ -214,31 +412,54 @@ def serve(
     host: str | None = "127.0.0.1",
     port: int | None = None,
     share: bool = False,
-    on_start: Callable[[str], None] | None = None,
+    on_start: Callable[[str], None] = print,
 ) -> None:
     """
     Make a page, serve it until Ctrl-C or SIGTERM, and remove all that was uploaded.
 
     Args:
-        model: see `make_page`.
-        processor: see `make_page`.
-        name: see `make_page`.
-        labels: see `make_page`.
-        host: see `launch_page`.
-        port: see `launch_page`.
-        share: see `launch_page`.
-        on_start: called with the page's address once it is served; None prints it.
+        model: see `make_page`, as for `processor`, `name` and `labels`.
+        processor: of the model.
+        name: of the model.
+        labels: words to begin with.
+        host: address to listen at; None leaves it to Gradio, which a Space tells where.
+        port: to listen at; None takes a free one from 7860 on.
+        share: let Gradio's servers pass the page on to anybody who knows its address.
+        on_start: called with the page's address once it is served.
 
     Raises:
-        ImportError: Gradio is not installed.
         OSError: the address cannot be listened at.
         ValueError: a label cannot be used.
     """
+    # Nothing is fetched from elsewhere, fonts neither
+    fonts = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
+    theme = Base(
+        colors.emerald, neutral_hue=colors.slate, radius_size=sizes.radius_lg, font=fonts, font_mono=fonts[-1:]
+    )
     with _private_uploads(), _stopped_by_signals() as stopped:
         page = make_page(model, processor, name=name, labels=labels)
         try:
-            address = launch_page(page, host=host, port=port, share=share)
-            print(address, flush=True) if on_start is None else on_start(address)
+            _, local, shared = page.launch(
+                server_name=host,
+                server_port=port,
+                share=share,
+                prevent_thread_lock=True,
+                quiet=True,
+                inline=False,
+                footer_links=[],
+                run_history=False,
+                enable_monitoring=False,
+                ssr_mode=False,
+                mcp_server=False,
+                pwa=False,
+                max_file_size=MAX_BYTES,
+                state_session_capacity=_KEPT_VISITORS,
+                theme=theme,
+                css=(_ASSETS / "app.css").read_text(encoding="utf-8"),
+                head=f"<script>{(_ASSETS / 'app.js').read_text(encoding='utf-8')}</script>",
+                app_kwargs={"middleware": [Middleware(_SafeHeaders)]},
+            )
+            on_start(shared or local)
             stopped.wait()
         finally:
             page.close(verbose=False)
@@ -258,77 +479,20 @@ def serve_model(model_id: str) -> None:
     serve(model, SANProcessor.from_pretrained(model_id), name=model_id, host=None)
 
 
-class _Handlers:
-    """What the page's controls call. Nothing of a visitor is kept here: results go into the visitor's session."""
-
-    def __init__(self, gr: Any, segmenter: Segmenter, examples: Sequence[_Example]) -> None:
-        self._gr = gr
-        self._segmenter = segmenter
-        self._examples = examples
-
-    def segment(self, path: str | None, words: Any, added: str) -> tuple[dict[str, Any], Segmentation]:
-        with _told_to_visitor(self._gr):
-            content, labels = read_upload(path), read_words(words)
-            segmentation = self._segmenter.segment(content, labels, added, source=Path(path or "").name)
-            return segmentation.view(), segmentation
-
-    def choose(self, asked: dict[str, Any]) -> tuple[Image.Image, list[str]]:
-        with _told_to_visitor(self._gr):
-            index = _index(asked)
-            if not 0 <= index < len(self._examples):
-                raise ValueError("There is no such example")
-            image, names = self._examples[index]
-            return image, _with_distractors(names)
-
-    def show_heat(self, asked: dict[str, Any], segmentation: Segmentation | None) -> Any:
-        with _told_to_visitor(self._gr):
-            return self._gr.HTML(heat=_still_here(segmentation).heat_view(_index(asked)))
-
-    def download(self, asked: dict[str, Any], segmentation: Segmentation | None) -> Any:
-        with _told_to_visitor(self._gr):
-            kind, opacity = str(asked.get("kind")), asked.get("opacity", 0.5)
-            if not isinstance(opacity, (int, float)):
-                raise ValueError("The opacity is no number")
-            name, content = _still_here(segmentation).file(kind, opacity)
-            encoded = base64.b64encode(content).decode()
-            return self._gr.HTML(file={"name": name, "mime": _MIME_TYPES[kind], "content": encoded})
-
-
-def _with_event(gr: Any, handler: Callable[..., Any]) -> Callable[..., Any]:
-    """A listener that passes on what the page's script sent with an event; it may be anything."""
-
-    def listener(event: Any, *inputs: Any) -> Any:
-        asked = getattr(event, "_data", None)
-        return handler(asked if isinstance(asked, dict) else {}, *inputs)
-
-    # Gradio looks at the types to know who wants the event
-    listener.__annotations__ = {"event": gr.EventData}
-    return listener
-
-
-def _index(asked: dict[str, Any]) -> int:
-    index = asked.get("index")
-    return index if isinstance(index, int) else -1
-
-
-class _ContentPolicy:
+class _SafeHeaders:
     """ASGI middleware: tells the browser to load nothing from elsewhere, and to send no addresses there."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def send_with_policy(message: Any) -> None:
+        async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [
-                    *message.get("headers", []),
-                    (b"content-security-policy", _CONTENT_POLICY.encode()),
-                    (b"referrer-policy", b"no-referrer"),
-                    (b"x-content-type-options", b"nosniff"),
-                ]
+                added = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
+                message["headers"] = [*message.get("headers", []), *added]
             await send(message)
 
-        await self._app(scope, receive, send_with_policy)
+        await self._app(scope, receive, send_with_headers)
 
 
 @contextmanager
@@ -361,36 +525,32 @@ def _stopped_by_signals() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _told_to_visitor(gr: Any) -> Iterator[None]:
+def _told_to_visitor() -> Iterator[None]:
     """Show what is wrong with a visitor's input on the page, in one sentence."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, MemoryError) as error:
+        sentence = str(error) if isinstance(error, ValueError) else "The image does not fit into memory: shrink it"
         # Gradio shows messages as HTML, and they may quote what the visitor typed
-        raise gr.Error(
-            html.escape(str(error)), title="This does not work", duration=8, print_exception=False
-        ) from error
-    except MemoryError as error:
-        raise gr.Error(
-            "The image does not fit into memory: shrink it", title="This does not work", print_exception=False
-        ) from error
+        raise gr.Error(html.escape(sentence), title="This does not work", duration=8, print_exception=False) from error
 
 
-def _still_here(segmentation: Segmentation | None) -> Segmentation:
-    if segmentation is None:
+def _still_here(result: Result | None) -> Result:
+    if result is None:
         raise ValueError("The result is no longer here: it is kept for half an hour, segment the image again")
-    return segmentation
+    return result
 
 
-def _image_field(gr: Any) -> Any:
+def _image_field(value: Image.Image | None) -> Any:
     """Gradio's field for images, made to hand over the uploaded file as it is, undecoded."""
     field = gr.Image(
+        value,
         label=f"Image, up to {MAX_BYTES // 2**20} MB",
         type="filepath",
         format="png",
         sources=["upload", "clipboard"],
         buttons=[],
-        height=250,
+        height=230,
         elem_id="san-image",
     )
     keep_in_cache = field.async_move_resource_to_block_cache
@@ -401,76 +561,18 @@ def _image_field(gr: Any) -> Any:
             raise gr.Error("Upload the image: addresses are not read", print_exception=False)
         return await keep_in_cache(source)
 
-    def hand_over(payload: Any) -> str | None:
-        if payload is None or is_upload(payload.path):
-            return payload and payload.path
-        raise gr.Error("That is no upload of yours: upload the image", print_exception=False)
-
-    # On the object: Gradio takes a subclass for a component with a front end of its own, and writes files beside it
-    field.preprocess = hand_over
+    # On the object: Gradio takes a subclass for a component with a front end of its own, and writes files beside it.
+    # That the file is an upload, Gradio has checked by then.
+    field.preprocess = lambda payload: payload and payload.path
     field.async_move_resource_to_block_cache = keep_files_only
     return field
 
 
-def is_upload(path: str | None) -> bool:
-    """
-    Whether a path lies where uploads are kept, or is none; a visitor's program may name any file of the server.
-
-    Args:
-        path: as the page, or what speaks in its place, sends it.
-    """
-    folder = os.environ.get("GRADIO_TEMP_DIR")
-    return path is None or (folder is not None and Path(path).resolve().is_relative_to(Path(folder).resolve()))
-
-
-def _script(name: str) -> str:
-    return (_ASSETS / name).read_text(encoding="utf-8")
-
-
-def _heading(segmenter: Segmenter, is_drawn_world: bool) -> str:
+def _heading(name: str, is_builtin: bool) -> str:
     """The head of the page: what it does and, if the model is the small one, what it does not."""
     text = "Upload an image, name what to look for in any words, and every pixel gets the word that fits best."
-    if is_drawn_world:
-        text += (
-            " <strong>The model behind this page is tiny and knows only a world of drawn images</strong>: eight "
-            "colours, four patterns and six backgrounds. Its words are below the field; others will not work."
-        )
+    if is_builtin:
+        text += " <strong>This model is tiny and knows only a world of drawn images</strong> and the words suggested."
     else:
-        text += f" Model: {html.escape(segmenter.name)}."
+        text += f" Model: {html.escape(name)}."
     return f"<h1>{html.escape(_TITLE)}</h1><p>{text}</p>"
-
-
-def _knows_drawn_world(segmenter: Segmenter) -> bool:
-    """Whether a model was trained on the images that the project draws, and on no others."""
-    return is_drawn_world(segmenter.trained_words)
-
-
-def _draw_examples() -> list[_Example]:
-    """Images to start with and the names of what is in each."""
-    return [(example.image, example.labels) for example in load_examples(enlargement=4)]
-
-
-def _with_distractors(names: Sequence[str]) -> list[str]:
-    """Names, and some that the model may fall for."""
-    return [*names, *(name for name in _DISTRACTORS if name not in names)]
-
-
-def _suggested_words(segmenter: Segmenter) -> list[str]:
-    """Words to click on: the model's own, or some everyday ones."""
-    config = segmenter.model.config
-    own = segmenter.trained_words
-    if not own and config.has_stored_labels:
-        own = list(dict(config.id2label or {}).values())
-    return own[:_SUGGESTED_WORDS] or list(_FIRST_WORDS)
-
-
-def _first_words(segmenter: Segmenter, examples: Sequence[_Example]) -> list[str]:
-    """Words that the field begins with."""
-    return _with_distractors(examples[0][1]) if examples else _suggested_words(segmenter)[: len(_FIRST_WORDS)]
-
-
-def _address(image: Image.Image) -> str:
-    """A small copy of an image as an address that holds it."""
-    buffer = io.BytesIO()
-    image.resize((image.width // 2, image.height // 2)).save(buffer, format="JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +12,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelInfo, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from modeling_san import __version__
-from modeling_san.hub_card.model_card import (
+from modeling_san.modeling_san import SANForOpenVocabSegmentation
+from modeling_san.processing import SANProcessor
+from modeling_san.processing.wording_san import one_line
+from modeling_san.training.metrics import RESULTS_FILE
+
+from .model_card import (
     CARD_FILE,
     example_name,
     find_example,
@@ -30,32 +35,21 @@ from modeling_san.hub_card.model_card import (
     read_kept_metadata,
     weight_files,
 )
-from modeling_san.modeling_san import SANForOpenVocabSegmentation
-from modeling_san.processing import SANProcessor
-from modeling_san.processing.wording_san import one_line
-from modeling_san.training.metrics import RESULTS_FILE
 
-_CONFIG_FILE = "config.json"
-_PROCESSOR_FILE = "processor_config.json"
-_TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 _FILES = (
-    _CONFIG_FILE,
-    _PROCESSOR_FILE,
-    _TOKENIZER_CONFIG_FILE,
-    "preprocessor_config.json",
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "LICENSE",
-    "LICENSE.md",
-    "LICENSE.txt",
-    "NOTICE",
+    *("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE"),
 )
 """What of a folder belongs to a model beside weights, code and card; all else stays where it is."""
 
-_NEEDED_CLASSES = {_CONFIG_FILE: ("AutoConfig", "AutoModel"), _PROCESSOR_FILE: ("AutoProcessor",)}
+_NEEDED_CLASSES = {
+    "config.json": {"AutoConfig", "AutoModel"},
+    "processor_config.json": {"AutoProcessor"},
+    "tokenizer_config.json": set(),
+}
+"""Files that refer to code, and to which classes at least."""
+
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 # What the Hub puts into a repository when it makes one
 _HUBS_OWN_FILES = (".gitattributes",)
@@ -78,7 +72,7 @@ class Upload:
     """
 
     files: dict[str, Path | bytes]
-    left_out: list[str]
+    left_out: list[str] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
     has_new_card: bool = False
 
@@ -88,6 +82,12 @@ class Upload:
             name: len(content) if isinstance(content, bytes) else content.stat().st_size
             for name, content in self.files.items()
         }
+
+    def states_license(self) -> bool:
+        """Whether the card says under which licence the weights are."""
+        content = self.files[CARD_FILE]
+        text = (content if isinstance(content, bytes) else content.read_bytes()).decode(errors="replace")
+        return bool(ModelCard(text, ignore_metadata_errors=True).data.to_dict().get("license"))
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Published:
     url: str
     commit: str
     kept_card: bool
-    removed: Sequence[str]
+    removed: list[str]
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -118,9 +118,12 @@ def check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise PublishError(f"{repo_id!r} cannot name a repository: {_first_sentence(error)}") from None
+        raise PublishError(f"{repo_id!r} cannot name a repository: {one_line(error)}") from None
     if "/" not in repo_id:
         raise PublishError(f"{repo_id!r} does not say whose repository it is: write YOUR-NAME/{repo_id}")
+
+
+# What belongs to a model
 
 
 @contextmanager
@@ -154,19 +157,20 @@ def prepared_upload(
     folder = Path(folder)
     config = read_config(folder)
     with TemporaryDirectory(prefix="san-push-") as scratch:
-        upload = Upload(_own_files(folder), left_out=[])
+        names = [*weight_files(folder), *(name for name in _FILES if (folder / name).is_file())]
+        upload = Upload({name: folder / name for name in names})
+        if _may_be_public(folder / RESULTS_FILE):
+            upload.files[RESULTS_FILE] = folder / RESULTS_FILE
         code = _own_code(folder)
         if code is None:
             code = _write_with_code(folder, Path(scratch))
-            upload.files = {name: path for name, path in upload.files.items() if not name.endswith(".py")}
-            upload.notes.update(dict.fromkeys(code, f"of modeling_san {__version__}"))
-        upload.files.update(code)
+            upload.notes |= dict.fromkeys(code, f"of modeling_san {__version__}")
+        upload.files |= code
         if example := find_example(folder, config):
             upload.files[example_name(example)] = example
-        card = folder / CARD_FILE
-        if card.is_file() and not new_card:
+        if (folder / CARD_FILE).is_file() and not new_card:
             read_kept_metadata(folder)
-            upload.files[CARD_FILE] = card
+            upload.files[CARD_FILE] = folder / CARD_FILE
             upload.notes[CARD_FILE] = "the folder's own"
         else:
             made = make_model_card(folder, repo_id=repo_id, results=results, license=license, base_model=base_model)
@@ -175,8 +179,65 @@ def prepared_upload(
             upload.has_new_card = True
         upload.files = dict(sorted(upload.files.items()))
         _refuse_links_out(folder, upload)
-        upload.left_out = _left_out(folder, upload.files)
+        upload.left_out = sorted(
+            path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name not in upload.files
+        )
         yield upload
+
+
+def _may_be_public(results: Path) -> bool:
+    """Measurements accompany the card that quotes them, unless they tell where files lie on somebody's disk."""
+    content = read_json(results) if results.is_file() else None
+    return content is not None and all(
+        public_name(content[key]) == str(content[key]) for key in ("model", "dataset") if content.get(key)
+    )
+
+
+def _own_code(folder: Path) -> dict[str, Path | bytes] | None:
+    """The code that the folder's files refer to; None where some of it, or a reference, is missing."""
+    files = set()
+    for name, needed in _NEEDED_CLASSES.items():
+        content = read_json(folder / name) if (folder / name).is_file() else {}
+        auto_map, pipelines = (content.get(key) or {} for key in ("auto_map", "custom_pipelines"))
+        if not isinstance(auto_map, Mapping) or not isinstance(pipelines, Mapping) or needed - set(auto_map):
+            return None
+        for reference in [*auto_map.values(), *(one.get("impl") for one in pipelines.values())]:
+            # "repository--module.Class" stands for code that lies elsewhere
+            match = re.fullmatch(r"(\w+)\.\w+", str(reference))
+            if match is None or not (folder / f"{match[1]}.py").is_file():
+                return None
+            files.add(f"{match[1]}.py")
+    try:
+        files |= {Path(path).name for name in files for path in get_relative_import_files(folder / name)}
+    except OSError:
+        return None
+    return {name: folder / name for name in files} if all((folder / name).is_file() for name in files) else None
+
+
+def _write_with_code(folder: Path, scratch: Path) -> dict[str, Path | bytes]:
+    """Configuration, processor and code as saving the model writes them today, without its weights."""
+    config = read_config(folder)
+    with torch.device("meta"):
+        model: Any = SANForOpenVocabSegmentation(config)
+    dtype = getattr(torch, str(config.dtype).removeprefix("torch."), None)
+    model.to(dtype=dtype).save_pretrained(scratch, state_dict={})
+    SANProcessor.from_pretrained(folder).save_pretrained(scratch)
+    return {path.name: path for path in scratch.iterdir() if path.is_file() and path.suffix != ".safetensors"}
+
+
+def _refuse_links_out(folder: Path, upload: Upload) -> None:
+    """A link to elsewhere would publish a file that nobody sees in the folder; the Hub's cache links to its blobs."""
+    inside = [folder.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parent.parent / "blobs")
+    for content in upload.files.values():
+        if isinstance(content, Path) and content.is_relative_to(folder):
+            target = content.resolve()
+            if not any(target.is_relative_to(place) for place in inside):
+                raise ValueError(f"{content} is a link to {target}: replace it by a copy if that is to be published")
+
+
+# The repository
 
 
 def push(
@@ -201,15 +262,24 @@ def push(
     token = find_token()
     api = HfApi(token=token)
     with _explained(repo_id, token, "nothing was published"):
-        info = _find_repository(api, repo_id)
-        if info is not None:
-            _check_repository(info, repo_id, private, update)
-        else:
+        try:
+            info = api.model_info(repo_id)
+        except RepositoryNotFoundError:
+            info = None
             # None leaves the choice to what the account or organisation has set
             api.create_repo(repo_id, private=private or None)
+    if private and info is not None and not info.private:
+        raise PublishError(
+            f"{repo_id} exists and is public: make it private on its page first, or leave out --private"
+        )
     present = [] if info is None else [file.rfilename for file in info.siblings or []]
+    others = [name for name in present if name not in _HUBS_OWN_FILES]
+    if others and not update:
+        raise PublishError(
+            f"{repo_id} exists and holds files, {others[0]!r} for example: pass --update to commit on top of the "
+            f"{len(others)}, or choose another name"
+        )
     keep_card = upload.has_new_card and not new_card and CARD_FILE in present
-    names = [name for name in upload.files if not (keep_card and name == CARD_FILE)]
     removed = [
         name
         for name in present
@@ -217,11 +287,14 @@ def push(
     ]
     with _explained(repo_id, token, "push once more; what has arrived is not sent twice"):
         # Read at once, so that a file that is not there stops all before anything is sent
-        operations: list[Any] = [CommitOperationAdd(name, upload.files[name]) for name in names]
-        operations += [CommitOperationDelete(name) for name in removed]
+        operations: list[Any] = [
+            CommitOperationAdd(name, content)
+            for name, content in upload.files.items()
+            if not (keep_card and name == CARD_FILE)
+        ]
         commit = api.create_commit(
             repo_id,
-            operations,
+            [*operations, *map(CommitOperationDelete, removed)],
             commit_message=message,
             # Not on top of what somebody else has committed meanwhile
             parent_commit=None if info is None else info.sha,
@@ -246,119 +319,11 @@ def find_token() -> str:
     return token
 
 
-def states_no_license(upload: Upload) -> bool:
-    """Whether the card to publish leaves the licence open."""
-    content = upload.files[CARD_FILE]
-    text = (content if isinstance(content, bytes) else content.read_bytes()).decode(errors="replace")
-    return not ModelCard(text, ignore_metadata_errors=True).data.to_dict().get("license")
-
-
-# What belongs to a model
-
-
-def _own_files(folder: Path) -> dict[str, Path | bytes]:
-    """The folder's own files that are part of a model, code and card aside."""
-    names = [*weight_files(folder), *(name for name in _FILES if (folder / name).is_file())]
-    if _may_be_public(folder / RESULTS_FILE):
-        names.append(RESULTS_FILE)
-    return {name: folder / name for name in names}
-
-
-def _may_be_public(results: Path) -> bool:
-    """Measurements accompany the card that quotes them, unless they tell where files lie on somebody's disk."""
-    if not results.is_file():
-        return False
-    content = read_json(results)
-    named = [content[key] for key in ("model", "dataset") if content.get(key)]
-    return all(public_name(name) == str(name) for name in named)
-
-
-def _own_code(folder: Path) -> dict[str, Path | bytes] | None:
-    """The code that the folder's files refer to; None where some of it, or a reference, is missing."""
-    modules = set()
-    for name in (_CONFIG_FILE, _PROCESSOR_FILE, _TOKENIZER_CONFIG_FILE):
-        content = read_json(folder / name) if (folder / name).is_file() else {}
-        auto_map = content.get("auto_map")
-        references = auto_map if isinstance(auto_map, Mapping) else {}
-        if any(needed not in references for needed in _NEEDED_CLASSES.get(name, ())):
-            return None
-        pipelines = content.get("custom_pipelines")
-        implementations = [one.get("impl") for one in pipelines.values()] if isinstance(pipelines, Mapping) else []
-        for reference in [*references.values(), *implementations]:
-            # "repository--module.Class" stands for code that lies elsewhere
-            match = re.fullmatch(r"(\w+)\.\w+", str(reference))
-            if match is None:
-                return None
-            modules.add(f"{match[1]}.py")
-    files = set(modules)
-    for module in modules:
-        try:
-            files.update(Path(path).name for path in get_relative_import_files(folder / module))
-        except OSError:
-            return None
-    return {name: folder / name for name in files} if all((folder / name).is_file() for name in files) else None
-
-
-def _write_with_code(folder: Path, scratch: Path) -> dict[str, Path | bytes]:
-    """Configuration, processor and code as saving the model writes them today, without its weights."""
-    config = read_config(folder)
-    with torch.device("meta"):
-        model: Any = SANForOpenVocabSegmentation(config)
-    dtype = getattr(torch, str(config.dtype).removeprefix("torch."), None)
-    model.to(dtype=dtype).save_pretrained(scratch, state_dict={})
-    SANProcessor.from_pretrained(folder).save_pretrained(scratch)
-    return {path.name: path for path in scratch.iterdir() if path.is_file() and path.suffix != ".safetensors"}
-
-
-def _refuse_links_out(folder: Path, upload: Upload) -> None:
-    """A link to elsewhere would publish a file that nobody sees in the folder; the Hub's cache links to its blobs."""
-    inside = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        inside.append(folder.resolve().parent.parent / "blobs")
-    for content in upload.files.values():
-        if isinstance(content, Path) and content.is_relative_to(folder):
-            target = content.resolve()
-            if not any(target.is_relative_to(place) for place in inside):
-                raise ValueError(f"{content} is a link to {target}: replace it by a copy if that is to be published")
-
-
-def _left_out(folder: Path, files: Mapping[str, Any]) -> list[str]:
-    kept = set(files)
-    return sorted(
-        f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir() if path.name not in kept
-    )
-
-
-# The repository
-
-
-def _find_repository(api: HfApi, repo_id: str) -> ModelInfo | None:
-    try:
-        return api.model_info(repo_id)
-    except RepositoryNotFoundError:
-        return None
-
-
-def _check_repository(info: ModelInfo, repo_id: str, private: bool, update: bool) -> None:
-    if private and not info.private:
-        raise PublishError(
-            f"{repo_id} exists and is public: make it private on its page first, or leave out --private"
-        )
-    others = [file.rfilename for file in info.siblings or [] if file.rfilename not in _HUBS_OWN_FILES]
-    if others and not update:
-        files = f"{len(others)} file{'' if len(others) == 1 else 's'}, {others[0]!r} for example"
-        raise PublishError(
-            f"{repo_id} exists and holds {files}: pass --update to commit on top of them, or choose another name"
-        )
-
-
 @contextmanager
 def _explained(repo_id: str, token: str, outcome: str) -> Iterator[None]:
     """Say in one sentence what went wrong within the block, without the token and without what led to it."""
     try:
         yield
-    except PublishError:
-        raise
     except Exception as error:
         # The client and the libraries below it raise many kinds; some of them quote the headers that were sent
         message = _explain(error, repo_id)
@@ -368,58 +333,36 @@ def _explained(repo_id: str, token: str, outcome: str) -> Iterator[None]:
 
 
 def _explain(error: BaseException, repo_id: str) -> str:
-    namespace = repo_id.split("/", maxsplit=1)[0]
     if isinstance(error, OfflineModeIsEnabled):
         return "huggingface_hub is offline: unset HF_HUB_OFFLINE"
-    status = _status_of(error)
-    if status is None:
-        if isinstance(error, OSError) and error.filename:
-            return f"{error.filename} cannot be read: {error.strerror}"
-        for cause in _causes(error):
-            # The library that sends requests, under the names it has in different versions
-            if type(cause).__module__.startswith("http"):
-                return f"the Hub cannot be reached ({_first_sentence(cause)}): check the network"
-        return f"{repo_id} cannot be published: {_first_sentence(error)}"
-    reasons = {
-        401: "the Hub does not know the token of this machine: log in anew with `hf auth login`",
-        403: f"the token of this machine may not write to {repo_id}: log in with one that may write for {namespace}",
-        404: f"the Hub has no {repo_id}, or the token of this machine may not see it",
-        409: f"{repo_id} exists already, or is being made: look at it, or choose another name",
-        412: f"somebody else has changed {repo_id} meanwhile: push once more",
-        413: "the Hub finds a file too large",
-        429: "the Hub has had too many requests from here: wait a while",
-    }
-    if status >= 500:
-        return f"the Hub has a problem of its own (error {status}): try again later"
-    return reasons.get(status) or f"the Hub refuses this (error {status}): {_first_sentence(error)}"
-
-
-def _status_of(error: BaseException) -> int | None:
-    """The HTTP status behind an error."""
-    for cause in _causes(error):
+    # Errors of uploads are wrapped in further ones
+    causes = [error]
+    while following := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(following)
+    for cause in causes:
         if isinstance(cause, HfHubHTTPError) and cause.response is not None:
-            return cause.response.status_code
-    return None
+            status = cause.response.status_code
+            namespace = repo_id.split("/", maxsplit=1)[0]
+            reasons = {
+                401: "the Hub does not know the token of this machine: log in anew with `hf auth login`",
+                403: f"the token of this machine may not write to {repo_id}: log in with one that may write for "
+                f"{namespace}",
+                404: f"the Hub has no {repo_id}, or the token of this machine may not see it",
+                409: f"{repo_id} exists already, or is being made: look at it, or choose another name",
+                412: f"somebody else has changed {repo_id} meanwhile: push once more",
+                413: "the Hub finds a file too large",
+                429: "the Hub has had too many requests from here: wait a while",
+            }
+            if status >= 500:
+                return f"the Hub has a problem of its own (error {status}): try again later"
+            return reasons.get(status) or f"the Hub refuses this (error {status}): {one_line(error)}"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename} cannot be read: {error.strerror}"
+    for cause in causes:
+        # The library that sends requests, under the names it has in different versions
+        if type(cause).__module__.startswith("http"):
+            return f"the Hub cannot be reached ({one_line(cause)}): check the network"
+    return f"{repo_id} cannot be published: {one_line(error)}"
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what led to it: those of uploads are wrapped in further ones."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _first_sentence(error: BaseException) -> str:
-    return one_line(error).strip().rstrip(".:")
-
-
-__all__ = [
-    "PublishError",
-    "Published",
-    "Upload",
-    "check_repo_id",
-    "find_token",
-    "prepared_upload",
-    "push",
-    "states_no_license",
-]
+__all__ = ["PublishError", "Published", "Upload", "check_repo_id", "find_token", "prepared_upload", "push"]

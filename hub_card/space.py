@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-from importlib.metadata import PackageNotFoundError, files, requires, version
+from importlib.metadata import PackageNotFoundError, files, requires
 from pathlib import Path
 
 from huggingface_hub import SpaceCard, SpaceCardData
 from packaging.requirements import InvalidRequirement, Requirement
 
 import modeling_san
-from modeling_san.hub_card.publish import check_repo_id
 from modeling_san.processing.files import new_folder
+
+from .publish import check_repo_id
 
 PACKAGES = (
     "modeling_san",
@@ -80,7 +81,17 @@ def write_space(folder: str | os.PathLike, model_id: str, *, package: str | None
     import gradio
 
     check_repo_id(model_id)
-    requirements = [_checked_requirement(package)] if package is not None else _requirements()
+    try:
+        # What the package itself needs; Gradio comes with the Space
+        lines = requires(_DISTRIBUTION) or [] if package is None else [str(Requirement(package.strip()))]
+    except InvalidRequirement as error:
+        raise ValueError(
+            f"package is {package!r}, which pip does not read: pass a requirement such as "
+            f'"{_DISTRIBUTION} @ git+https://..."'
+        ) from error
+    except PackageNotFoundError as error:
+        raise ValueError(f"the package {_DISTRIBUTION} is not installed, so what it needs is not known") from error
+    requirements = sorted(line for line in lines if "extra ==" not in line)
     title = f"{model_id.split('/')[1]} demo"
     metadata = SpaceCardData(
         title=title,
@@ -107,41 +118,15 @@ def write_space(folder: str | os.PathLike, model_id: str, *, package: str | None
     return Path(folder)
 
 
-def _checked_requirement(package: str) -> str:
-    """The line as it goes into the file."""
-    try:
-        return str(Requirement(package.strip()))
-    except InvalidRequirement as error:
-        raise ValueError(
-            f"package is {package!r}, which pip does not read: pass a requirement such as "
-            f'"{_DISTRIBUTION} @ git+https://..."'
-        ) from error
-
-
-def _requirements() -> list[str]:
-    """What the package itself needs to be installed; Gradio comes with the Space."""
-    try:
-        version(_DISTRIBUTION)
-        lines = requires(_DISTRIBUTION) or []
-    except PackageNotFoundError as error:
-        raise ValueError(
-            f"the package {_DISTRIBUTION} is not installed, so that nobody knows what it needs: pip install it"
-        ) from error
-    return sorted(line for line in lines if "extra ==" not in line)
-
-
 def _copy_package(folder: Path) -> None:
     """Copy the package's code and data, wherever its parts lie, but not the built-in model's weights."""
     for name in PACKAGES:
         [place] = importlib.import_module(name).__path__
         _copy_code(Path(place), folder.joinpath(*name.split(".")))
     # Beside the code in a checkout, among the package's records where it is installed
-    candidates = [Path(modeling_san.__path__[0]).parent / "LICENSE"]
-    candidates += [Path(str(path.locate())) for path in files(_DISTRIBUTION) or [] if path.name == "LICENSE"]
-    for licence in candidates:
-        if licence.is_file():
-            shutil.copyfile(licence, folder / "LICENSE")
-            break
+    places = [Path(modeling_san.__path__[0]).parent / "LICENSE"]
+    places += [Path(str(path.locate())) for path in files(_DISTRIBUTION) or [] if path.name == "LICENSE"]
+    shutil.copyfile(next(place for place in places if place.is_file()), folder / "LICENSE")
 
 
 def _copy_code(source: Path, target: Path) -> None:

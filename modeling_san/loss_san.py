@@ -16,6 +16,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 from .configuration_san import SANConfig
 from .open_vocabulary import ImageBatch
 
+
 def masks_from_label_map(label_map: Tensor, num_labels: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """
     One mask for each class of a label map.

@@ -203,7 +203,11 @@ class OpenVocabularyModel(PreTrainedModel):
         """
         super().train(mode)
         for name, module in self.named_modules():
-            if not name or f"{name}.".startswith(self.own_parameters) or isinstance(module, GradientCheckpointingLayer):
+            if (
+                not name
+                or f"{name}.".startswith(self.own_parameters)
+                or isinstance(module, GradientCheckpointingLayer)
+            ):
                 continue
             own = list(module.parameters())
             if own and not any(parameter.requires_grad for parameter in own):
@@ -371,10 +375,11 @@ def record_on_request(*networks: str) -> Callable[[Callable[..., Any]], Callable
         def wrapper(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             for name in _RECORDED:
                 asked = kwargs.pop(f"output_{name}", None)
-                if asked is None:
-                    asked = getattr(self.config, f"output_{name}")
-                if asked is not None and asked is not False:
-                    kwargs |= {f"output_{name}": asked} | {f"output_{network}_{name}": True for network in networks}
+                asked = bool(getattr(self.config, f"output_{name}")) if asked is None else asked
+                # A list of layers, or 0 for the first one, is a wish too
+                kwargs |= {f"output_{name}": asked} | {
+                    f"output_{network}_{name}": asked is not False for network in networks
+                }
             return recorded(self, *args, **kwargs)
 
         return wrapper

@@ -213,11 +213,13 @@ def overlay(
     pixels, indices = _enlarge(pixels, indices)
     painted = _paint(pixels, indices, colors[: len(labels)], opacity, outlines)
     if names and opacity > 0:
-        # Places for names are sought on every few pixels alone
-        step = max(1, max(indices.shape) // 256)
-        sample = indices[::step, ::step]
+        # Places for names are sought among squares of pixels that have one label
+        side = max(1, min(max(indices.shape) // 256, *indices.shape))
+        rows, columns = (length // side for length in indices.shape)
+        squares = indices[: rows * side, : columns * side].reshape(rows, side, columns, side)
+        least, most = squares.min(axis=(1, 3)), squares.max(axis=(1, 3))
         for index, entry in zip(shown, entries, strict=True):
-            _write_name(painted, sample == index, step, entry)
+            _write_name(painted, (least == index) & (most == index), side, entry)
     if rest := order[len(shown) :]:
         entries.append(_Entry(f"{len(rest)} more", counts[rest].sum() / indices.size, None))
     return _with_legend(painted, entries) if legend and entries else painted
@@ -294,15 +296,15 @@ def _outline_mask(rows: np.ndarray) -> Image.Image:
 # Names in regions
 
 
-def _write_name(painted: Image.Image, region: np.ndarray, step: int, entry: "_Entry") -> None:
-    """Write a name where a region, given on every `step`th pixel, is widest, if there is room for it."""
+def _write_name(painted: Image.Image, region: np.ndarray, side: int, entry: "_Entry") -> None:
+    """Write a name where a region, given by squares of `side` pixels, is widest, if there is room for it."""
     size = max(13, round(0.022 * max(painted.size)))
     font = _font(size, entry.name)
     half_width, half_height = round(font.getlength(entry.name) / 2 + 0.5 * size), round(0.8 * size)
-    center = _roomiest(region, -(-half_height // step), -(-half_width // step))
+    center = _roomiest(region, -(-half_height // side), -(-half_width // side))
     if center is None or entry.color is None:
         return
-    y, x = (position * step for position in center)
+    y, x = (position * side + side // 2 for position in center)
     pen = ImageDraw.Draw(painted)
     box = (x - half_width, y - half_height, x + half_width, y + half_height)
     pen.rounded_rectangle(box, radius=size // 3, fill=entry.color, outline=_PAPER, width=max(1, size // 14))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from threading import Lock
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -122,6 +122,16 @@ class SANImageProcessor(PilBackend):
             ValueError: an image, map or option cannot be used; the message says which, and what to do.
         """
         return super().preprocess(images, segmentation_maps, **kwargs)
+
+    @overload
+    def post_process_semantic_segmentation(
+        self, outputs: Any, target_sizes: Any = None, return_segmentation_scores: Literal[False] = False
+    ) -> list[torch.Tensor]: ...
+
+    @overload
+    def post_process_semantic_segmentation(
+        self, outputs: Any, target_sizes: Any = None, *, return_segmentation_scores: Literal[True]
+    ) -> list[BatchFeature]: ...
 
     def post_process_semantic_segmentation(
         self, outputs: Any, target_sizes: Any = None, return_segmentation_scores: bool = False

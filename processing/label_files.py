@@ -3,50 +3,37 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .labels_san import normalize_labels
+from .wording_san import listed
+
+if TYPE_CHECKING:
+    from .label_maps import Color, LabelSet
 
 FILE_FORMS = (
     'a JSON list ["sky", "road"], an object {"classes": ["sky", "road"]} or {"0": "sky", "1": "road"}, or one name '
     "per line"
 )
 
-Color = tuple[int, int, int]
 
-
-@dataclass(frozen=True)
-class LabelFile:
-    """What a label file says.
-
-    Attributes:
-        names: normalised class names in the order of their indices.
-        ignore_index: value of label maps that stands for "no label"; None where the file does not say.
-        reduce_labels: whether label maps store class c as c + 1 and "no label" as 0.
-        colors: colour of each class in RGB-coded label maps; None where the file does not say.
-        ignore_color: colour of pixels without a label, likewise.
-    """
-
-    names: tuple[str, ...]
-    ignore_index: int | None = None
-    reduce_labels: bool = False
-    colors: tuple[Color, ...] | None = None
-    ignore_color: Color | None = None
-
-
-def read_label_file(path: str | Path) -> LabelFile:
+def read_label_file(path: str | Path, *, ignore_index: int | None = None, reduce_labels: bool = False) -> LabelSet:
     """Read class names, and what else a label file says.
 
     Args:
         path: of a JSON list, a JSON object with the key `classes` (and, if wanted, `ignore_index`, `reduce_labels`,
             `colors` and `ignore_color`), an object from index to name as the Hub's `id2label.json`, or a text with
-            one name per line.
+            one name per line. A colour is `[red, green, blue]` or "#rrggbb".
+        ignore_index: wins over what the file says.
+        reduce_labels: likewise.
 
     Raises:
         ValueError: the file cannot be read or has another shape, or a label is refused.
     """
+    # The command line shows the forms of files in its help, and is to start without numpy
+    from .label_maps import make_label_set
+
     what = f"labels file {path}"
     data = read_json_or_lines(path, "labels file", FILE_FORMS)
     options = data if isinstance(data, dict) else {}
@@ -54,23 +41,21 @@ def read_label_file(path: str | Path) -> LabelFile:
         data = data["classes"] if "classes" in data else _names_by_index(data, what)
     if not isinstance(data, list):
         raise ValueError(f"{what} holds {describe_json(data)}: expected {FILE_FORMS}")
+    colors, ignore_color = options.get("colors"), options.get("ignore_color")
+    if colors is not None and not isinstance(colors, list):
+        raise ValueError(f"{what}: `colors` is {colors!r}, expected a list with a colour for each of the classes")
+    in_file = _typed(options, "ignore_index", int, what)
+    reduce_labels = bool(_typed(options, "reduce_labels", bool, what)) or reduce_labels
     try:
-        names = normalize_labels(data)
+        return make_label_set(
+            data,
+            ignore_index=in_file if ignore_index is None else ignore_index,
+            reduce_labels=reduce_labels,
+            colors=None if colors is None else tuple(map(_color, colors)),
+            ignore_color=None if ignore_color is None else _color(ignore_color),
+        )
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
-    colors = options.get("colors")
-    if colors is not None:
-        if not isinstance(colors, list) or len(colors) != len(names):
-            raise ValueError(f"{what}: `colors` has to be a list with one [red, green, blue] for each of the classes")
-        colors = tuple(_color(color, what) for color in colors)
-    ignore_color = options.get("ignore_color")
-    return LabelFile(
-        names=tuple(names),
-        ignore_index=_typed(options, "ignore_index", int, what),
-        reduce_labels=bool(_typed(options, "reduce_labels", bool, what)),
-        colors=colors,
-        ignore_color=None if ignore_color is None else _color(ignore_color, what),
-    )
 
 
 def read_json_or_lines(path: str | Path, what: str, forms: str) -> Any:
@@ -104,8 +89,7 @@ def read_json_or_lines(path: str | Path, what: str, forms: str) -> Any:
 def describe_json(value: Any) -> str:
     """What a JSON value is, for an error message."""
     if isinstance(value, dict):
-        keys = ", ".join(map(repr, list(value)[:3])) or "none"
-        return f"a JSON object with the keys {keys}" + (", ..." if len(value) > 3 else "")
+        return f"a JSON object with the keys {listed(map(repr, value), 3) or 'none'}"
     return f"the single value {str(value)[:40]!r}"
 
 
@@ -129,12 +113,17 @@ def _typed(options: dict[str, Any], key: str, kind: type, what: str) -> Any:
     return value
 
 
-def _color(value: Any, what: str) -> Color:
+def _color(value: Any) -> Color:
     """Red, green and blue, 0 ... 255."""
-    if (
-        not isinstance(value, list)
-        or len(value) != 3
-        or not all(type(part) is int and 0 <= part <= 255 for part in value)
-    ):
-        raise ValueError(f"{what} holds the colour {value!r}: expected [red, green, blue], each 0 ... 255")
+    if isinstance(value, str) and len(value) == 7 and value.startswith("#"):
+        with suppress(ValueError):
+            value = list(bytes.fromhex(value[1:]))
+    is_color = isinstance(value, list) and len(value) == 3
+    if not is_color or not all(type(part) is int and 0 <= part <= 255 for part in value):
+        raise ValueError(
+            f'the colour {value!r} cannot be used: write [red, green, blue], each 0 ... 255, or "#rrggbb"'
+        )
     return (value[0], value[1], value[2])
+
+
+__all__ = ["FILE_FORMS", "describe_json", "read_json_or_lines", "read_label_file"]

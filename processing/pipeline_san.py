@@ -17,6 +17,7 @@ from transformers.image_utils import load_image as fetch_image
 from .images_san import load_image, to_byte_scale
 from .labels_san import list_labels
 from .segmenter import PreparedImages, Segmentation, Segmenter, Vocabulary, check_threshold
+from .vocabulary_san import OTHER_LABEL
 from .wording_san import one_line
 
 _ADDRESS_SCHEMES = ("http://", "https://", "data:image/")
@@ -133,7 +134,8 @@ class OpenVocabularySegmentationPipeline(Pipeline):
                 "timeout": timeout,
             }
         )
-        options = {"threshold": 0.0, "other_label": "other", "extend_labels": "none"} | self._options | call
+        defaults = {"threshold": 0.0, "other_label": OTHER_LABEL, "extend_labels": "none"}
+        options: dict[str, Any] = {**defaults, **self._options, **call}
         check_threshold(options["threshold"])
         arranged = _arrange(images)
         vocabulary = self.segmenter.vocabulary(

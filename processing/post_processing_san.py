@@ -12,7 +12,7 @@ and any tile of the output can be computed alone. Neither the scores (classes, h
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -64,6 +64,7 @@ def segment(
     best_score = torch.empty(geometry.target, dtype=torch.float32, device=device)
     with torch.autocast(device.type, enabled=False):
         tiling, probabilities = _Tiling(mask_logits, geometry), _class_probabilities(class_logits)
+        blocks: Callable[[torch.Tensor, torch.Tensor, int], Iterator[Block]]
         if device.type == "cpu":
             blocks, at_once = contending_blocks, BLOCK_FLOATS // (len(probabilities) + tiling.pixels)
         else:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -25,12 +25,7 @@ class SANProcessorKwargs(ProcessingKwargs, total=False):
     `images_kwargs=...` and `common_kwargs=...`.
     """
 
-    images_kwargs: SANImageProcessorKwargs
-
-    _defaults = {
-        "text_kwargs": {"padding": True, "truncation": False, "verbose": False},
-        "common_kwargs": {"return_tensors": "pt"},
-    }
+    images_kwargs: SANImageProcessorKwargs  # type: ignore[misc]
 
 
 class SANProcessor(ProcessorMixin):
@@ -52,6 +47,7 @@ class SANProcessor(ProcessorMixin):
 
     # A saved processor carries this code, so that it loads where the package is not installed.
     _auto_class = "AutoProcessor"  # type: ignore[assignment]
+    valid_processor_kwargs = SANProcessorKwargs  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -109,7 +105,8 @@ class SANProcessor(ProcessorMixin):
             raise ValueError(f"{', '.join(unknown)}: neither the tokenizer nor the image processor has such an option")
         if images is None and (misplaced := sorted(set(kwargs) & (image_options - text_options))):
             raise ValueError(f"{', '.join(misplaced)}: these are options for images, and there are none")
-        options = self._merge_kwargs(SANProcessorKwargs, **kwargs)
+        common = {"return_tensors": "pt", **kwargs.pop("common_kwargs", {})}  # type: ignore[typeddict-item]
+        options = self._merge_kwargs(SANProcessorKwargs, common_kwargs=common, **kwargs)  # type: ignore[arg-type]
         inputs = BatchFeature()
         if images is not None:
             inputs.update(
@@ -161,30 +158,40 @@ class SANProcessor(ProcessorMixin):
         paddings = {name: options.pop(name, None) for name in ("pad_to_multiple_of", "padding_side")}
         encoded = self.tokenizer(flat, padding=False, truncation=truncation, **{"verbose": False, **options})
         # The tokenizer would pad by a setting of its own, which is saved with it and which threads share
-        encoded = self.tokenizer.pad(encoded, padding=padding, max_length=options.get("max_length"), **paddings)
+        longest = options.get("max_length") if padding == "max_length" else None
+        encoded = self.tokenizer.pad(encoded, padding=padding, max_length=longest, **paddings)
         lengths = [len(ids) for ids in encoded["input_ids"]]
         if len(set(lengths)) > 1:
             raise ValueError(f"prompts of {min(lengths)} to {max(lengths)} tokens make no tensor: leave padding=True")
         ids, mask = (np.array(encoded[name], dtype=np.int64) for name in ("input_ids", "attention_mask"))
         owner = np.repeat(np.arange(len(names)), [len(of_label) for of_label in prompts])
-        limit, longest = self.tokenizer.model_max_length, mask.sum(axis=1)
-        if longest.max() > limit:
-            worst = longest.argmax()
+        limit, worst = self.tokenizer.model_max_length, mask.sum(axis=1).argmax()
+        if mask[worst].sum() > limit:
             raise ValueError(
-                f"label {names[owner[worst]]!r} makes a prompt of {longest[worst]} tokens and the model reads at most "
-                f"{limit}: shorten the label or the templates, or pass truncation=True"
+                f"label {names[owner[worst]]!r} makes a prompt of {mask[worst].sum()} tokens and the model reads at "
+                f"most {limit}: shorten the label or the templates, or pass truncation=True"
             )
         data = {"input_ids": _rows(ids, owner, fill=True), "attention_mask": _rows(mask, owner, fill=False)}
         if return_tensors is None:
             return BatchFeature({name: array.tolist() for name, array in data.items()})
         return BatchFeature(data, tensor_type=return_tensors)
 
+    @overload
+    def post_process_semantic_segmentation(
+        self, outputs: Any, target_sizes: Any = None, return_segmentation_scores: Literal[False] = False
+    ) -> list[torch.Tensor]: ...
+
+    @overload
+    def post_process_semantic_segmentation(
+        self, outputs: Any, target_sizes: Any = None, *, return_segmentation_scores: Literal[True]
+    ) -> list[BatchFeature]: ...
+
     def post_process_semantic_segmentation(
         self, outputs: Any, target_sizes: Any = None, return_segmentation_scores: bool = False
     ) -> list[torch.Tensor] | list[BatchFeature]:
         """Label every pixel, see `SANImageProcessor.post_process_semantic_segmentation`."""
         return self.image_processor.post_process_semantic_segmentation(
-            outputs, target_sizes, return_segmentation_scores
+            outputs, target_sizes, return_segmentation_scores=return_segmentation_scores
         )
 
     def post_process_with_scores(

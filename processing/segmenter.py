@@ -422,8 +422,7 @@ class Segmenter:
             threshold: as for `segment`.
         """
         maps, scores = self.processor.post_process_with_scores(outputs, target_sizes=list(target_sizes))
-        found = {name: getattr(outputs, name, None) for name in _KEPT_OUTPUTS}
-        kept = {name: value.cpu() for name, value in found.items() if value is not None}
+        kept = {name: value.cpu() for name in _KEPT_OUTPUTS if (value := getattr(outputs, name, None)) is not None}
         return [
             replace(
                 _finish(label_map, score, vocabulary, threshold),
@@ -462,7 +461,8 @@ class Segmenter:
         for size in view_sizes(dict(self.processor.image_processor.size)):
             prepared = self.prepare([pixels, np.ascontiguousarray(pixels[:, ::-1])], size=size)
             outputs = self._run(prepared.pixel_values, prepared.image_sizes, vocabulary)
-            views += make_views(outputs, prepared.pixel_values.shape[-2:], image_size(pixels))
+            height, width = prepared.pixel_values.shape[-2:]
+            views += make_views(outputs, (height, width), image_size(pixels))
         return _finish(*segment_views(views, image_size(pixels)), vocabulary, threshold)
 
 

@@ -10,11 +10,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
-from reference import REFERENCE, clip_tokenizer
-from reference import weights as reference_module
 from transformers import CLIPTokenizer
 
 from modeling_san import SANConfig, SANForOpenVocabSegmentation, SANProcessor
+from reference import REFERENCE, clip_tokenizer
+from reference import weights as reference_module
 
 TINY_VOCABULARY = ["a", "photo", "of", ".", "sky", "road", "car", "tree", "red", "truck"]
 

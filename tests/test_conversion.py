@@ -163,7 +163,11 @@ def test_a_choice_without_a_counterpart_is_named(tiny_weights, tiny_config, sect
         convert_checkpoint(tiny_weights, config)
 
 
-FIRST_HALF = {"vision_model.embeddings.", "vision_model.pre_layrnorm", *(f"vision_model.encoder.layers.{i}." for i in range(4))}
+FIRST_HALF = {
+    "vision_model.embeddings.",
+    "vision_model.pre_layrnorm",
+    *(f"vision_model.encoder.layers.{i}." for i in range(4)),
+}
 
 
 @pytest.mark.parametrize(
@@ -179,7 +183,11 @@ FIRST_HALF = {"vision_model.embeddings.", "vision_model.pre_layrnorm", *(f"visio
                 "vision_model.pre_layrnorm",
                 "vision_model.post_layernorm",
                 "visual_projection",
-                *(f"vision_model.encoder.layers.{i}.self_attn.{part}_proj" for i in (4, 5) for part in ("q", "k", "v", "out")),
+                *(
+                    f"vision_model.encoder.layers.{i}.self_attn.{part}_proj"
+                    for i in (4, 5)
+                    for part in ("q", "k", "v", "out")
+                ),
                 *(f"vision_model.encoder.layers.{i}.mlp.fc2" for i in (4, 5)),
             },
         ),

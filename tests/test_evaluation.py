@@ -397,13 +397,13 @@ PROCESSES = """
 import multiprocessing, os, signal, sys
 
 from modeling_san.commands.main import main
-from modeling_san.processing import views_san
-from modeling_san.processing.segmenter import Segmenter
 from modeling_san.training import data
 from modeling_san.training import evaluate as evaluation
 
-model, data, labels, distributed, killed, port = sys.argv[1:]
-command = ["evaluate", "--model", model, "--dataset", data, "--labels", labels, "--device", "cpu", "--overlays", "1"]
+model, images, labels, distributed, killed, port = sys.argv[1:]
+command = ["evaluate", "--model", model, "--dataset", images, "--labels", labels, "--device", "cpu", "--overlays", "1"]
+# Every image is saved, so that the killed process leaves something
+evaluation.evaluate.__kwdefaults__.update(save_every=0)
 
 
 def process(rank):
@@ -461,7 +461,17 @@ def test_two_processes_and_a_killed_one_measure_what_one_does(
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("overall accuracy") == 1
 
-    command = ["evaluate", "--model", str(model), "--dataset", str(parquet), "--labels", str(labels), "--device", "cpu"]
+    command = [
+        "evaluate",
+        "--model",
+        str(model),
+        "--dataset",
+        str(parquet),
+        "--labels",
+        str(labels),
+        "--device",
+        "cpu",
+    ]
     command += ["--overlays", "1"]
     assert main([*command, "--output", str(tmp_path / "one")]) == 0
     with cut_after(monkeypatch, None) as seen:
@@ -492,6 +502,7 @@ def test_wrong_options_end_with_one_line(tmp_path, capsys, images, options, mess
     Dataset.from_list(images[:1], features=features).to_parquet(data)
     labels.write_text(json.dumps(NAMES))
     command = ["evaluate", "--dataset", str(data), "--labels", str(labels), "--output", str(tmp_path / "out")]
+    capsys.readouterr()
     try:
         code = main([*command, *options])
     except SystemExit as error:

@@ -61,18 +61,13 @@ def test_a_label_map_means_the_same_in_every_form(image):
     assert label_map.tolist() == STORED.tolist()
 
 
-def test_a_map_of_two_values_in_one_bit_holds_indices():
+def test_other_ways_to_store_labels(tmp_path):
     image = reopened(Image.fromarray(np.array([[True, False]])))
     assert image.mode == "1"
     assert LabelSet(NAMES).read(image).tolist() == [[1, 0]]
-
-
-def test_a_label_map_is_read_from_its_file(tmp_path):
     Image.fromarray(STORED).save(tmp_path / "map.png")
     assert LabelSet(NAMES).read(tmp_path / "map.png").tolist() == STORED.tolist()
-
-
-def test_reduced_labels_count_from_one_and_have_no_label_at_zero():
+    # Classes from 1 on, and no label at 0
     stored = np.array([[0, 1, 3, 255]])
     assert LabelSet(NAMES, reduce_labels=True).read(stored).tolist() == [[255, 0, 2, 255]]
 
@@ -93,27 +88,23 @@ def test_colours_stand_for_classes():
     assert label_set.read(quantised).tolist() == STORED.tolist()
 
 
-def test_an_unknown_colour_is_named_with_its_pixels():
-    with pytest.raises(ValueError, match=r"\(9, 9, 9\) on 1 pixel: add the class"):
-        LabelSet(NAMES, colors=COLORS).read(Image.fromarray(colored(STORED)))
-
-
 @pytest.mark.parametrize(
-    ("stored", "options", "message"),
+    ("stored", "options", "facts"),
     [
-        ([[3, 3, 0]], {}, r"holds \[3\] on 2 pixels, but there are 3 labels \(0 to 2, 255 = no label\)"),
-        ([[3, 3, 0]], {}, "reduce the labels if 0"),
-        ([[4]], {"reduce_labels": True}, r"holds \[4\] on 1 pixel, .* \(1 to 3, 0 and 255 = no label\)"),
-        ([[255]], {"ignore_index": 65535}, r"holds \[255\]"),
-        ([list(range(3, 12))], {}, "and 4 more values on 9 pixels"),
-        ([[-1]], {}, "from -1 to -1"),
-        ([[70000]], {}, "70000"),
-        ([[0.0, 1.0]], {}, "floats"),
+        ([[3, 3, 0]], {}, ["3 on 2 pixels", "0 to 2", "255 = no label", "reduce the labels"]),
+        ([[4]], {"reduce_labels": True}, ["4 on 1 pixel,", "1 to 3", "0 and 255 = no label"]),
+        ([[255]], {"ignore_index": 65535}, ["255 on 1 pixel,"]),
+        ([list(range(3, 12))], {}, ["and 4 more"]),
+        ([[-1]], {}, ["-1"]),
+        ([[70000]], {}, ["70000"]),
+        ([[0.0, 1.0]], {}, ["floats"]),
+        (colored(STORED), {"colors": COLORS}, ["(9, 9, 9) on 1 pixel:"]),
     ],
 )
-def test_values_that_stand_for_nothing_are_named(stored, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_values_that_stand_for_nothing_are_named(stored, options, facts):
+    with pytest.raises(ValueError) as error:
         LabelSet(NAMES, **options).read(np.array(stored))
+    assert [fact for fact in facts if fact not in str(error.value)] == []
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "F"])
@@ -158,10 +149,11 @@ def test_names_come_from_a_file(tmp_path, name, content):
 
 
 def test_a_file_says_how_label_maps_are_stored(tmp_path):
-    data = {"classes": NAMES, "ignore_index": 65535, "colors": COLORS, "ignore_color": [9, 9, 9]}
-    (tmp_path / "classes.json").write_text(json.dumps(data))
     expected = LabelSet(NAMES, ignore_index=65535, colors=COLORS, ignore_color=(9, 9, 9))
-    assert load_label_set(str(tmp_path / "classes.json")) == expected
+    for colors in (COLORS, ["#0a141e", "#0000FF", [255, 0, 0]]):
+        data = {"classes": NAMES, "ignore_index": 65535, "colors": colors, "ignore_color": "#090909"}
+        (tmp_path / "classes.json").write_text(json.dumps(data))
+        assert load_label_set(str(tmp_path / "classes.json")) == expected
     (tmp_path / "classes.json").write_text(json.dumps({"classes": NAMES, "reduce_labels": True}))
     assert load_label_set(tmp_path / "classes.json", ignore_index=254) == LabelSet(NAMES, 254, reduce_labels=True)
 
@@ -176,9 +168,12 @@ def test_a_file_says_how_label_maps_are_stored(tmp_path):
         ('{"classes": ["sky"], "ignore_index": "255"}', "`ignore_index` is '255'"),
         ('{"classes": ["sky"], "ignore_index": true}', "`ignore_index` is True"),
         ('{"classes": ["sky"], "reduce_labels": 1}', "`reduce_labels` is 1"),
-        ('{"classes": ["sky"], "colors": [[1, 2]]}', r"colour \[1, 2\]"),
+        ('{"classes": ["sky"], "colors": [[1, 2]]}', r"\[1, 2\]"),
         ('{"classes": ["sky"], "colors": [[1, 2, 256]]}', "256"),
-        ('{"classes": ["sky"], "colors": []}', "one .* for each"),
+        ('{"classes": ["sky"], "colors": ["grey"]}', "'grey'"),
+        ('{"classes": ["sky"], "colors": ["#12345g"]}', "'#12345g'"),
+        ('{"classes": ["sky"], "colors": []}', "0 colours for 1 classes"),
+        ('{"classes": ["sky"], "colors": "#808080"}', "#808080"),
         ("[" * 100_000, "not valid JSON"),
     ],
 )
@@ -188,13 +183,8 @@ def test_files_of_another_shape_are_refused(tmp_path, content, message):
         read_label_file(tmp_path / "classes.json")
 
 
-def test_presets_keep_their_names_and_their_ignore_label():
-    label_set = load_label_set("coco_stuff_171")
-    assert label_set.names == load_vocabulary("coco_stuff_171").classes
-    assert label_set.ignore_index == 255
-
-
-def test_more_than_255_classes_have_65535_for_no_label():
+def test_what_stands_for_no_label_follows_from_the_number_of_classes():
+    assert load_label_set("coco_stuff_171") == LabelSet(load_vocabulary("coco_stuff_171").classes, 255)
     assert load_label_set([f"class {number}" for number in range(255)]).ignore_index == 255
     assert load_label_set([f"class {number}" for number in range(256)]).ignore_index == 65535
 

@@ -66,6 +66,15 @@ def test_segmentation_is_the_best_score_at_every_pixel(processor, classes):
     assert torch.equal(winning[0], scores.amax(0))
 
 
+def test_scores_come_in_the_form_of_transformers_where_they_are_asked_for(processor):
+    outputs = make_outputs([(90, 120), (64, 97)])
+    found = processor.post_process_semantic_segmentation(outputs, [(9, 12), (7, 5)], return_segmentation_scores=True)
+    expected = processor.post_process_semantic_scores(outputs, [(9, 12), (7, 5)])
+    for each, scores in zip(found, expected, strict=True):
+        assert torch.equal(each.segmentation_scores, scores)
+        assert torch.equal(each.segmentation, scores.argmax(0))
+
+
 def test_without_target_sizes_a_map_has_the_size_the_network_saw():
     outputs = make_outputs([(90, 120), (64, 97)])
     maps = SANImageProcessor().post_process_semantic_segmentation(outputs)

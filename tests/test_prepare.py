@@ -22,6 +22,7 @@ from modeling_san.processing.vocabulary_san import load_vocabulary, vocabulary_n
 from modeling_san.training import prepare as prepare_module
 from modeling_san.training.data import load_images
 from modeling_san.training.label_sets import load_label_set
+from modeling_san.training.official_files import _reader_of_459
 from modeling_san.training.prepare import prepare
 from modeling_san.training.presets import load_preset
 
@@ -189,9 +190,7 @@ def test_context_59_agrees_with_the_ids_that_others_use():
         *(159, 162, 187, 189, 207, 220, 232, 258, 259, 260, 284, 295, 296, 308, 324, 326, 347, 349, 354, 355, 360),
         *(366, 368, 397, 415, 416, 420, 424, 427, 440, 445, 454, 458),
     ]
-    from modeling_san.training.presets import _table_from_459
-
-    table = _table_from_459(Path())
+    table = _reader_of_459(Path()).table
     assert [table[number] for number in ids] == list(range(59))
     assert (table == 255).sum() == 460 - 59
 

@@ -10,7 +10,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from modeling_san.processing import SANImageProcessor, SANProcessor, Segmentation, Segmenter, Vocabulary, segmenter
+from modeling_san.processing import (
+    SANImageProcessor,
+    SANProcessor,
+    Segmentation,
+    Segmenter,
+    Vocabulary,
+    segmenter,
+    vocabulary_san,
+)
 from modeling_san.processing.views_san import view_sizes
 
 LABELS = ["sky", "road", "car|truck", "tree"]
@@ -65,13 +73,19 @@ def test_a_vocabulary_is_what_the_model_makes_of_the_prompts(segment, model, pro
     assert segment.vocabulary("Sky, road").labels == ("Sky", "road")
 
 
-def test_added_names_fold_into_other(segment):
-    own = ("grass", "unicorn")
-    vocabulary = segment.vocabulary(own, extend="coco-stuff")
+@pytest.fixture
+def few_names(monkeypatch):
+    """Three names that labels are extended by."""
+    monkeypatch.setattr(vocabulary_san, "_coco_names", lambda things: ["tree", "sky", "car"])
+
+
+def test_added_names_fold_into_other(segment, few_names):
+    vocabulary = segment.vocabulary(["Sky", "road"], extend="coco-stuff")
+    assert vocabulary.labels == ("Sky", "road", "tree", "car")
     assert vocabulary.num_own == 2
-    assert len(vocabulary.labels) == len(vocabulary.class_embeds) == 2 + 90
-    assert vocabulary.shown_labels == (*own, "other")
-    assert vocabulary.fold(torch.tensor([[0, 1], [2, 91]])).tolist() == [[0, 1], [2, 2]]
+    assert torch.equal(vocabulary.class_embeds, segment.vocabulary("sky, road, tree, car").class_embeds)
+    assert vocabulary.shown_labels == ("Sky", "road", "other")
+    assert vocabulary.fold(torch.tensor([[0, 1], [2, 3]])).tolist() == [[0, 1], [2, 2]]
 
 
 def test_added_names_join_a_label_that_is_called_other():
@@ -208,7 +222,7 @@ def test_a_threshold_that_is_no_share_is_refused(segment, threshold):
 def test_many_views_are_the_mean_of_their_scores(segment, model, processor):
     image, vocabulary = random_image(), segment.vocabulary(LABELS)
     means = torch.zeros(len(LABELS), 40, 50)
-    sizes = view_sizes(processor.image_processor.size)
+    sizes = view_sizes(dict(processor.image_processor.size))
     for size in sizes:
         for mirrored in (False, True):
             view = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
@@ -226,7 +240,7 @@ def test_many_views_are_the_mean_of_their_scores(segment, model, processor):
             refused()
 
 
-def test_heat_maps_are_the_scores_of_each_label_and_the_sum_of_those_added(segment, model, processor):
+def test_heat_maps_are_the_scores_of_each_label_and_the_sum_of_those_added(segment, model, processor, few_names):
     image, vocabulary = random_image(), segment.vocabulary(["sky", "road"], extend="coco-stuff")
     with torch.no_grad():
         outputs = model(**processor(images=image), class_embeds=vocabulary.class_embeds)

@@ -13,9 +13,11 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from modeling_san.processing.drawing import label_colors, overlay
+from modeling_san.processing.wording_san import listed
 from modeling_san.training.augmentation import Augmentation
-from modeling_san.training.data import to_arrays
+from modeling_san.training.data import read_example
 from modeling_san.training.label_sets import LabelSet
+from modeling_san.training.sources import undecoded
 
 _VIEW_SIDE = 512
 _GAP = 16
@@ -49,22 +51,18 @@ class ContactSheet:
         """The findings, a few lines of text."""
         total = max(int(self.pixels.sum()), 1)
         order = [int(index) for index in np.argsort(-self.pixels[:-1], kind="stable") if self.pixels[index]]
+        seen = [f"{self.names[index]} {_percent(self.pixels[index] / total)}" for index in order]
         missing = [name for name, number in zip(self.names, self.pixels, strict=False) if not number]
         known = "images, their number is not known" if self.images is None else f"{self.images} images"
-        seen = [f"{self.names[index]} {_percent(self.pixels[index] / total)}" for index in order]
-        lines = [
+        without = f"{len(self.without_labels)} (examples {listed(self.without_labels, _LISTED)})"
+        return [
             f"{known}; looked at {self.sampled}",
-            f"{len(order)} of {len(self.names)} classes seen, with their share of the pixels: {_listed(seen)}",
+            f"{len(seen)} of {len(self.names)} classes seen, with their share of the pixels: "
+            f"{listed(seen, _LISTED) or 'none'}",
+            *([f"{len(missing)} not seen: {listed(missing, _LISTED)}"] if missing else []),
             f"pixels without a label: {_percent(self.pixels[-1] / total)}",
+            f"images without any label: {without if self.without_labels else 'none'}",
         ]
-        if missing:
-            lines.insert(2, f"{len(missing)} not seen: {_listed(missing)}")
-        if self.without_labels:
-            indices = _listed([str(index) for index in self.without_labels])
-            lines.append(f"images without any label: {len(self.without_labels)} (examples {indices})")
-        else:
-            lines.append("images without any label: none")
-        return lines
 
 
 def draw_contact_sheet(
@@ -99,12 +97,9 @@ def draw_contact_sheet(
     seen: dict[int, bool] = {}
     cells = []
     colors = label_colors(label_set.names)
-    chosen = _chosen(dataset, count, seed)
+    chosen = _chosen(undecoded(dataset), count, seed)
     for epoch, index, example in tqdm(chosen, total=count, desc="drawing", unit="view", disable=not progress):
-        try:
-            image, label_map = to_arrays(example, label_set)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"example {index}: {error}") from error
+        image, label_map = read_example(example, label_set, f"example {index}")
         if index not in seen:
             counts = np.bincount(np.minimum(label_map, len(label_set)).ravel(), minlength=len(pixels))
             pixels += counts
@@ -132,11 +127,7 @@ def _chosen(dataset: Any, count: int, seed: int) -> Iterator[tuple[int, int, Any
     for number in range(count):
         epoch, place = divmod(number, len(dataset))
         index = int(order[place])
-        try:
-            example = dataset[index]
-        except (OSError, ValueError) as error:
-            raise ValueError(f"example {index}: {error}") from error
-        yield epoch, index, example
+        yield epoch, index, dataset[index]
 
 
 def _cell(title: str, view: Image.Image, labels: np.ndarray, names: Sequence[str], colors: np.ndarray) -> Image.Image:
@@ -150,8 +141,7 @@ def _cell(title: str, view: Image.Image, labels: np.ndarray, names: Sequence[str
     cell = Image.new(
         "RGB", (view.width + _GAP // 2 + painted.width, _TITLE_HEIGHT + max(view.height, painted.height)), _PAPER
     )
-    font = _font()
-    ImageDraw.Draw(cell).text((0, 2), title, fill=_INK, font=font)
+    ImageDraw.Draw(cell).text((0, 2), title, fill=_INK, font=ImageFont.load_default(_TITLE_SIZE))
     cell.paste(view, (0, _TITLE_HEIGHT))
     cell.paste(painted, (view.width + _GAP // 2, _TITLE_HEIGHT))
     return cell
@@ -174,21 +164,8 @@ def _grid(cells: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def _font() -> Any:
-    """Pillow's own font; before 10.1 it has one size only."""
-    try:
-        return ImageFont.load_default(_TITLE_SIZE)
-    except TypeError:
-        return ImageFont.load_default()
-
-
 def _percent(share: float) -> str:
     return "< 0.1 %" if 0 < share < 0.001 else f"{100 * share:.1f} %"
-
-
-def _listed(texts: Sequence[str]) -> str:
-    more = f" and {len(texts) - _LISTED} more" if len(texts) > _LISTED else ""
-    return (", ".join(texts[:_LISTED]) + more) or "none"
 
 
 __all__ = ["ContactSheet", "draw_contact_sheet"]

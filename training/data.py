@@ -27,8 +27,6 @@ from modeling_san.training.sources import load_images, undecoded
 _ORDER, _SHARDS, _BUFFER = 1, 2, 3
 """Kinds of chance beside the augmentation's; no two may share their random numbers."""
 
-_MAX_WORKERS = 256
-
 _logger = logging.getLogger(__name__)
 
 
@@ -156,45 +154,6 @@ def _as_image(value: Any, what: str) -> Image.Image | np.ndarray:
         raise ValueError(f"{what} is no image file and no array: {one_line(error)}.") from error
 
 
-# Reporting
-
-
-class DataReport:
-    """
-    Counts what is odd in a data set but does no harm, and says each kind once.
-
-    The counts lie in memory that data loader workers share.
-    """
-
-    KINDS = ("without_labels",)
-    _SENTENCES = {
-        "without_labels": "{example}: no pixel of its label map has a label; such images are kept and do no harm. "
-        "Further ones are counted, not named."
-    }
-
-    def __init__(self) -> None:
-        # A row for each worker: none has to wait for another
-        self._counts = torch.zeros(_MAX_WORKERS, len(self.KINDS), dtype=torch.int64).share_memory_()
-
-    def add(self, kind: str, example: str) -> None:
-        """
-        Count one oddity, and say so if it is the first of its kind.
-
-        Args:
-            kind: one of `KINDS`.
-            example: which one it is, for the sentence.
-        """
-        worker = get_worker_info()
-        first = self.count(kind) == 0
-        self._counts[0 if worker is None else 1 + worker.id % (_MAX_WORKERS - 1), self.KINDS.index(kind)] += 1
-        if first:
-            _logger.warning(self._SENTENCES[kind].format(example=example))
-
-    def count(self, kind: str) -> int:
-        """How often a kind was met, by all workers; an image counts each time that it is used."""
-        return int(self._counts[:, self.KINDS.index(kind)].sum())
-
-
 # Augmented examples
 
 
@@ -207,14 +166,14 @@ class _Views:
         image_processor: SANImageProcessor,
         augmentation: Augmentation,
         seed: int,
-        report: DataReport,
     ) -> None:
         if seed < 0:
             raise ValueError(f"seed is {seed}: pass a whole number from 0 on.")
         self.label_set = label_set
         self.augmentation = augmentation
         self.seed = seed
-        self.report = report
+        # Shared: of all workers one says it
+        self._has_warned = torch.zeros((), dtype=torch.bool).share_memory_()
         # What the processor does to bytes is a factor and a shift for each channel: black and white show them
         ends = np.repeat(np.array([0, 255], dtype=np.uint8)[None, :, None], 3, axis=2)
         outputs = image_processor(ends, do_resize=False, do_pad=False, return_tensors="np")
@@ -230,8 +189,13 @@ class _Views:
         """
         image, label_map = read_example(example, self.label_set, name)
         ignore_index = self.label_set.ignore_index
-        if (label_map == ignore_index).all():
-            self.report.add("without_labels", name)
+        if not self._has_warned and (label_map == ignore_index).all():
+            self._has_warned.fill_(True)
+            _logger.warning(
+                "%s: no pixel of its label map has a label; such images are kept and do no harm. Others like it are "
+                "not named.",
+                name,
+            )
         rng = np.random.default_rng([self.seed, epoch, index])
         image, label_map = self.augmentation(image, label_map, rng, ignore_index)
         pixel_values = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).astype(np.float32)
@@ -268,8 +232,7 @@ class TrainingImages(torch.utils.data.Dataset):
         seed: int = 0,
     ) -> None:
         self.dataset = undecoded(dataset)
-        self.report = DataReport()
-        self._views = _Views(label_set, image_processor, augmentation, seed, self.report)
+        self._views = _Views(label_set, image_processor, augmentation, seed)
         # Shared: workers that outlive an epoch hear of the next one
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -346,8 +309,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
                 f"and rank {rank} below world_size {world_size}."
             )
         self.dataset = undecoded(dataset)
-        self.report = DataReport()
-        self._views = _Views(label_set, image_processor, augmentation, seed, self.report)
+        self._views = _Views(label_set, image_processor, augmentation, seed)
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
@@ -489,7 +451,6 @@ class Collator:
 
 __all__ = [
     "Collator",
-    "DataReport",
     "EndlessOrder",
     "ImageError",
     "StreamedImages",

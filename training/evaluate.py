@@ -355,7 +355,9 @@ def _evaluating(model: SANForOpenVocabSegmentation) -> Iterator[None]:
 
 def _choose_vocabulary(segmenter: Segmenter, label_set: LabelSet, class_embeds: Tensor | None) -> Vocabulary:
     if class_embeds is None:
-        return segmenter.vocabulary(label_set.names)
+        # Stored vectors may be of other templates, or trained: they are taken for their own names alone
+        is_stored = segmenter.model.config.stored_labels == label_set.names
+        return segmenter.vocabulary(None if is_stored else label_set.names)
     if len(class_embeds) != len(label_set):
         raise ValueError(f"class_embeds are of {len(class_embeds)} classes and there are {len(label_set)}.")
     return Vocabulary(label_set.names, class_embeds.to(segmenter.model.device), len(label_set))

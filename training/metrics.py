@@ -64,17 +64,15 @@ class ConfusionMatrix:
         if predicted.shape != true.shape:
             raise ValueError(f"predicted is {tuple(predicted.shape)} and true {tuple(true.shape)}: sizes must agree.")
         true, predicted = true.to(predicted.device).long(), predicted.long()
-        if self.ignore_index is not None:
-            ignored = true == self.ignore_index
-            true, predicted = true.masked_fill(ignored, 0), predicted.masked_fill(ignored, 0)
+        ignored = torch.zeros_like(true, dtype=torch.bool) if self.ignore_index is None else true == self.ignore_index
+        true, predicted = true.masked_fill(ignored, 0), predicted.masked_fill(ignored, 0)
         for name, values in (("true", true), ("predicted", predicted)):
             if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < self.num_labels:
                 raise ValueError(
                     f"{name} labels reach from {values.min()} to {values.max()}: expected 0 to {self.num_labels - 1}."
                 )
-        if self.ignore_index is not None:
-            # The row of those left out is counted behind the others and cut off
-            true = true.masked_fill(ignored, self.num_labels)
+        # The row of those left out is counted behind the others and cut off
+        true = true.masked_fill(ignored, self.num_labels)
         counts = torch.zeros(self.num_labels + 1, self.num_labels, dtype=torch.int64, device=true.device)
         _count_into(counts, true * self.num_labels + predicted)
         self.table[:-1, :-1] += counts[:-1].to(self.table.device)
@@ -84,28 +82,6 @@ class ConfusionMatrix:
         if other.num_labels != self.num_labels:
             raise ValueError(f"counts of {other.num_labels} classes cannot be added to those of {self.num_labels}.")
         self.table += other.table.to(self.table.device)
-
-    def all_reduce(self) -> None:
-        """Add up the counts of all processes, in each of them; nothing happens where there is one process only."""
-        self.table = _sum_over_processes(self.table)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on counting."""
-        return {"num_labels": self.num_labels, "ignore_index": self.ignore_index, "table": self.table.cpu().clone()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """
-        Go on from a saved state.
-
-        Raises:
-            ValueError: if it belongs to other classes.
-        """
-        if (state["num_labels"], state["ignore_index"]) != (self.num_labels, self.ignore_index):
-            raise ValueError(
-                f"these counts are of {state['num_labels']} classes and ignore {state['ignore_index']}: expected "
-                f"{self.num_labels} classes and {self.ignore_index}."
-            )
-        self.table = state["table"].to(self.table.device, copy=True)
 
     def iou(self) -> Tensor:
         """Intersection over union of each class, `(C,)`; NaN for a class neither present nor predicted."""
@@ -177,7 +153,7 @@ class PairCounts:
         Raises:
             ValueError: for different shapes, and for anything but whole numbers from -32768 to 65535.
         """
-        predicted, true = as_label_map(predicted, f"{name} prediction"), as_label_map(true, f"{name} reference")
+        predicted, true = _as_label_map(predicted, f"{name} prediction"), _as_label_map(true, f"{name} reference")
         if predicted.shape != true.shape:
             raise ValueError(
                 f"{name} prediction has shape {tuple(predicted.shape)} and its reference {tuple(true.shape)}: the "
@@ -196,7 +172,8 @@ class PairCounts:
 
     def merge(self, values: Sequence[int], counts: Tensor) -> None:
         """Add `counts` (true, predicted) of other `values`, one for each row and column."""
-        self._learn([value for value in values if value not in set(self.values)])
+        known = set(self.values)
+        self._learn([value for value in values if value not in known])
         if self.counts is None:
             self.counts = torch.zeros(_BYTES, _BYTES, dtype=torch.int64, device=counts.device)
         self._grow()
@@ -206,16 +183,15 @@ class PairCounts:
 
     def all_reduce(self) -> None:
         """Add up the counts of all processes, in each of them."""
+        counts = None if self.counts is None else self.counts[: len(self.values), : len(self.values)].cpu()
         everybody: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everybody, (self.values, self.images))
+        dist.all_gather_object(everybody, (self.values, counts, self.images))
         total = PairCounts()
-        total._learn(sorted({value for values, _ in everybody for value in values} - set(total.values)))
-        total.counts = torch.zeros(_BYTES, _BYTES, dtype=torch.int64)
-        total._grow()
-        if self.counts is not None:
-            total.merge(self.values, self.counts.cpu())
-        self.values, self.counts, self._places = total.values, _sum_over_processes(total.counts), {}
-        self.images = sum(images for _, images in everybody)
+        for values, counts, images in everybody:
+            if counts is not None:
+                total.merge(values, counts)
+            total.images += images
+        self.values, self.counts, self.images, self._places = total.values, total.counts, total.images, {}
 
     def fold(
         self,
@@ -298,7 +274,7 @@ class PairCounts:
         return self._places[device]
 
 
-def as_label_map(value: Any, name: str) -> Tensor:
+def _as_label_map(value: Any, name: str) -> Tensor:
     """
     Whatever holds class indices as a tensor of its own shape, type and device.
 
@@ -344,14 +320,4 @@ def _mean(values: Tensor, classes: Sequence[int] | None) -> float:
     return float((values if classes is None else values[list(classes)]).nanmean())
 
 
-def _sum_over_processes(table: Tensor) -> Tensor:
-    """The sum of all processes' tables, on the table's own device."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return table
-    # NCCL adds up what lies on a GPU only
-    total = table.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
-    dist.all_reduce(total)
-    return total.to(table.device)
-
-
-__all__ = ["RESULTS_FILE", "ConfusionMatrix", "PairCounts", "as_label_map"]
+__all__ = ["RESULTS_FILE", "ConfusionMatrix", "PairCounts"]

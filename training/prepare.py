@@ -13,7 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,17 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from tqdm import tqdm
 
-from .files import remove_unfinished, replacing_file, write_json, write_text
-from .presets import (
+from modeling_san.processing.files import remove_unfinished, replacing_file, write_json, write_text
+from modeling_san.processing.wording_san import listed, one_line
+from modeling_san.training.official_files import (
     FoundSplit,
     LabelReader,
     MissingFolderError,
     Pair,
-    Preset,
     UnreadableFileError,
-    load_preset,
+    find_files,
 )
+from modeling_san.training.presets import Preset, load_preset
 
 IMAGES_PER_SHARD = 2000
 """About 400 MB of COCO's or ADE20K's images."""
@@ -43,9 +44,9 @@ IMAGES_PER_SHARD = 2000
 # Readers of data sets pass hidden folders over: nobody trains on a half of a split.
 _WORK = ".unfinished"
 _RECORD = "prepared.json"
+_Row = dict[str, dict[str, Any]]
 _FEATURES = Features(image=ImageFeature(), annotation=ImageFeature())
 _ROW_GROUP_BYTES = 32 * 2**20
-_LISTED = 5
 _WAITING_PER_WORKER = 4
 _EXIF_ORIENTATION = 0x0112
 # How a label map is turned as its image is, by the image's EXIF orientation.
@@ -132,7 +133,14 @@ def prepare(
         with _claimed(output, preset) as record, ThreadPoolExecutor(workers) as pool:
             for name, files in found.items():
                 writer = _SplitWriter(
-                    output, name, files, pool, workers, images_per_shard, skip_unreadable, progress=progress
+                    output,
+                    name,
+                    files,
+                    pool,
+                    workers * _WAITING_PER_WORKER,
+                    images_per_shard,
+                    skip_unreadable,
+                    progress,
                 )
                 record[name] = writer.write(record.get(name))
                 _write_record(output, preset, record)
@@ -146,12 +154,12 @@ def prepare(
         ) from error
     for name in found:
         if record[name].skipped:
-            warn(f"{name}: skipped {len(record[name].skipped)}: {' '.join(record[name].skipped[:_LISTED])}")
+            warn(f"{name}: skipped {len(record[name].skipped)}: {listed(record[name].skipped)}")
     return {name: record[name] for name in found}
 
 
 class _SplitWriter:
-    """Writes the shards of one split."""
+    """Writes the shards of one split into the hidden folder, and moves them to their place when all are there."""
 
     def __init__(
         self,
@@ -159,24 +167,22 @@ class _SplitWriter:
         split: str,
         files: FoundSplit,
         pool: ThreadPoolExecutor,
-        workers: int,
+        waiting: int,
         images_per_shard: int,
         skip_unreadable: bool,
-        *,
         progress: bool,
     ) -> None:
         self.output = output
         self.split = split
         self.files = files
         self.pool = pool
-        self.waiting = workers * _WAITING_PER_WORKER
+        self.waiting = waiting
         self.skip_unreadable = skip_unreadable
         self.progress = progress
         self.work = output / _WORK / split
-        self.parts = [
-            files.pairs[start : start + images_per_shard] for start in range(0, len(files.pairs), images_per_shard)
-        ]
-        self.names = [f"{split}-{number:05d}-of-{len(self.parts):05d}.parquet" for number in range(len(self.parts))]
+        starts = range(0, len(files.pairs), images_per_shard)
+        self.parts = [files.pairs[start : start + images_per_shard] for start in starts]
+        self.names = [f"{split}-{number:05d}-of-{len(starts):05d}.parquet" for number in range(len(starts))]
         self.plan = _fingerprint(files.pairs, images_per_shard)
 
     def write(self, before: PreparedSplit | None) -> PreparedSplit:
@@ -193,15 +199,12 @@ class _SplitWriter:
                     f"images in {before.shards}): pass another folder, or delete this one to start anew."
                 )
             if all((self.output / name).is_file() for name in self.names):
-                shutil.rmtree(self.work, ignore_errors=True)
                 return before
         self._begin()
-        bar = tqdm(
-            total=len(self.files.pairs), desc=self.split, unit=" images", smoothing=0.05, disable=not self.progress
-        )
-        with bar:
+        total = len(self.files.pairs)
+        with tqdm(total=total, desc=self.split, unit=" images", smoothing=0.05, disable=not self.progress) as bar:
             for number, part in enumerate(self.parts):
-                if self._is_finished(number):
+                if self._rows(number) == len(part) - len(self._skipped(number)):
                     bar.update(len(part))
                     # The speed shown is that of this run
                     bar.initial = bar.n
@@ -223,12 +226,12 @@ class _SplitWriter:
         remove_unfinished(self.work)
         write_json(path, plan)
 
-    def _place(self, number: int) -> Path | None:
-        """Where a finished shard is: among the unfinished split's, or in its place already."""
+    def _rows(self, number: int) -> int:
+        """Images in a finished shard, in the hidden folder or in its place already; -1 if there is none."""
         for folder in (self.work, self.output):
-            if (folder / self.names[number]).is_file():
-                return folder / self.names[number]
-        return None
+            with suppress(pa.ArrowException, OSError):
+                return pq.read_metadata(folder / self.names[number]).num_rows
+        return -1
 
     def _skipped_file(self, number: int) -> Path:
         return self.work / f"skipped-{number:05d}.json"
@@ -237,50 +240,41 @@ class _SplitWriter:
         path = self._skipped_file(number)
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
-    def _rows(self, number: int) -> int:
-        """Images in a finished shard, -1 if there is none."""
-        place = self._place(number)
-        try:
-            return -1 if place is None else pq.read_metadata(place).num_rows
-        except (pa.ArrowException, OSError):
-            return -1
-
-    def _is_finished(self, number: int) -> bool:
-        return self._rows(number) == len(self.parts[number]) - len(self._skipped(number))
-
     def _write_shard(self, number: int, bar: tqdm) -> None:
         skipped: list[str] = []
-        with replacing_file(self.work / self.names[number]) as beside:
-            self._fill(beside, self.parts[number], skipped, bar)
-            # Before the shard is in its place, so that a shard in its place always has its list.
-            write_json(self._skipped_file(number), skipped)
-
-    def _fill(self, path: Path, part: Sequence[Pair], skipped: list[str], bar: tqdm) -> None:
         schema = _FEATURES.arrow_schema
         # Images are compressed already, and no two are equal.
         options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-        with pq.ParquetWriter(path, schema, **options) as writer:
-            rows: list[dict[str, dict[str, Any]]] = []
-            size = 0
-            for row in self._read_in_order(part):
-                if isinstance(row, UnreadableFileError):
-                    if not self.skip_unreadable:
-                        raise ValueError(
-                            f"{row} Mend it and run the same command again, finished shards stay; or pass "
-                            "--skip-unreadable to leave out such images."
-                        ) from row
-                    skipped.append(str(row))
-                else:
-                    rows.append(row)
-                    size += sum(len(cell["bytes"]) for cell in row.values())
-                if size >= _ROW_GROUP_BYTES:
+        with replacing_file(self.work / self.names[number]) as beside:
+            with pq.ParquetWriter(beside, schema, **options) as writer:
+                for rows in self._row_groups(self.parts[number], skipped, bar):
                     writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-                    rows, size = [], 0
-                bar.update()
-            if rows:
-                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            # Before the shard is in its place, so that a shard in its place always has its list.
+            write_json(self._skipped_file(number), skipped)
 
-    def _read_in_order(self, part: Sequence[Pair]) -> Iterator[dict[str, dict[str, Any]] | UnreadableFileError]:
+    def _row_groups(self, part: Sequence[Pair], skipped: list[str], bar: tqdm) -> Iterator[list[_Row]]:
+        """Rows of `part`, as many together as memory should hold; `skipped` takes what cannot be read."""
+        rows: list[_Row] = []
+        size = 0
+        for row in self._read_in_order(part):
+            if isinstance(row, UnreadableFileError):
+                if not self.skip_unreadable:
+                    raise ValueError(
+                        f"{row} Mend it and run the same command again, finished shards stay; or pass "
+                        "--skip-unreadable to leave out such images."
+                    ) from row
+                skipped.append(str(row))
+            else:
+                rows.append(row)
+                size += sum(len(cell["bytes"]) for cell in row.values())
+            if size >= _ROW_GROUP_BYTES:
+                yield rows
+                rows, size = [], 0
+            bar.update()
+        if rows:
+            yield rows
+
+    def _read_in_order(self, part: Sequence[Pair]) -> Iterator[_Row | UnreadableFileError]:
         """Rows of `part`, read by all workers and given out in order; few wait in memory at any time."""
         waiting: deque[Future] = deque()
         try:
@@ -296,8 +290,9 @@ class _SplitWriter:
 
     def _finish(self) -> PreparedSplit:
         """Check the counts and move the shards into their place."""
-        skipped = tuple(reason for number in range(len(self.parts)) for reason in self._skipped(number))
-        rows = sum(self._rows(number) for number in range(len(self.parts)))
+        numbers = range(len(self.parts))
+        skipped = tuple(reason for number in numbers for reason in self._skipped(number))
+        rows = sum(map(self._rows, numbers))
         if rows != len(self.files.pairs) - len(skipped):
             raise ValueError(
                 f"the shards of {self.split} hold {rows} images where {len(self.files.pairs) - len(skipped)} were "
@@ -311,7 +306,7 @@ class _SplitWriter:
         )
 
 
-def _try_row(pair: Pair, reader: LabelReader) -> dict[str, dict[str, Any]] | UnreadableFileError:
+def _try_row(pair: Pair, reader: LabelReader) -> _Row | UnreadableFileError:
     """A row, or why there is none: the caller says what then, after the rows before it."""
     try:
         return _read_row(pair, reader)
@@ -319,7 +314,7 @@ def _try_row(pair: Pair, reader: LabelReader) -> dict[str, dict[str, Any]] | Unr
         return error
 
 
-def _read_row(pair: Pair, reader: LabelReader) -> dict[str, dict[str, Any]]:
+def _read_row(pair: Pair, reader: LabelReader) -> _Row:
     """The cells of one image: its file as it is, and its label map as a PNG file."""
     image, (width, height), orientation = _read_image(pair.image)
     labels = reader.read(pair.label_map)
@@ -342,14 +337,14 @@ def _read_image(path: Path) -> tuple[bytes, tuple[int, int], int]:
     """An image's file, its stored width and height, and its EXIF orientation; decoded once to see that it can be."""
     try:
         content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
             size = image.size
             orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
             # An eighth of the size goes through all of a JPEG file in half the time.
             image.draft("RGB", (1, 1))
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableFileError(f"{path} cannot be read as an image: {error}.") from error
+        raise UnreadableFileError(f"{path} cannot be read as an image: {one_line(error)}.") from error
     return content, size, orientation if orientation in _TURNS else 1
 
 
@@ -369,18 +364,14 @@ def _find(
     missing: list[str] = []
     for split in splits:
         try:
-            files = preset.find(source, split)
+            files = find_files(preset.name, source, split)
         except MissingFolderError as error:
             missing.append(f"{split}: {error}")
             continue
         if files.pairs:
             found[split] = files
         else:
-            missing.append(
-                f"{split}: {source} holds no image with its label map"
-                + _unpaired(files.without_label_map, files.without_image)
-                + "."
-            )
+            missing.append(f"{split}: {source} holds no image with its label map{_unpaired(files)}.")
     if missing and (not found or not allow_incomplete):
         rest = f" To go on with {', '.join(found)} alone, pass --split or --allow-incomplete." if found else ""
         raise ValueError(f"{missing[0]} {preset.name} expects {preset.expected}.{rest}")
@@ -396,7 +387,7 @@ def _check_counts(
     complaints = []
     for split, files in found.items():
         official = preset.counts[split]
-        unpaired = _unpaired(files.without_label_map, files.without_image)
+        unpaired = _unpaired(files)
         if len(files.pairs) not in official or unpaired:
             expected = " or ".join(map(str, official))
             complaints.append(f"{split}: found {len(files.pairs)} of {expected} images with label maps{unpaired}")
@@ -409,20 +400,9 @@ def _check_counts(
         warn(complaint)
 
 
-def _unpaired(without_label_map: Sequence[str], without_image: Sequence[str]) -> str:
-    parts = [
-        f"; {len(names)} {kind}: {_some(names)}"
-        for names, kind in (
-            (without_label_map, "without label map"),
-            (without_image, "without image"),
-        )
-        if names
-    ]
-    return "".join(parts)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+def _unpaired(files: FoundSplit) -> str:
+    kinds = (("without label map", files.without_label_map), ("without image", files.without_image))
+    return "".join(f"; {len(names)} {kind}: {listed(names)}" for kind, names in kinds if names)
 
 
 def _fingerprint(pairs: Sequence[Pair], images_per_shard: int) -> str:

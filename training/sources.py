@@ -6,10 +6,11 @@ import glob
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Value, get_dataset_split_names, load_dataset
 from datasets import Image as ImageFeature
 
 from modeling_san.processing.wording_san import one_line
@@ -46,6 +47,7 @@ def load_images(
     image_column: str | None = None,
     label_column: str | None = None,
     labelled: bool = True,
+    keep_columns: Sequence[str] = (),
 ) -> Dataset | IterableDataset:
     """
     Open a data set of images with label maps.
@@ -54,11 +56,12 @@ def load_images(
         source: a parquet or arrow file, a pattern such as `data/train-*.parquet`, a folder (of such files, written by
             `save_to_disk`, an image folder with a metadata file, or two folders such as `images` and `annotations`
             that hold files of the same names), or a Hub id.
-        split: which part of it; a file or a pattern has one part only.
+        split: which part of it; where there is only one, as in a file, that one is taken whatever it is called.
         streaming: read the data set as it is used instead of copying it into a cache; its length stays unknown.
         image_column: where the images are; recognised by its name by default.
         label_column: where the label maps are; recognised by its name by default.
         labelled: whether label maps are needed; images to segment have none.
+        keep_columns: others that stay.
 
     Returns:
         a data set with the columns `image` and, where it is labelled, `annotation`; lists of classes with names stay.
@@ -92,7 +95,11 @@ def load_images(
         if isinstance(features[name], Value):
             # Only a column chosen by name comes here: paths, or encoded files
             dataset = dataset.cast_column(name, ImageFeature())
-    return _with_columns(dataset, features, wanted)
+    if missing := [name for name in keep_columns if name not in features or name in wanted]:
+        raise ValueError(
+            f"{source} has no column {missing[0]!r} to keep beside the images, but {', '.join(features)}."
+        )
+    return _with_columns(dataset, features, wanted, keep_columns)
 
 
 def class_names_in(feature: Any) -> list[str] | None:
@@ -110,10 +117,10 @@ def _item_of(feature: Any) -> Any:
     return getattr(feature, "feature", None)
 
 
-def _with_columns(dataset: Any, features: dict[str, Any], wanted: dict[str, str]) -> Any:
-    """The wanted columns under their new names, and beside them those that name classes."""
+def _with_columns(dataset: Any, features: dict[str, Any], wanted: dict[str, str], kept: Sequence[str]) -> Any:
+    """The wanted columns under their new names, and beside them those to keep and those that name classes."""
     naming = [name for name in features if name not in wanted and class_names_in(features[name]) is not None]
-    dataset = dataset.select_columns([*wanted, *naming])
+    dataset = dataset.select_columns(list(dict.fromkeys([*wanted, *kept, *naming])))
     # A column of class names may sit on a name that is needed
     renamed = {name: f"{name}_classes" for name in naming if name in wanted.values()}
     if renamed:
@@ -147,14 +154,30 @@ def open_source(source: str, split: str, streaming: bool, labelled: bool) -> Any
         return _streamed(Dataset.load_from_disk(source), streaming)
     if (path / "dataset_dict.json").is_file():
         parts = DatasetDict.load_from_disk(source)
-        if split not in parts:
-            raise ValueError(f"it has the splits {', '.join(map(str, parts))}")
-        return _streamed(parts[split], streaming)
+        return _streamed(parts[_find_split(source, split, list(map(str, parts)))], streaming)
     if labelled and path.is_dir():
         pairs = _paired_files(path, split)
         if pairs is not None:
             return _streamed(_from_pairs(*pairs), streaming)
-    return load(source, split=split, streaming=streaming)
+    try:
+        return load(source, split=split, streaming=streaming)
+    except ValueError:
+        names = []
+        with suppress(Exception):
+            names = get_dataset_split_names(source)
+        if not names or split in names:
+            raise
+    return load(source, split=_find_split(source, split, names), streaming=streaming)
+
+
+def _find_split(source: str, wanted: str, names: Sequence[str]) -> str:
+    """A split by its name; where there is only one, that one, whatever it is called."""
+    if wanted in names:
+        return wanted
+    if len(names) != 1:
+        raise ValueError(f"it has the splits {', '.join(names)}")
+    _logger.warning("%s has no split %r: its only one, %r, is taken.", source, wanted, names[0])
+    return names[0]
 
 
 def _streamed(dataset: Dataset, streaming: bool) -> Dataset | IterableDataset:
@@ -173,14 +196,14 @@ def _paired_files(folder: Path, split: str) -> tuple[dict[str, Path], dict[str, 
         if images is None or labels is None:
             continue
         parts = [next((place / name for name in names if (place / name).is_dir()), None) for place in (images, labels)]
-        if None in parts and any(_has_folders(place) for place in (images, labels)) and base == folder:
+        if (
+            None in parts
+            and base == folder
+            and any(entry.is_dir() for place in (images, labels) for entry in place.iterdir())
+        ):
             raise ValueError(f"{images} and {labels} hold folders, but none called {' or '.join(names)}")
         return _files_by_stem(parts[0] or images), _files_by_stem(parts[1] or labels)
     return None
-
-
-def _has_folders(folder: Path) -> bool:
-    return any(entry.is_dir() for entry in folder.iterdir())
 
 
 def _files_by_stem(folder: Path) -> dict[str, Path]:

@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -96,6 +97,7 @@ class Run:
     schedule: Any
     batches: Iterator[dict[str, Tensor]]
     progress: Progress
+    scalars: list[str] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
@@ -374,6 +376,8 @@ def _write_model(run: Run, folder: Path) -> None:
         with _as_saved(model):
             model.set_labels(run.label_set.names, run.processor)
     weights = run.accelerator.get_state_dict(run.model)
+    weights = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in weights.items()}
+    weights.update({name: weights[name].reshape(()) for name in run.scalars if name in weights})
     if not run.accelerator.is_main_process:
         return
     model.save_pretrained(folder, state_dict=weights)
@@ -481,13 +485,16 @@ def prepare_run(recipe: Recipe) -> Run:
         state.results = {}
     prepare_model(recipe, model, processor, label_set)
     batches = make_batches(recipe, accelerator, images, label_set, model, processor, state.step)
+    scalars = _make_vectors_of_scalars(model) if accelerator.is_fsdp2 else []
     optimizer = make_optimizer(model.to(accelerator.device), recipe)
     schedule = make_schedule(optimizer, recipe, state.step)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     run = Run(
-        recipe, accelerator, wrapped, processor, label_set, validation, optimizer, schedule, batches, progress=state
+        recipe, accelerator, wrapped, processor, label_set, validation, optimizer, schedule, batches, state, scalars
     )
-    accelerator.register_save_state_pre_hook(lambda models, weights, path: _write_own_state(run, weights, Path(path)))
+    # Not the run itself: in a circle of references it, and the processes that prepare images, would outlive its end
+    own = weakref.proxy(run)
+    accelerator.register_save_state_pre_hook(lambda models, weights, path: _write_own_state(own, weights, Path(path)))
     # They are loaded already
     accelerator.register_load_state_pre_hook(lambda models, path: models.clear())
     if checkpoint is not None:
@@ -500,6 +507,17 @@ def prepare_run(recipe: Recipe) -> Run:
     plain = {name: value if isinstance(value, (int, float)) else str(value) for name, value in vars(recipe).items()}
     accelerator.init_trackers("san", plain)
     return run
+
+
+def _make_vectors_of_scalars(model: SANForOpenVocabSegmentation) -> list[str]:
+    """FSDP cuts parameters along their first dimension, which scalars lack; returns the names of those changed."""
+    names = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        scalar = model.get_parameter(name)
+        vector = torch.nn.Parameter(scalar.detach().reshape(1), requires_grad=scalar.requires_grad)
+        setattr(model.get_submodule(parent), last, vector)
+    return names
 
 
 def _find_checkpoint(recipe: Recipe, folder: Path) -> Path | None:

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     vocabulary = loaded.vocabulary([*names, *(name for name in _DISTRACTORS if name not in names)])
     [segmentation] = loaded.segmenter(example.image, vocabulary)
-    overlay = write_results(segmentation, example.image, folder, "demo", source=str(image_path), model=loaded.name)
+    overlay = write_results(segmentation, example.image, folder, "demo", source=image_path, model=loaded.name)
     right = (segmentation.label_map.numpy() == np.asarray(example.label_map)).mean()
     say(f"image: {image_path}, drawn with {', '.join(names)}")
     say(f"labels:  {', '.join(segmentation.labels)}")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from .datasets import add_dataset_options, open_dataset
 from .errors import CommandError, say
-from .labels import read_templates
-from .parser import add_device_option, add_model_option, add_templates_option, positive_integer
+from .labels import parse_labels, read_templates
+from .parser import add_device_option, add_model_option, add_templates_option, make_folder, positive_integer
 
 _DESCRIPTION = """\
 Segment a labelled data set and compare: a table with the IoU and accuracy of each class, and in DIR
@@ -78,7 +77,6 @@ def run(args: argparse.Namespace) -> int:
     from modeling_san.training.evaluate import evaluate, find_subsets, format_table
 
     from .models import load_model, quiet_libraries
-    from .parser import make_folder
 
     quiet_libraries()
     if args.overlays < 0:
@@ -92,12 +90,12 @@ def run(args: argparse.Namespace) -> int:
     # Each process has a GPU of its own
     device = accelerator.device if accelerator.num_processes > 1 else pick_device(args.device)
     loaded = load_model(args.model, device)
-    processor, class_embeds = loaded.processor, None
+    class_embeds = None
     if templates is not None:
-        class_embeds = _encode(loaded, label_set.names, templates)
+        class_embeds = loaded.segmenter.vocabulary(label_set.names, templates=templates).class_embeds
     results = evaluate(
         loaded.model,
-        processor,
+        loaded.processor,
         images,
         label_set,
         output_dir=folder,
@@ -114,36 +112,18 @@ def run(args: argparse.Namespace) -> int:
         without = results["unlabelled_images"]
         ignored = f", {without} of them without any label" if without else ""
         say(f"{results['images']} images{ignored}; results in {folder}")
-    if accelerator.num_processes > 1:
-        accelerator.end_training()
+    accelerator.end_training()
     return 0
 
 
 def _read_subsets(given: list[str]) -> dict[str, list[str]]:
     """Class names of `--subset NAME=FILE_OR_NAMES`."""
-    from modeling_san.processing import normalize_labels
-
-    from .labels import read_labels_file
-
     subsets: dict[str, list[str]] = {}
     for text in given:
-        name, separator, members = text.partition("=")
-        name = name.strip()
-        if not separator or not name or not members.strip():
+        name, separator, members = (part.strip() for part in text.partition("="))
+        if not separator or not name or not members:
             raise CommandError(f'--subset {text}: write NAME=FILE or NAME="sky, road", for example base=base.txt')
         if name in subsets:
             raise CommandError(f"--subset {name} is given twice: name each subset once")
-        try:
-            subsets[name] = read_labels_file(members) if Path(members).is_file() else normalize_labels(members)
-        except ValueError as error:
-            raise CommandError(f"--subset {name}: {error}") from error
+        subsets[name] = parse_labels(members)
     return subsets
-
-
-def _encode(loaded: Any, names: Any, templates: Any) -> Any:
-    """The names in other prompts than the model's own."""
-    import torch
-
-    prompts = loaded.processor(text=list(names), templates=templates, return_tensors="pt").to(loaded.model.device)
-    with torch.no_grad():
-        return loaded.model.get_class_embeds(prompts["input_ids"], prompts["attention_mask"])

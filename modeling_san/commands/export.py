@@ -109,10 +109,7 @@ def run(args: argparse.Namespace) -> int:
     labels, templates = read_labels(args), read_templates(args.templates)
     loaded = load_model(None if args.model == BUILT_IN else args.model, torch.device("cpu"))
     processor = loaded.processor.image_processor
-    if args.class_embeds_input:
-        vocabulary = _any_vocabulary(loaded)
-    else:
-        vocabulary = loaded.vocabulary(labels, templates=templates)
+    vocabulary = _any_vocabulary(loaded) if args.class_embeds_input else loaded.vocabulary(labels, templates=templates)
     size = _recommended_size(processor, args.size)
 
     say(f"exporting {loaded.name}; this takes a minute or more")

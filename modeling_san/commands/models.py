@@ -97,20 +97,25 @@ def load_model(name: str | None, device: torch.device) -> LoadedModel:
     from modeling_san.processing import Segmenter
 
     source = str(BUILTIN_MODEL) if name is None else name
-    _check_source(source, is_builtin=name is None)
+    _check_source(source)
     model_class, processor_class = _find_classes(source)
     try:
         processor = processor_class.from_pretrained(source)
         model, loading = model_class.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            source,
+            dtype=torch.float32,
+            use_safetensors=True,
+            # What does not fit is in the loading info, instead of in the library's log
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     except Exception as error:
         # Damaged files raise whatever their reader happens to: safetensors, JSON, tokenizers and configs differ
         raise CommandError(f"model {source} cannot be loaded: {one_line(error)}") from error
-    if missing := sorted(loading["missing_keys"]):
+    if unfit := sorted({*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}):
         raise CommandError(
-            f"model {source} lacks {len(missing)} of its weights, {missing[0]} for example: write it anew with "
-            "save_pretrained, `san convert` or `san train`"
+            f"model {source} lacks {len(unfit)} of its weights or has them in other shapes, {unfit[0]} for example: "
+            "write it anew with save_pretrained, `san convert` or `san train`"
         )
     tokens, expected = len(processor.tokenizer), model.config.text_config.vocab_size
     if tokens != expected:
@@ -122,15 +127,11 @@ def load_model(name: str | None, device: torch.device) -> LoadedModel:
     return LoadedModel("built-in" if name is None else name, Segmenter(model.to(device).eval(), processor))
 
 
-def _check_source(source: str, is_builtin: bool) -> None:
+def _check_source(source: str) -> None:
     """A folder has to hold a config and weights; anything else may be a Hub repository unless it looks like a path."""
     from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
     folder = Path(source)
-    if is_builtin and not folder.is_dir():
-        raise CommandError(
-            "this installation lacks the built-in model: install the package anew, or pass another one with --model"
-        )
     if not folder.exists():
         if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or "\\" in source:
             raise CommandError(f"model {source}: there is no such folder: check the path")

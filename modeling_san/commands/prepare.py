@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from typing import Any
+
+from modeling_san.training.presets import PRESETS, Preset
 
 from .errors import say, warn
 from .parser import positive_integer
@@ -14,16 +17,7 @@ they are, label maps as class indices, in the order and with the ignore label of
 after an interruption: it goes on where it stopped. Nothing is downloaded.
 
 presets and what SOURCE holds:
-  coco_stuff_171      train2017/*.jpg, val2017/*.jpg (or images/...) and stuffthingmaps/train2017/*.png,
-                      stuffthingmaps/val2017/*.png (or annotations/...)
-  ade20k_150          ADEChallengeData2016: images/training, images/validation, annotations/training, ...
-  ade20k_847          ADE20K_2021_17_01: images/ADE/training/**/NAME.jpg with NAME_seg.png, images/ADE/validation/**
-  pascal_context_59   VOC2010: JPEGImages, trainval/*.mat (or SegmentationClassContext/*.png, or
-                      59_context_labels/*.png) and the lists ImageSets/SegmentationContext/train.txt, val.txt (or
-                      pascalcontext_train.txt, pascalcontext_val.txt, or VOC2010's own ImageSets/Main)
-  pascal_context_459  VOC2010: JPEGImages, trainval/*.mat and the same lists
-  pascal_voc_20       VOC2012: JPEGImages, SegmentationClass, ImageSets/Segmentation/train.txt, val.txt; for
-                      --split train_aug SegmentationClassAug and ImageSets/Segmentation/train_aug.txt
+{presets}
 
 SOURCE may also be the folder that holds the named one (ADEChallengeData2016, VOCdevkit, ...).
 """
@@ -39,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "prepare",
         help="turn an official benchmark folder into parquet files",
-        description=_DESCRIPTION,
+        description=_DESCRIPTION.format(presets="\n".join(map(_describe, PRESETS))),
         epilog=_EXAMPLE,
     )
     parser.add_argument("preset", metavar="PRESET", help="one of the presets above")
@@ -69,6 +63,18 @@ def add_parser(subparsers: Any) -> None:
         "--skip-unreadable",
         action="store_true",
         help="leave out, and count, damaged files and label maps of another size than their image",
+    )
+
+
+def _describe(preset: Preset) -> str:
+    """A preset's name and what its archives hold, as lines of the help."""
+    return textwrap.fill(
+        f"{preset.name:<18}  {preset.expected}",
+        width=100,
+        initial_indent="  ",
+        subsequent_indent=" " * 22,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 

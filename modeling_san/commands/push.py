@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modeling_san.processing.wording_san import listed
+
 from .errors import CommandError, say, warn
 
 if TYPE_CHECKING:
@@ -90,7 +92,10 @@ def run(args: argparse.Namespace) -> int:
         license=args.license,
         base_model=args.base_model,
     ) as upload:
-        _warn_of_the_card(args, upload)
+        if not upload.has_new_card and (args.results or args.license or args.base_model):
+            warn("README.md is taken as it is: --results, --license and --base-model are for a --new-card")
+        elif upload.has_new_card and not upload.states_license():
+            warn("the card states no licence of the weights: pass --license")
         _list(upload)
         if args.dry_run:
             say(f"nothing was sent; without --dry-run this goes to {args.repo_id}")
@@ -111,16 +116,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _warn_of_the_card(args: argparse.Namespace, upload: Upload) -> None:
-    """Say what a reader of the card will miss."""
-    from modeling_san.hub_card.publish import states_no_license
-
-    if not upload.has_new_card and (args.results or args.license or args.base_model):
-        warn("README.md is taken as it is: --results, --license and --base-model are for a card made with --new-card")
-    elif upload.has_new_card and states_no_license(upload):
-        warn("the card states no licence of the weights: pass --license")
-
-
 def _list(upload: Upload) -> None:
     """Each file with its size and where it comes from."""
     sizes = upload.sizes()
@@ -130,8 +125,7 @@ def _list(upload: Upload) -> None:
         say(f"  {name:<{width}}  {_size(size):>9}{f'  {note}' if note else ''}".rstrip())
     say(f"  {f'{len(sizes)} files':<{width}}  {_size(sum(sizes.values())):>9}")
     if upload.left_out:
-        shown, more = upload.left_out[:_LISTED_LEFT_OUT], len(upload.left_out) - _LISTED_LEFT_OUT
-        say(f"left out: {', '.join(shown)}{f' and {more} more' if more > 0 else ''}")
+        say(f"left out: {listed(upload.left_out, _LISTED_LEFT_OUT)}")
 
 
 def _size(count: int) -> str:

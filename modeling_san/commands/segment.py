@@ -109,12 +109,10 @@ def _segment_file(
 
     start = time.perf_counter()
     image = load_image(path)
-    # A name need not be text: its bytes may be anything
-    source = os.fsencode(path).decode("utf-8", "replace")
     try:
         [segmentation] = loaded.segmenter(image, vocabulary, threshold=args.threshold)
         overlay = write_results(
-            segmentation, image, folder, name, source=source, model=loaded.name, opacity=args.opacity
+            segmentation, image, folder, name, source=path, model=loaded.name, opacity=args.opacity
         )
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise CommandError(f"{path} does not fit into memory: shrink it, or pass --device cpu") from error
@@ -124,7 +122,7 @@ def _segment_file(
 
 
 def write_results(
-    segmentation: Segmentation, image: Any, folder: Path, name: str, *, source: str, model: str, opacity: float = 0.5
+    segmentation: Segmentation, image: Any, folder: Path, name: str, *, source: Path, model: str, opacity: float = 0.5
 ) -> Path:
     """
     Write the overlay, the indexed label image and the summary of one image, each complete or not at all.
@@ -151,8 +149,10 @@ def write_results(
         with replacing_file(path) as beside:
             drawn.save(beside, format="png")
     # Last, so that where there is a summary the images are complete
-    summary = segmentation.summary(image=source, model=model, overlay=overlay.name, label_map=label_image.name)
-    write_json(folder / (name + SUMMARY_ENDING), summary)
+    files = {"image": str(source), "overlay": overlay.name, "label_map": label_image.name}
+    # A name need not be text: its bytes may be anything
+    files = {what: os.fsencode(file).decode("utf-8", "replace") for what, file in files.items()}
+    write_json(folder / (name + SUMMARY_ENDING), segmentation.summary(**files, model=model))
     return overlay
 
 

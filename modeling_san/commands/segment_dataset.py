@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
+import time
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .datasets import add_source_options, quiet_datasets
 from .errors import CommandError, say, warn
@@ -19,6 +21,9 @@ from .parser import (
     make_folder,
     positive_integer,
 )
+
+if TYPE_CHECKING:
+    from modeling_san.processing import Segmenter, Vocabulary
 
 _DESCRIPTION = """\
 Label all images of a data set, and write parquet files into DIR with the columns
@@ -96,34 +101,18 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Label the data set; SIGTERM ends it as an exception does."""
-    previous = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        return _segment(args)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _terminate(signal_number: int, frame: Any) -> None:
-    raise SystemExit(EXIT_TERMINATED)
-
-
-def _segment(args: argparse.Namespace) -> int:
+    """Label the data set. SIGTERM ends it as an exception does, so that what is open is closed."""
     from modeling_san.processing.processing_san import resolve_templates
     from modeling_san.processing.segment_dataset import Options, segment_dataset, segment_dataset_with_ray
+    from modeling_san.training.sources import load_images
 
     if args.ray is None and args.ray_actors is not None:
         raise CommandError("--ray-actors says how --ray shares the work out: pass --ray as well")
+    quiet_datasets()
     labels, templates = read_labels(args), read_templates(args.templates)
-    load = partial(_load, _absolute(args.model), labels, templates, args.extend_labels, args.device)
-    keep = tuple(name.strip() for name in args.keep_columns.split(",") if name.strip())
-    source = partial(
-        _open_rows, _absolute(args.dataset), args.split, args.streaming, args.image_column, keep_all=bool(keep)
-    )
-    rows, image_column = source()
+    keep_columns = tuple(name.strip() for name in args.keep_columns.split(",") if name.strip())
     options = Options(
-        image_column=image_column,
-        keep_columns=keep,
+        keep_columns=keep_columns,
         with_images=args.with_images,
         with_scores=args.scores,
         shard_size=args.shard_size,
@@ -131,38 +120,54 @@ def _segment(args: argparse.Namespace) -> int:
         strict=args.strict,
         workers=args.workers,
     )
-    folder = make_folder(args.output)
+    open_rows = partial(
+        load_images,
+        _absolute(args.dataset),
+        args.split,
+        streaming=args.streaming,
+        image_column=args.image_column,
+        labelled=False,
+        keep_columns=keep_columns,
+    )
+    load = partial(load_segmenter, _absolute(args.model), labels, templates, args.extend_labels, args.device)
     notes: dict[str, Any] = {
         "settings": {} if templates is None else {"templates": resolve_templates(templates)[1]},
         "about": {"model": args.model or "built-in", "dataset": args.dataset, "split": args.split},
     }
-    if args.ray is None:
-        report = segment_dataset(*load(), rows, folder, options, **notes)
-    else:
-        try:
-            report = segment_dataset_with_ray(
-                load, partial(_first, source), folder, options, address=args.ray or None, actors=args.ray_actors, **notes
-            )
-        except ImportError as error:
-            raise CommandError(str(error)) from error
+    previous = signal.getsignal(signal.SIGTERM)
+    start = time.perf_counter()
+    try:
+        if args.ray is None:
+            signal.signal(signal.SIGTERM, _terminate)
+            rows = open_rows()
+            report = segment_dataset(*load(), rows, make_folder(args.output), options, **notes)
+        else:
+            _connect(args.ray or None)
+            signal.signal(signal.SIGTERM, _terminate)
+            folder = make_folder(args.output)
+            report = segment_dataset_with_ray(load, open_rows, folder, options, actors=args.ray_actors, **notes)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    seconds = time.perf_counter() - start
 
-    rate = f", {report.images / report.seconds:.1f} images a second" if report.images else ""
-    say(f"{report.images:,} images in {report.seconds / 60:.1f} minutes{rate}")
-    if report.first_error is not None:
-        warn(f"{report.failures:,} of them could not be read, the first is {report.first_error}")
-    if report.total and report.total_failures == report.total:
-        raise CommandError(
-            f"none of the {report.total:,} images could be read: the column `error` in {folder} says why; choose "
-            "another folder for the next run"
+    rate = f", {report.images / seconds:.1f} images a second" if report.images else ""
+    say(f"{report.images:,} images in {seconds / 60:.1f} minutes{rate}")
+    if report.failures:
+        warn(
+            f"{report.failures:,} of {report.total:,} images could not be read, the first is {report.first_error}; "
+            "the column `error` says why"
         )
-    unread = f", {report.total_failures:,} of them unreadable (column `error`)" if report.total_failures else ""
-    say(f"{folder} holds {report.parts:,} files with {report.total:,} images{unread}; load them with")
-    say(f'  datasets.load_dataset("parquet", data_files="{folder}/part-*.parquet", split="train")')
+    if report.total and report.failures == report.total:
+        raise CommandError(f"no image could be read: choose another folder than {args.output} for the next run")
+    say(f"{args.output} holds {report.parts:,} files with {report.total:,} images; load them with")
+    say(f'  datasets.load_dataset("parquet", data_files="{args.output}/part-*.parquet", split="train")')
     return 0
 
 
-def _load(model: str | None, labels: Any, templates: Any, extend: str, chosen: str | None, device: str | None = None):
-    """The segmenter and its vocabulary, here or in another process; `device` goes before the one that was chosen."""
+def load_segmenter(
+    model: str | None, labels: Any, templates: Any, extend: str, chosen: str | None, device: str | None = None
+) -> tuple[Segmenter, Vocabulary]:
+    """What labels images, here or in another process; `device` goes before the one that was chosen."""
     import torch
 
     from modeling_san.processing import Segmenter
@@ -179,23 +184,20 @@ def _load(model: str | None, labels: Any, templates: Any, extend: str, chosen: s
     return segmenter, loaded.vocabulary(labels, templates=templates, extend=extend)
 
 
-def _open_rows(source: str, split: str, streaming: bool, image_column: str | None, keep_all: bool) -> tuple[Any, str]:
-    """A data set, and the column of its images."""
-    from modeling_san.training.sources import IMAGE_COLUMNS, find_column, load_images, open_source
-
-    quiet_datasets()
-    rows: Any = load_images(source, split, streaming=streaming, image_column=image_column, labelled=False)
-    if not keep_all:
-        return rows, "image"
-    # It meets all that can be wrong with a source, and drops the columns that are to be kept
-    rows = open_source(source, split, streaming, False)
-    return rows, find_column(dict(rows.features), image_column, IMAGE_COLUMNS, "images", source)
+def _connect(address: str | None) -> None:
+    try:
+        import ray
+    except ImportError as error:
+        raise CommandError('--ray needs Ray: pip install "modeling-san[ray]"') from error
+    ray.shutdown()
+    ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
-def _first(source: Any) -> Any:
-    return source()[0]
+def _terminate(signal_number: int, frame: Any) -> None:
+    raise SystemExit(EXIT_TERMINATED)
 
 
-def _absolute(source: Any) -> Any:
+def _absolute(source: str | None) -> str | None:
     """A path that holds in other processes, too; Hub ids and addresses stay."""
     return os.path.abspath(source) if source is not None and os.path.exists(source) else source

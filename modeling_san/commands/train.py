@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from .errors import say
+from .errors import CommandError, say
 
 _DESCRIPTION = """\
 Train a model as a recipe says: a YAML file whose keys are the options below, which change it. With `accelerate launch
@@ -22,7 +23,7 @@ example:
   san train --config my-model/recipe.yaml --resume auto
   accelerate launch --num_processes 8 -m modeling_san.training.train --config coco_stuff_vit_b_16 \\
       --dataset coco_stuff --validation coco_stuff --output-dir san-vit-b-16
-  san curves my-model
+  san train --plot my-model
 
 A look at the augmented images before: san contact-sheet --help
 """
@@ -35,30 +36,29 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """
-    Train.
+    Train, and say what came of it; with `--plot` draw how a run goes instead.
 
     Returns:
         exit code, 0 also where SIGTERM or Ctrl-C ended the run after a checkpoint.
-    """
-    return run_recipe(parse_recipe(args.others))
 
-
-def run_recipe(recipe: Any) -> int:
+    Raises:
+        CommandError: there is no run to draw, or matplotlib is missing.
     """
-    Train by a recipe, and say what came of it.
+    from accelerate import PartialState
 
-    Returns:
-        exit code.
-    """
     from modeling_san.training.train import train
 
     from .datasets import quiet_datasets
     from .models import quiet_libraries
 
+    options = _parse(args.others)
+    if options.plot is not None:
+        return _plot(options.plot)
+    recipe = _make_recipe(options)
     quiet_libraries()
     quiet_datasets()
     results = train(recipe)
-    if not _is_main_process():
+    if not PartialState().is_main_process:
         return 0
     for label, iou in results.get("per_class_iou", {}).items():
         say(f"{label:<24}{'-' if iou is None else format(iou, '.3f'):>8}")
@@ -87,6 +87,10 @@ def parse_recipe(arguments: list[str]) -> Any:
         ValueError: for a recipe that cannot be read or makes no sense.
         SystemExit: for options that cannot be read, after a line that says why.
     """
+    return _make_recipe(_parse(arguments))
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
     from transformers import HfArgumentParser
 
     from modeling_san.training.recipe import Recipe, as_arguments, read_recipe, recipe_names
@@ -107,16 +111,28 @@ def parse_recipe(arguments: list[str]) -> Any:
         epilog=_EXAMPLE,
     )
     parser.add_argument("--config", metavar="RECIPE", help=f"YAML file, or one of: {', '.join(recipe_names())}")
+    parser.add_argument(
+        "--plot", metavar="DIR", type=Path, help="train nothing; draw how the run in DIR goes as DIR/curves.png"
+    )
     from_file = as_arguments(read_recipe(config.config)) if config.config else []
-    namespace = parser.parse_args([*from_file, *options])
-    del namespace.config
-    return Recipe(**vars(namespace))
+    return parser.parse_args([*from_file, *options])
 
 
-def _is_main_process() -> bool:
-    from accelerate import PartialState
+def _make_recipe(options: argparse.Namespace) -> Any:
+    from modeling_san.training.recipe import Recipe
 
-    return PartialState().is_main_process
+    return Recipe(**{name: value for name, value in vars(options).items() if name not in ("config", "plot")})
 
 
-__all__ = ["add_parser", "parse_recipe", "run", "run_recipe"]
+def _plot(folder: Path) -> int:
+    from modeling_san.training.callbacks import CURVES_FILE, METRICS_FILE
+    from modeling_san.training.plots import plot_curves
+
+    try:
+        say(str(plot_curves(folder / METRICS_FILE, folder / CURVES_FILE)))
+    except ImportError as error:
+        raise CommandError(str(error)) from error
+    return 0
+
+
+__all__ = ["add_parser", "parse_recipe", "run"]

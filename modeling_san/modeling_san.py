@@ -265,12 +265,12 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
             ValueError: for inputs of the wrong shape, or without a vocabulary; where hidden states or attentions are
                 asked of images of several padded sizes.
         """
-        recorded = [kwargs.pop(name) for name in list(kwargs) if name.startswith("output_")]
-        refuse_unknown_arguments(type(self).forward, kwargs)
+        wishes = [kwargs.pop(name) for name in list(kwargs) if name.startswith("output_")]
+        refuse_unknown_arguments(type(self), kwargs)
         self._check_pixel_values(pixel_values)
         class_embeds = self.choose_class_embeds(input_ids, attention_mask, class_embeds)
         batches = split_by_padded_size(pixel_values, image_sizes, self.config.size_divisor)
-        if recorded:
+        if any(wish is not False for wish in wishes):
             _refuse_several_sizes(batches)
         elif not self.training:
             batches = split_for_caches(batches, pixel_values.device)

@@ -341,18 +341,21 @@ def named_labels(id2label: Mapping[int, str] | None) -> list[str]:
 # Arguments of a call
 
 
-def refuse_unknown_arguments(forward: Callable[..., Any], names: Collection[str]) -> None:
+def refuse_unknown_arguments(model_class: type[PreTrainedModel], names: Collection[str]) -> None:
     """
-    Refuse arguments that `forward` does not know, such as a misspelt one; what `Trainer` and data sets add may pass.
+    Refuse arguments that no `forward` of a class knows, such as a misspelt one; what `Trainer` and data sets add may
+    pass.
 
     Raises:
         TypeError: names the argument, and the one that is nearest.
     """
     unknown = [name for name in names if name not in _IGNORED_ARGUMENTS]
     if unknown:
-        known = [*list(inspect.signature(forward).parameters)[1:-1], *(f"output_{name}" for name in _RECORDED)]
-        [*nearest] = difflib.get_close_matches(unknown[0], known, 1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"it takes {', '.join(known)}."
+        forwards = [vars(each)["forward"] for each in model_class.__mro__ if "forward" in vars(each)][:-1]
+        known = dict.fromkeys(name for forward in forwards for name in inspect.signature(forward).parameters)
+        choices = [*(known.keys() - {"self", "args", "kwargs"}), *(f"output_{name}" for name in _RECORDED)]
+        nearest = difflib.get_close_matches(unknown[0], choices, 1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"it takes {', '.join(sorted(choices))}."
         raise TypeError(f"the model takes no argument {unknown[0]!r}: {hint}")
 
 
@@ -372,10 +375,11 @@ def record_on_request(*networks: str) -> Callable[[Callable[..., Any]], Callable
         def wrapper(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             for name in _RECORDED:
                 asked = kwargs.pop(f"output_{name}", None)
-                if asked is None:
-                    asked = getattr(self.config, f"output_{name}")
-                if asked is not None and asked is not False:
-                    kwargs |= {f"output_{name}": asked} | {f"output_{network}_{name}": True for network in networks}
+                asked = bool(getattr(self.config, f"output_{name}")) if asked is None else asked
+                # A list of layers, or 0 for the first one, is a wish too
+                kwargs |= {f"output_{name}": asked} | {
+                    f"output_{network}_{name}": asked is not False for network in networks
+                }
             return recorded(self, *args, **kwargs)
 
         return wrapper

@@ -1,5 +1,6 @@
 """The heart of SAN: [SLS] tokens go where the bias says, and CLIP itself never notices."""
 
+import contextlib
 import copy
 import threading
 
@@ -9,7 +10,8 @@ from conftest import TINY_VISION
 from torch import nn
 from torch.testing import assert_close
 
-from modeling_san.attention_bias import recognize_regions
+from modeling_san.attention_bias import StreamMasks, mask_regions, recognize_regions, steered_layer
+from modeling_san.clip_trunk import TrunkStates
 from modeling_san.pooling import pool_attention_bias
 
 GRID = (4, 4)
@@ -44,6 +46,15 @@ def recognize(model, hidden_states, biases, sls_tokens=None):
     return recognize_regions(deep_layers(model), hidden_states, sls_tokens, biases)
 
 
+@contextlib.contextmanager
+def hooked(layers):
+    """A hook on every layer, which makes them run as a whole."""
+    hooks = [layer.register_forward_hook(lambda *call: None) for layer in layers]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
 def snapshot(module):
     """What a module carries beside its parameters: attribute names and every kind of hook."""
     return {
@@ -55,20 +66,14 @@ def snapshot(module):
 # CLIP's own path
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["in parts", "whole"])
 @torch.no_grad()
-def test_cls_and_patches_pass_the_deep_layers_as_if_there_were_no_sls_tokens(model, clip_hidden_states):
-    seen = []
-
-    def keep(layer, hidden_states, mask):
-        seen.append(layer(hidden_states, mask))
-        return seen[-1]
-
-    start = clip_hidden_states[START]
-    sls_tokens = torch.randn(2, 3, start.shape[-1])
-    recognize_regions(deep_layers(model), start, sls_tokens, [random_bias()], call=keep)
-    assert len(seen) == 2
-    for ours, clips in zip(seen, clip_hidden_states[START + 1 :], strict=True):
-        assert_close(ours[:, : 1 + PATCHES], clips, atol=1e-5, rtol=1e-5)
+def test_cls_and_patches_pass_the_deep_layers_as_if_there_were_no_sls_tokens(model, clip_hidden_states, whole):
+    tokens, sls_tokens = clip_hidden_states[START], torch.randn(2, 3, 32)
+    for layer, expected in zip(deep_layers(model), clip_hidden_states[START + 1 :], strict=True):
+        with hooked([layer] if whole else []):
+            tokens, sls_tokens = steered_layer(layer, tokens, sls_tokens, mask_regions(random_bias()))
+        assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -80,11 +85,11 @@ def test_without_a_bias_an_sls_token_becomes_cls(model, image, clip_hidden_state
         assert_close(model.vision_model.post_layernorm(sls[:, query]), pooled, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
 def test_shared_hidden_states_are_clips_own(model, image, clip_hidden_states):
-    with torch.no_grad():
-        shared = model.get_clip_hidden_states(image)
-    assert len(shared) == START + 1
-    for ours, clips in zip(shared, clip_hidden_states, strict=False):
+    states = model.trunk.encode(image, START)
+    assert states.grid == GRID
+    for ours, clips in zip(states.hidden_states, clip_hidden_states[: START + 1], strict=True):
         assert_close(ours, clips, atol=1e-6, rtol=1e-6)
 
 
@@ -160,7 +165,39 @@ def test_the_mask_is_the_table_of_who_sees_whom():
             [-inf, 3, 4, -inf, 0],
         ]
     )
-    assert torch.equal(make_attention_mask(bias)[0, 0], expected)
+    assert torch.equal(mask_regions(bias).as_table(3)[0, 0], expected)
+    # Prompts are seen by [SLS] tokens alone; what they see themselves nobody reads
+    with_prompts = mask_regions(bias, prompts=2).as_table(3)[0, 0]
+    assert torch.equal(with_prompts[:5, :5], expected)
+    assert torch.equal(with_prompts[:5, 5:] == 0, torch.tensor([[False]] * 3 + [[True]] * 2).expand(-1, 2))
+    assert not with_prompts[5:].any()
+
+
+@torch.no_grad()
+def test_who_sees_whom_is_handed_in(model, clip_hidden_states):
+    """Other models use other tables: here patches see their own half only, and steered tokens see [CLS] too."""
+    halves = torch.arange(1 + PATCHES) > PATCHES // 2
+    severed = torch.zeros(1 + PATCHES, 1 + PATCHES).masked_fill(halves != halves[:, None], float("-inf"))
+
+    def build(bias, prompts):
+        masks = mask_regions(bias, prompts)
+        masks.steered[..., 0] = 0
+        return StreamMasks(masks.steered, severed[None, None])
+
+    start, sls_tokens, bias = clip_hidden_states[START], torch.randn(2, 3, 32), random_bias()
+    expected = start
+    for layer in deep_layers(model):
+        expected = layer(expected, severed[None, None])
+    tokens, sls = start, sls_tokens
+    for layer in deep_layers(model):
+        tokens, sls = steered_layer(layer, tokens, sls, build(bias, 0))
+    assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
+    ours = recognize_regions(deep_layers(model), start, sls_tokens, [bias], build_masks=build)
+    assert_close(ours, sls, atol=1e-5, rtol=1e-5)
+    assert (ours - recognize(model, start, [bias], sls_tokens)).abs().max() > 1e-2
+    with hooked(deep_layers(model)):
+        whole = recognize_regions(deep_layers(model), start, sls_tokens, [bias], build_masks=build)
+    assert_close(whole, ours, atol=1e-5, rtol=1e-5)
 
 
 # Sets, heads and layers of biases
@@ -203,10 +240,11 @@ def test_layers_take_their_biases_in_order(model, clip_hidden_states):
 def test_sets_of_biases_in_one_pass_give_what_each_gives_alone(model, clip_hidden_states, bias_layers):
     start = clip_hidden_states[START]
     sets = [2.0 * torch.randn(2, bias_layers, 4, 6, 8, 8) for _ in range(3)]
-    together = model.recognize(start, sets, GRID)
+    start = TrunkStates([start], GRID)
+    together = model.recognize(start, sets)
     assert len(together) == 3
     for bias, ours in zip(sets, together, strict=True):
-        [alone] = model.recognize(start, [bias], GRID)
+        [alone] = model.recognize(start, [bias])
         assert_close(ours, alone, atol=1e-5, rtol=1e-5)
 
 
@@ -215,7 +253,7 @@ def test_sets_of_biases_in_one_pass_give_what_each_gives_alone(model, clip_hidde
 def test_sls_tokens_start_as_configured(make_model, token_format):
     model = make_model(sls_token_format=token_format)
     hidden_states = torch.randn(2, 1 + PATCHES, 32)
-    [first] = model.recognize(hidden_states, [torch.zeros(2, 1, 4, 6, 8, 8)], GRID)
+    [first] = model.recognize(TrunkStates([hidden_states], GRID), [torch.zeros(2, 1, 4, 6, 8, 8)])
     spread = (first - first[:, :1]).abs().max()
     assert (spread < 1e-5) == (token_format == "cls_token")
     assert (model.sls_embedding is None) == (token_format == "cls_token")
@@ -258,19 +296,12 @@ def test_bias_channels_are_ordered_layer_then_head(make_model):
 # Pooling
 
 
-def test_max_pooling_takes_the_largest_bias_of_each_patch():
+@pytest.mark.parametrize(
+    ("method", "expected"), [("max", [5.0, 7, 13, 15]), ("avg", [2.5, 4.5, 10.5, 12.5]), ("nearest", [0.0, 2, 8, 10])]
+)
+def test_pooling_takes_the_largest_the_mean_or_the_first_corner_of_each_patch(method, expected):
     bias = torch.arange(16.0).view(1, 1, 1, 4, 4)
-    assert torch.equal(pool_attention_bias(bias, (2, 2), "max")[0, 0, 0], torch.tensor([5.0, 7, 13, 15]))
-
-
-def test_average_pooling_takes_the_mean_of_each_patch():
-    bias = torch.arange(16.0).view(1, 1, 1, 4, 4)
-    assert torch.equal(pool_attention_bias(bias, (2, 2), "avg")[0, 0, 0], torch.tensor([2.5, 4.5, 10.5, 12.5]))
-
-
-def test_nearest_pooling_takes_the_first_corner_of_each_patch():
-    bias = torch.arange(16.0).view(1, 1, 1, 4, 4)
-    assert torch.equal(pool_attention_bias(bias, (2, 2), "nearest")[0, 0, 0], torch.tensor([0.0, 2, 8, 10]))
+    assert torch.equal(pool_attention_bias(bias, (2, 2), method)[0, 0, 0], torch.tensor(expected))
 
 
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
@@ -364,7 +395,7 @@ def test_threads_that_share_a_model_get_what_each_gets_alone(model, class_embeds
 
 
 def count_layer_calls(model, monkeypatch):
-    """Count forward passes of CLIP's and the side adapter's layers from here on, each by the MLP inside."""
+    """Count forward passes of MLPs in CLIP and the side adapter from here on; layers in parts have one a stream."""
     counts = {"clip": 0, "side": 0}
     for kind, layer in (("clip", model.vision_model.encoder.layers[0]), ("side", model.side_adapter.layers[0])):
         mlp_type = type(layer.mlp)
@@ -392,11 +423,11 @@ def test_checkpointing_recomputes_layers_and_keeps_the_gradients(make_model, cla
     image, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 5, (2, 64, 64))
     counts = count_layer_calls(model, monkeypatch)
     plain = gradients_of(model, image, class_embeds, labels)
-    assert counts == {"clip": 4, "side": 3}
+    assert counts == {"clip": 4 + 1, "side": 3}
     model.gradient_checkpointing_enable()
     checkpointed = gradients_of(model, image, class_embeds, labels)
-    # 4 + 3 without, twice that with checkpointing, although frozen layers of CLIP stay in evaluation mode.
-    assert counts == {"clip": 4 + 8, "side": 3 + 6}
+    # Twice each layer, the frozen ones of CLIP too, which run as a whole
+    assert counts == {"clip": 5 + 8, "side": 3 + 6}
     for name, gradient in plain.items():
         assert_close(checkpointed[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -409,26 +440,36 @@ def test_checkpointing_does_nothing_in_evaluation(model, class_embeds, monkeypat
     model.gradient_checkpointing_enable()
     counts = count_layer_calls(model, monkeypatch)
     assert torch.equal(model(image, class_embeds=class_embeds).class_queries_logits, expected)
-    assert counts == {"clip": 4, "side": 3}
+    assert counts == {"clip": 4 + 1, "side": 3}
 
 
 # torch.compile
 
 
+SHALLOW = {
+    "vision_config": {**TINY_VISION, "num_hidden_layers": 2},
+    "sls_start_layer": 1,
+    "fusion_map": [[0, 0], [1, 1]],
+    "side_num_layers": 1,
+    "deep_supervision_layers": [1],
+}
+
+
 @pytest.fixture
-def shallow_model(make_model):
+def shallow_model(make_model, request):
     """One layer of each kind on each side of every choice: compiling takes its time layer by layer."""
     torch.compiler.reset()
-    yield make_model(
-        vision_config={**TINY_VISION, "num_hidden_layers": 2},
-        sls_start_layer=1,
-        fusion_map=[[0, 0], [1, 1]],
-        side_num_layers=1,
-        deep_supervision_layers=[1],
-    )
+    yield make_model(**{**SHALLOW, **getattr(request, "param", {})})
     torch.compiler.reset()
 
 
+L14_GEOMETRY = {
+    "clip_input_scale": 0.7,
+    "vision_config": {**TINY_VISION, "num_hidden_layers": 2, "patch_size": 14, "image_size": 56},
+}
+
+
+@pytest.mark.parametrize("shallow_model", [{}, L14_GEOMETRY], ids=["vit_b_16", "vit_l_14"], indirect=True)
 @torch.no_grad()
 def test_it_compiles_without_graph_breaks(shallow_model, class_embeds):
     compiled = torch.compile(copy.deepcopy(shallow_model), fullgraph=True, backend="eager")

@@ -16,12 +16,12 @@ from torch._dynamo.exc import UserError, UserErrorType
 
 import modeling_san.export as exporting
 from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor
-from modeling_san.attention_bias import pool_attention_bias
 from modeling_san.commands import export as command
 from modeling_san.commands.export import draw_batch
 from modeling_san.commands.main import main
 from modeling_san.conversion import convert_checkpoint
 from modeling_san.export import SegmentationProgram, export_program, write_onnx
+from modeling_san.pooling import longest_window, pool_attention_bias, whole_scale
 
 pytestmark = pytest.mark.export
 
@@ -328,14 +328,14 @@ def test_a_program_compiled_ahead_of_time_runs_without_the_model(interpolating, 
 
 @pytest.mark.parametrize("scale", [0.5, 0.7, 0.75])
 @pytest.mark.parametrize("method", ["max", "avg"])
-def test_pooling_takes_the_windows_of_adaptive_pooling(make_model, class_embeds, scale, method):
-    program = SegmentationProgram(make_model(**{**L14_SHAPE, "clip_input_scale": scale}), class_embeds)
+def test_pooling_takes_the_windows_of_adaptive_pooling(scale, method):
+    any_size = longest_window(whole_scale(scale), 14, 16, 32)
     adaptive = {"max": torch.nn.functional.adaptive_max_pool2d, "avg": torch.nn.functional.adaptive_avg_pool2d}[method]
     for height, width in [(32, 64), (96, 160), (416, 640), (640, 864), (608, 1024)]:
         bias = torch.randn(1, 2, height // 16, width // 16, generator=torch.Generator().manual_seed(height))
         size = int(height * scale) // 14, int(width * scale) // 14
-        for longest_window in (program.longest_window, None):
-            pooled = pool_attention_bias(bias[None], size, method, longest_window)[0]
+        for window in (any_size, None):
+            pooled = pool_attention_bias(bias[None], size, method, window)[0]
             torch.testing.assert_close(pooled.unflatten(-1, size), adaptive(bias, size))
 
 

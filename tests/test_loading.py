@@ -143,7 +143,7 @@ def test_what_is_frozen_stays_frozen(saved, folder, model_class):
     for options in ({}, {"id2label": {0: "sky"}}, {"device_map": "auto"}, {"dtype": torch.bfloat16}):
         loaded = model_class.from_pretrained(folder, **options)
         assert trained_names(loaded) == expected
-        assert not loaded.train().vision_model.encoder.layers[0].training
+        assert not loaded.train().vision_model.encoder.layers[0].self_attn.training
 
 
 # Types, devices, attention
@@ -298,6 +298,28 @@ def test_labels_make_a_vocabulary_where_none_was_stored(make_model, processor, t
     again = SANForSemanticSegmentation.from_pretrained(tmp_path)
     assert_same_weights(again, loaded)
     assert again.config.id2label == {0: "sky", 1: "road"}
+
+
+@both_classes
+@pytest.mark.parametrize(
+    "names", [{"id2label": ["road", "sky"]}, {"label2id": {"road": 0, "sky": 1}}, {"id2label": {"0": "road", "1": "sky"}}]
+)
+def test_labels_may_be_named_either_way(folder, model_class, names):
+    loaded = model_class.from_pretrained(folder, **names)
+    assert loaded.config.stored_labels == ("road", "sky")
+    assert loaded.config.label2id == {"road": 0, "sky": 1}
+    assert loaded.stored_class_embeds.shape[0] == 2
+
+
+def test_a_model_with_names_that_were_never_encoded_is_saved_and_loaded(make_config, tmp_path):
+    config = make_config(id2label={0: "sky", 1: "road"})
+    assert config.stored_labels is None
+    SANForSemanticSegmentation(config).save_pretrained(tmp_path)
+    loaded = SANForSemanticSegmentation.from_pretrained(tmp_path)
+    assert loaded.config.id2label == {0: "sky", 1: "road"}
+    # Only names that a caller gives have to be encoded
+    with pytest.raises(OSError, match="no processor"):
+        SANForSemanticSegmentation.from_pretrained(tmp_path, id2label={0: "sky", 1: "road"})
 
 
 # Unusual ways

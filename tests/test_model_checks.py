@@ -178,11 +178,21 @@ def test_the_config_can_ask_for_hidden_states_and_attentions(build, image):
 
 
 @torch.no_grad()
-def test_sdpa_says_that_it_has_no_attentions(built, image):
-    with pytest.raises(ValueError, match='output_attentions needs attn_implementation="eager"'):
-        built(image, output_attentions=True)
+def test_sdpa_has_no_attentions_to_return(built, image):
+    outputs = built(image, output_attentions=True)
+    assert (outputs.attentions, outputs.side_attentions) == ((), ())
     built.set_attn_implementation("eager")
     assert len(built(image, output_attentions=True).attentions) == LAYERS
+
+
+@pytest.mark.parametrize(("wish", "layers"), [([0], [0]), ([-1], [LAYERS]), ([1, 3], [1, 3])])
+@torch.no_grad()
+def test_hidden_states_of_chosen_layers(built, image, wish, layers):
+    everything = built(image, output_hidden_states=True).hidden_states
+    chosen = built(image, output_hidden_states=wish).hidden_states
+    assert [index for index, state in enumerate(chosen) if state is not None] == layers
+    for layer in layers:
+        assert torch.equal(chosen[layer], everything[layer])
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import gradio as gr
 import numpy as np
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.themes import Base, colors, sizes
+from gradio.utils import get_upload_folder
 from PIL import Image, ImageOps
 from starlette.middleware import Middleware
 
@@ -48,6 +50,7 @@ _KEPT_VISITORS, _WAITING_VISITORS = 200, 32
 _SUGGESTED_WORDS = 200
 _FIRST_WORDS = ("sky", "tree", "road", "person", "building", "grass")
 _EXTENSION_NAMES = {"none": "only my words", "coco-stuff": "+ COCO stuff", "coco-all": "+ all of COCO"}
+_SET_OPACITY = "(percent) => document.documentElement.style.setProperty('--san-opacity', percent / 100)"
 _FILES = {"overlay": "_overlay.png", "labels": "_labels.png", "json": ".json"}
 
 # What the page may load and talk to: the server it came from. Gradio's own scripts need "unsafe-eval".
@@ -157,7 +160,7 @@ class Result:
         """The image as a browser gets it."""
         return resize_image(open_upload(self.content), self.shown.size, Image.Resampling.BOX)
 
-    def annotations(self) -> tuple[list[tuple[np.ndarray, str]], dict[str, str]]:
+    def annotations(self) -> tuple[list[Any], dict[str, str]]:
         """A mask for each label found with what the legend calls it, and colours by these names."""
         segments = self.shown.segments()[:_SHOWN_SEGMENTS]
         names = {segment.index: f"{segment.label}  {100 * segment.area:.1f} %" for segment in segments}
@@ -169,8 +172,8 @@ class Result:
         scores = self.shown.heat_map(label).numpy()
         highest = float(scores.max())
         glow = Image.fromarray(np.rint(scores * (255 / max(highest, 1e-12))).clip(0, 255).astype(np.uint8))
-        colors = ImageOps.colorize(glow, black="#1b0c41", mid="#ed6925", white="#fcffa4")
-        return Image.blend(ImageOps.grayscale(Image.fromarray(self.image())).convert("RGB"), colors, 0.7), highest
+        glow = ImageOps.colorize(glow, black="#1b0c41", mid="#ed6925", white="#fcffa4")
+        return Image.blend(ImageOps.grayscale(Image.fromarray(self.image())).convert("RGB"), glow, 0.7), highest
 
     def file(self, kind: str, opacity: float, model: str) -> tuple[str, bytes]:
         """
@@ -255,55 +258,13 @@ def make_page(
     name = Path(name).resolve().name if Path(name).is_dir() else name
     known = list(model.config.training_labels or ())
     is_builtin = is_drawn_world(known)
-    examples = [[one.image, list(one.labels)] for one in load_examples(enlargement=4)] if is_builtin else []
+    examples: list[list[Any]] = (
+        [[one.image, list(one.labels)] for one in load_examples(enlargement=4)] if is_builtin else []
+    )
     suggested = known or list(model.config.stored_labels or _FIRST_WORDS)
-    first = normalize_labels(labels) if labels is not None else suggested[: len(_FIRST_WORDS)]
+    first = examples[0][1] if examples else suggested[: len(_FIRST_WORDS)]
 
-    def segment(path: str | None, words: Any, extend: str) -> tuple[Any, ...]:
-        with _told_to_visitor():
-            content, own = read_upload(path), read_words(words)
-            result = segment_upload(segmenter, content, own, extend, Path(path or "").name)
-            segmentation = result.shown
-            masks, colors = result.annotations()
-            found = segmentation.segments()
-            absent = [label for label in segmentation.labels if label not in {segment.label for segment in found}]
-            unknown = segmenter.unknown_words(own)
-        notes = [f"Not found: {listed(absent, 12)}."] if absent else []
-        if unknown:
-            notes += [f"This model was not trained on {listed(unknown, 8)}: expect poor results there."]
-        return (
-            result,
-            gr.AnnotatedImage((result.image(), masks), color_map=colors),
-            html.escape(" ".join(notes)),
-            gr.Dropdown(choices=[segment.label for segment in found] + absent, value=found[0].label),
-            [[one.label, f"{100 * one.area:.1f} %", one.pixels, f"{one.score:.3f}"] for one in found],
-            [f'"{label}"' if "," in label else label for label in own],
-            gr.Tabs(selected="labels"),
-        )
-
-    def choose_label(result: Result | None, event: gr.SelectData) -> tuple[Any, Any]:
-        with _told_to_visitor():
-            index = event.index if isinstance(event.index, int) else -1
-            segments = _still_here(result).shown.segments()
-            if not 0 <= index < len(segments):
-                raise ValueError("There is no such label")
-            return segments[index].label, gr.Tabs(selected="heat")
-
-    def show_heat(result: Result | None, label: str | None) -> Any:
-        if result is None or label is None:
-            return None
-        with _told_to_visitor():
-            image, highest = result.heat(label)
-            return gr.Image(image, label=f"score of {label}, up to {highest:.2f}")
-
-    def write_file(kind: str) -> Callable[[Result | None, Any], str]:
-        def write(result: Result | None, opacity: Any) -> str:
-            with _told_to_visitor():
-                file_name, content = _still_here(result).file(kind, opacity / 100, name)
-                return save_bytes_to_cache(content, file_name, saved.GRADIO_CACHE)
-
-        return write
-
+    handlers = _Handlers(segmenter, name)
     with gr.Blocks(
         title=_TITLE, analytics_enabled=False, delete_cache=(_CLEANED_EVERY_SECONDS, _KEPT_SECONDS)
     ) as page:
@@ -311,10 +272,10 @@ def make_page(
         gr.HTML(_heading(name, is_builtin), elem_id="san-head", padding=False)
         with gr.Row(elem_id="san-columns"):
             with gr.Column(scale=5, min_width=320):
-                image = _image_field(examples[0][0] if examples and labels is None else None)
+                image = _image_field(examples[0][0] if examples else None)
                 words = gr.Dropdown(
                     suggested[:_SUGGESTED_WORDS],
-                    value=examples[0][1] if examples and labels is None else first,
+                    value=first if labels is None else normalize_labels(labels),
                     multiselect=True,
                     allow_custom_value=True,
                     label="Words",
@@ -372,33 +333,31 @@ def make_page(
                     }
                 saved = gr.DownloadButton(visible="hidden", elem_id="san-saved")
 
-        private: dict[str, Any] = {"api_visibility": "private"}
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         on_result: dict[str, Any] = {**private, "concurrency_id": "result", "concurrency_limit": 2}
-        segmenting: dict[str, Any] = {
-            "fn": segment,
-            "inputs": [image, words, extend],
-            "outputs": [result, painted, notice, label, table, words, tabs],
-            "concurrency_id": "model",
-            "concurrency_limit": concurrency,
-            "show_progress_on": [painted],
-            **private,
+        show_heat: dict[str, Any] = {
+            "fn": handlers.show_heat,
+            "inputs": [result, label],
+            "outputs": [heat],
+            **on_result,
         }
-        run.click(**segmenting)
-        if examples:
-            gallery.load_input_event.success(**segmenting)
-            page.load(**segmenting)
-        painted.select(choose_label, [result], [label, tabs], show_progress="hidden", **on_result)
-        label.change(show_heat, [result, label], [heat], show_progress="hidden", **on_result)
-        opacity.input(
-            None,
-            [opacity],
-            None,
-            js="(percent) => document.documentElement.style.setProperty('--san-opacity', percent / 100)",
-        )
+        starts = [run.click, gallery.load_input_event.success, page.load] if examples else [run.click]
+        for start in starts:
+            start(
+                handlers.segment,
+                [image, words, extend],
+                [result, painted, notice, label, table, words, tabs],
+                concurrency_id="model",
+                concurrency_limit=concurrency,
+                api_visibility="private",
+                show_progress_on=[painted],
+            ).success(**show_heat)
+        painted.select(handlers.choose_label, [result], [label, tabs], **on_result).success(**show_heat)
+        label.input(**show_heat)
+        opacity.input(None, [opacity], None, js=_SET_OPACITY)
         for kind, button in buttons.items():
-            button.click(write_file(kind), [result, opacity], [saved], **on_result).success(
-                None, None, None, js="() => document.querySelector('#san-saved').click()"
-            )
+            written = button.click(partial(handlers.write_file, kind), [result, opacity], [saved], **on_result)
+            written.success(None, None, None, js="() => document.querySelector('#san-saved').click()")
     page.queue(max_size=_WAITING_VISITORS, api_open=False)
     return page
 
@@ -434,7 +393,11 @@ def serve(
     # Nothing is fetched from elsewhere, fonts neither
     fonts = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
     theme = Base(
-        colors.emerald, neutral_hue=colors.slate, radius_size=sizes.radius_lg, font=fonts, font_mono=fonts[-1:]
+        primary_hue=colors.emerald,
+        neutral_hue=colors.slate,
+        radius_size=sizes.radius_lg,
+        font=fonts,
+        font_mono=fonts[-1:],
     )
     with _private_uploads(), _stopped_by_signals() as stopped:
         page = make_page(model, processor, name=name, labels=labels)
@@ -477,6 +440,52 @@ def serve_model(model_id: str) -> None:
     model = SANForOpenVocabSegmentation.from_pretrained(model_id, use_safetensors=True, trust_remote_code=False)
     # The host is Gradio's to choose: a Space sets GRADIO_SERVER_NAME
     serve(model, SANProcessor.from_pretrained(model_id), name=model_id, host=None)
+
+
+class _Handlers:
+    """What the page's controls call. Nothing of a visitor is kept here: results go into the visitor's session."""
+
+    def __init__(self, segmenter: Segmenter, name: str) -> None:
+        self._segmenter = segmenter
+        self._name = name
+
+    def segment(self, path: str | None, words: Any, extend: str) -> tuple[Any, ...]:
+        with _told_to_visitor():
+            content, own = read_upload(path), read_words(words)
+            result = segment_upload(self._segmenter, content, own, extend, Path(path or "").name)
+            image, segments = result.image(), result.shown.segments()
+        masks, colors = result.annotations()
+        found = [segment.label for segment in segments]
+        absent = [label for label in result.shown.labels if label not in found]
+        notes = [f"Not found: {listed(absent, 12)}."] if absent else []
+        if unknown := self._segmenter.unknown_words(own):
+            notes += [f"This model was not trained on {listed(unknown, 8)}: expect poor results there."]
+        return (
+            result,
+            gr.AnnotatedImage((image, masks), color_map=colors),
+            html.escape(" ".join(notes)),
+            gr.Dropdown(choices=found + absent, value=found[0]),
+            [[one.label, f"{100 * one.area:.1f} %", one.pixels, f"{one.score:.3f}"] for one in segments],
+            [f'"{label}"' if "," in label else label for label in own],
+            gr.Tabs(selected="labels"),
+        )
+
+    def choose_label(self, result: Result | None, event: gr.SelectData) -> tuple[Any, Any]:
+        with _told_to_visitor():
+            segments = _still_here(result).shown.segments()
+            if event.index not in range(len(segments)):
+                raise ValueError("There is no such label")
+            return segments[event.index].label, gr.Tabs(selected="heat")
+
+    def show_heat(self, result: Result | None, label: str) -> Any:
+        with _told_to_visitor():
+            image, highest = _still_here(result).heat(label)
+            return gr.Image(image, label=f"score of {label}, up to {highest:.2f}")
+
+    def write_file(self, kind: str, result: Result | None, opacity: float) -> str:
+        with _told_to_visitor():
+            name, content = _still_here(result).file(kind, opacity / 100, self._name)
+            return save_bytes_to_cache(content, name, get_upload_folder())
 
 
 class _SafeHeaders:
@@ -543,7 +552,7 @@ def _still_here(result: Result | None) -> Result:
 
 def _image_field(value: Image.Image | None) -> Any:
     """Gradio's field for images, made to hand over the uploaded file as it is, undecoded."""
-    field = gr.Image(
+    field: Any = gr.Image(
         value,
         label=f"Image, up to {MAX_BYTES // 2**20} MB",
         type="filepath",

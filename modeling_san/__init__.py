@@ -1,7 +1,7 @@
 """Side Adapter Network: label every pixel of an image with any words.
 
-The public names load on first use, so that `import modeling_san` stays cheap. transformers' Auto classes and `pipeline`
-know the models once a public name is used, or at once where transformers is imported before; see `auto.py`.
+The public names load on first use, so that `import modeling_san` stays cheap. transformers' Auto classes and its
+`pipeline` know the models once a public name is used, or at once where transformers is imported before; see `auto.py`.
 """
 
 import importlib

@@ -44,7 +44,7 @@ class StreamMasks:
     clip: Tensor | None = None
 
     def as_table(self, clip_tokens: int) -> Tensor:
-        """One mask for a layer that takes all `tokens` at once, CLIP's first: `(batch, heads or 1, tokens, tokens)`."""
+        """One mask of a layer that takes all `tokens` at once, CLIP's first, `(batch, heads or 1, tokens, tokens)`."""
         batch, heads, steered, tokens = self.steered.shape
         clip = self.steered.new_zeros(1) if self.clip is None else self.clip.to(self.steered.dtype)
         clip = clip.expand(batch, heads, clip_tokens, clip_tokens)

@@ -202,7 +202,7 @@ class SANConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As every config; labels that are given besides may be one way only: `id2label`, a list too, or `label2id`."""
+        """As every config; labels given besides may come one way only: as `id2label`, a list too, or as `label2id`."""
         if kwargs.get("id2label") is not None or kwargs.get("label2id") is not None:
             kwargs["id2label"], kwargs["label2id"] = _label_maps(kwargs.get("id2label"), kwargs.get("label2id"))
         return super().from_dict(config_dict, **kwargs)

@@ -33,8 +33,10 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "r
 
 _RECORDED = ("hidden_states", "attentions")
 _IGNORED_ARGUMENTS = frozenset(
-    ["num_items_in_batch", "return_loss", "use_cache"]  # of Trainer
-    + ["image", "image_id", "image_path", "file_name", "id", "index", "target_sizes", "original_sizes"]  # of data sets
+    (
+        *("num_items_in_batch", "return_loss", "use_cache"),  # of Trainer
+        *("image", "image_id", "image_path", "file_name", "id", "index", "target_sizes", "original_sizes"),  # of data
+    )
 )
 
 

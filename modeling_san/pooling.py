@@ -98,7 +98,7 @@ def whole_scale(scale: float) -> Fraction:
 
 
 def scale_linearly(maps: Tensor, scale: float, target: int, dim: int) -> Tensor:
-    """The first `target` values along `dim` (-1 or -2) of `maps` resized linearly by `scale`, as `interpolate` does."""
+    """The first `target` values along `dim` (-1 or -2) of `maps` resized by `scale` as `interpolate` does."""
     length = maps.shape[dim]
     position = ((torch.arange(target, device=maps.device) + 0.5) / scale - 0.5).clamp(min=0)
     below = position.long().clamp(max=length - 1)

@@ -10,8 +10,8 @@ One process labels the shards in turn, with what `datasets` opens:
     segmenter = Segmenter(model, processor)
     segment_dataset(segmenter, segmenter.vocabulary("sky, road"), rows, "labelled")
 
-Several GPUs or machines share them out with Ray Data. Every actor of a pool holds one model, opens the data set itself,
-and writes part files of its own, as the one process does. A shard whose actor died is labelled by another one, and
+Several GPUs or machines share them out with Ray Data. Every actor of a pool holds one model, opens the data set
+itself, and writes part files of its own, as the one process does. A shard whose actor died is labelled by another one, and
 when everything died, the same call goes on. All machines have to see images and output folder under the same path (or
 Hub id):
 

@@ -112,7 +112,7 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path, monkeyp
 @pytest.mark.parametrize("name", [None, "gone.png", "empty.png", "."])
 def test_uploads_that_are_not_there_are_refused(tmp_path, name):
     (tmp_path / "empty.png").touch()
-    with pytest.raises(ValueError, match="image|file"):
+    with pytest.raises(ValueError, match=r"image|file"):
         read_upload(None if name is None else str(tmp_path / name))
 
 
@@ -300,7 +300,7 @@ def test_a_space_may_install_the_package_instead(tmp_path):
     ],
 )
 def test_a_space_of_what_is_no_repository_or_no_package_is_refused(tmp_path, model_id, package):
-    with pytest.raises(ValueError, match="repository|package"):
+    with pytest.raises(ValueError, match=r"repository|package"):
         write_space(tmp_path / "space", model_id, package=package)
     assert not list(tmp_path.iterdir())
 

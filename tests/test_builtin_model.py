@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from drawn_world.make_model import RESULTS_FILE, attention_bias_off, evaluate_demo
+from drawn_world.make_model import RESULTS_FILE, attention_bias_off, evaluate_on_fresh_scenes
 from drawn_world.world import CLASS_NAMES, draw_scene
 from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor
 
@@ -25,7 +25,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def scores(model, processor):
-    return evaluate_demo(model, processor, num_images=160, seed=FRESH_SEED, progress=False)
+    return evaluate_on_fresh_scenes(model, processor, num_images=160, seed=FRESH_SEED, progress=False)
 
 
 def test_it_takes_at_most_12_megabytes():
@@ -41,8 +41,12 @@ def test_it_segments_combinations_it_never_had_masks_for(scores):
 
 
 def test_the_attention_bias_makes_the_difference(model, processor, scores):
+    scale = model.side_adapter.mask_decoder.bias_scaling.weight
+    before = scale.clone()
     with attention_bias_off(model):
-        without = evaluate_demo(model, processor, num_images=48, seed=FRESH_SEED, progress=False)
+        assert scale.item() == 0
+        without = evaluate_on_fresh_scenes(model, processor, num_images=48, seed=FRESH_SEED, progress=False)
+    assert torch.equal(scale, before)
     assert scores["seen"] >= 3 * without["seen"]
     assert scores["never seen"] >= 3 * without["never seen"]
 

@@ -474,3 +474,36 @@ def test_a_stream_of_nothing_ends_with_a_sentence():
     stream = IterableDataset.from_generator(lambda: iter(()))
     with pytest.raises(ValueError, match="too few images"):
         next(iter(streamed(stream)))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no parquet"])
+def test_what_is_no_data_set_is_refused(tmp_path, content):
+    path = tmp_path / "data.parquet"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=path.name):
+        load_images(path)
+
+
+def test_one_class_for_a_whole_image_is_no_label_map(tmp_path):
+    for name in ("sky", "road"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "0.png")
+    with pytest.raises(ValueError, match="label maps"):
+        load_images(tmp_path / "images")
+
+
+def test_images_of_16_bits_are_scaled_not_clipped():
+    grey = Image.fromarray(np.full((4, 6), 30000, np.uint16))
+    image, _ = to_arrays({"image": grey, "annotation": np.zeros((4, 6), np.uint8)}, LabelSet(("dark",)))
+    assert np.asarray(image).max() == round(30000 * 255 / 65535)
+
+
+def test_encoded_images_are_turned_upright_like_their_label_maps():
+    image, exif, file = Image.new("RGB", (8, 4)), Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    image.save(file, "jpeg", exif=exif)
+    labelled = {"image": {"bytes": file.getvalue(), "path": None}, "annotation": np.zeros((8, 4), np.uint8)}
+    upright, label_map = to_arrays(labelled, LabelSet(("dark",)))
+    assert upright.size == (4, 8)
+    assert label_map.shape == (8, 4)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -102,9 +103,8 @@ def test_colours_stand_for_classes():
     ],
 )
 def test_values_that_stand_for_nothing_are_named(stored, options, facts):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=".*".join(map(re.escape, facts))):
         LabelSet(NAMES, **options).read(np.array(stored))
-    assert [fact for fact in facts if fact not in str(error.value)] == []
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "F"])

@@ -302,7 +302,8 @@ def test_labels_make_a_vocabulary_where_none_was_stored(make_model, processor, t
 
 @both_classes
 @pytest.mark.parametrize(
-    "names", [{"id2label": ["road", "sky"]}, {"label2id": {"road": 0, "sky": 1}}, {"id2label": {"0": "road", "1": "sky"}}]
+    "names",
+    [{"id2label": ["road", "sky"]}, {"label2id": {"road": 0, "sky": 1}}, {"id2label": {"0": "road", "1": "sky"}}],
 )
 def test_labels_may_be_named_either_way(folder, model_class, names):
     loaded = model_class.from_pretrained(folder, **names)

@@ -324,3 +324,12 @@ def test_means_over_a_subset_of_classes():
     for classes in itertools.chain.from_iterable(itertools.combinations(range(3), size) for size in (1, 2, 3)):
         assert confusion.mean_iou(classes) == pytest.approx(np.mean([[0.5, 0.5, 1.0][index] for index in classes]))
         assert confusion.mean_accuracy(classes) == pytest.approx(np.mean([[1, 0.5, 1][index] for index in classes]))
+
+
+@pytest.mark.parametrize(
+    ("predicted", "true", "message"),
+    [([[0, 1]], [[0]], "sizes must agree"), ([[0]], [[7]], "true labels"), ([[-1]], [[0]], "predicted labels")],
+)
+def test_labels_that_cannot_be_counted_are_named(predicted, true, message):
+    with pytest.raises(ValueError, match=message):
+        ConfusionMatrix(2).update(torch.tensor(predicted), torch.tensor(true))

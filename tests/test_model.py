@@ -13,8 +13,7 @@ from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPModel, Trainer, TrainingArguments
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerHungarianMatcher
 
-from modeling_san import SANConfig, SANForOpenVocabSegmentation, SANForSemanticSegmentation
-from modeling_san import open_vocabulary
+from modeling_san import SANConfig, SANForOpenVocabSegmentation, SANForSemanticSegmentation, open_vocabulary
 from modeling_san.loss_san import masks_from_label_map
 
 LABELS = ["sky", "road", "red car", "tree", "truck"]
@@ -582,7 +581,12 @@ def test_columns_that_trainer_and_data_sets_add_are_ignored(model, class_embeds)
 
 @pytest.mark.parametrize(
     ("given", "meant"),
-    [("class_embedding", "class_embeds"), ("label", "labels"), ("image_size", "image_sizes"), ("banana", "pixel_values")],
+    [
+        ("class_embedding", "class_embeds"),
+        ("label", "labels"),
+        ("image_size", "image_sizes"),
+        ("banana", "pixel_values"),
+    ],
 )
 @pytest.mark.parametrize("model_class", [SANForOpenVocabSegmentation, SANForSemanticSegmentation])
 def test_a_misspelt_argument_is_an_error_that_names_the_nearest(model, processor, model_class, given, meant):

@@ -5,7 +5,8 @@ import torch
 from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from modeling_san.prompt_encoder import encode_prompts, find_ends, make_prompt_tree
+from modeling_san.clip_trunk import find_prompt_ends
+from modeling_san.prompt_encoder import encode_prompts, make_prompt_tree
 
 EOS = 49
 PAD = 0
@@ -64,7 +65,7 @@ def test_random_prompts_mean_what_the_text_encoder_says(seed):
 @torch.no_grad()
 def test_old_configs_mean_the_highest_token_by_their_end():
     model = make_text_model(eos_token_id=2)
-    assert find_ends(model, PROMPTS).tolist() == [4, 5, 3, 4, 1, 7, 4]
+    assert find_prompt_ends(model, PROMPTS).tolist() == [4, 5, 3, 4, 1, 7, 4]
     assert_close(encode_prompts(model, PROMPTS), model(PROMPTS).pooler_output, atol=1e-5, rtol=1e-5)
 
 
@@ -85,7 +86,7 @@ def test_one_prompt_or_one_token_is_enough(prompts):
 
 
 def test_every_beginning_is_one_node():
-    ends = find_ends(make_text_model(), PROMPTS)
+    ends = find_prompt_ends(make_text_model(), PROMPTS)
     beginnings = {
         tuple(prompt[: position + 1].tolist())
         for prompt, end in zip(PROMPTS, ends.tolist(), strict=True)
@@ -109,7 +110,7 @@ def test_neither_padding_nor_order_counts(changed):
         if changed == "the order of the prompts":
             assert_close(encode_prompts(model, PROMPTS.flip(0)), expected.flip(0), atol=1e-5, rtol=1e-5)
         else:
-            behind = torch.arange(PROMPTS.shape[1]) > find_ends(model, PROMPTS)[:, None]
+            behind = torch.arange(PROMPTS.shape[1]) > find_prompt_ends(model, PROMPTS)[:, None]
             assert torch.equal(encode_prompts(model, PROMPTS.masked_fill(behind, 33)), expected)
 
 

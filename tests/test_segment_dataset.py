@@ -156,7 +156,7 @@ def test_segments_name_what_the_label_map_holds(label, tmp_path):
             inside = label_map == segment["index"]
             assert segment["label"] == LABELS[segment["index"]]
             assert segment["area"] == pytest.approx(inside.mean())
-            assert segment["mean_score"] == pytest.approx(scores[inside].mean(), abs=6e-4)
+            assert segment["mean_score"] == pytest.approx(scores[inside].clip(max=1).mean(), abs=6e-4)
 
 
 def test_images_and_columns_are_stored_as_they_came(san, source, tmp_path):
@@ -228,22 +228,22 @@ def test_a_batch_too_large_for_the_memory_is_run_image_by_image(label, segmenter
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_killed_run_goes_on_without_a_row_twice_or_missing(arguments, san, label, tmp_path):
-    data = write_dataset(tmp_path / "many.parquet", [encoded(seed, SIZES[seed % 4]) for seed in range(80)])
+    data = write_dataset(tmp_path / "many.parquet", [encoded(seed, SIZES[seed % 4]) for seed in range(40)])
     changes = {"dataset": data, "output": tmp_path / "cut", "shard-size": 2}
     command = [sys.executable, "-m", "modeling_san.commands.main", *arguments(**changes)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     kill_when(process, lambda: len(list((tmp_path / "cut").glob("part-*.parquet"))) >= 3)
     done = len(stored(tmp_path / "cut"))
-    assert 0 < done < 80
+    assert 0 < done < 40
     # What a kill in the middle of writing leaves behind, and what it does not
-    (tmp_path / "cut" / "part-000039.parquet.unfinished-0123abcd").write_bytes(b"half")
+    (tmp_path / "cut" / "part-000019.parquet.unfinished-0123abcd").write_bytes(b"half")
     (tmp_path / "cut" / "notes.unfinished-draft").touch()
 
     code, lines, _ = san(**changes)
     assert code == 0
-    assert lines[0].startswith(f"{80 - done} images")
+    assert lines[0].startswith(f"{40 - done} images")
     label("uncut", data, shard_size=2)
-    assert [row["row"] for row in stored(tmp_path / "cut")] == list(range(80))
+    assert [row["row"] for row in stored(tmp_path / "cut")] == list(range(40))
     assert stored(tmp_path / "cut") == stored(tmp_path / "uncut")
     assert [path.name for path in (tmp_path / "cut").glob("*unfinished*")] == ["notes.unfinished-draft"]
 

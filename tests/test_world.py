@@ -15,7 +15,6 @@ from drawn_world.world import (
     draw_scene,
     draw_texture,
     world_dataset,
-    world_iterable_dataset,
     write_caption,
 )
 
@@ -126,15 +125,6 @@ def test_the_dataset_holds_the_drawn_images():
         np.testing.assert_array_equal(np.asarray(row["image"]), scene.image)
         np.testing.assert_array_equal(np.asarray(row["annotation"]), scene.label_map)
         assert row["caption"] == scene.captions[0].text
-
-
-def test_the_iterable_dataset_gives_the_same_images():
-    stream = world_iterable_dataset(5, seed=4, num_shards=2)
-    rows = list(stream)
-    assert stream.num_shards == 2
-    for row, expected in zip(rows, world_dataset(5, seed=4), strict=True):
-        np.testing.assert_array_equal(np.asarray(row["image"]), np.asarray(expected["image"]))
-        assert row["caption"] == expected["caption"]
 
 
 def test_textures_survive_being_shrunk_by_half():

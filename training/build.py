@@ -131,7 +131,7 @@ def prepare_model(
     if recipe.trainable == "prompts" and model.prompt_embedding is None:
         torch.manual_seed(recipe.seed)
         model.add_clip_prompts(recipe.num_clip_prompts)
-    model.freeze_clip()
+    model.apply_trainable()
     config.semantic_loss_ignore_index = label_set.ignore_index
     # A small model says which words it knows; those are the ones it is trained on last.
     config.training_labels = None if config.training_labels is None else list(label_set.names)
@@ -213,7 +213,7 @@ def make_batches(
         dataset = TrainingImages(*views)
         order = EndlessOrder(len(dataset), recipe.seed, start=step * recipe.batch_size, **shares)
     prompts = {}
-    if model.text_trains():
+    if model.trains_text_encoder():
         encoded = processor(text=list(label_set.names), return_tensors="pt")
         prompts = {name: encoded[name] for name in ("input_ids", "attention_mask")}
     loader = DataLoader(

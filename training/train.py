@@ -278,7 +278,7 @@ def _evaluate(run: Run, show: bool) -> None:
     is_main = run.accelerator.is_main_process
     run.model.eval()
     with _as_saved(model):
-        if model.text_trains():
+        if model.trains_text_encoder():
             model.set_labels(run.label_set.names, run.processor)
         what = (model, run.processor, run.validation, run.label_set)
         state.results = evaluate(*what, limit=recipe.validation_limit, progress=show, accelerator=run.accelerator)
@@ -371,7 +371,7 @@ def _write_checkpoint(run: Run) -> str:
 def _write_model(run: Run, folder: Path) -> None:
     """What `from_pretrained` loads; all processes take part where parameters are spread."""
     model = run.san
-    if model.text_trains():
+    if model.trains_text_encoder():
         with _as_saved(model):
             model.set_labels(run.label_set.names, run.processor)
     weights = run.accelerator.get_state_dict(run.model)

@@ -11,9 +11,9 @@ One process labels the shards in turn, with what `datasets` opens:
     segment_dataset(segmenter, segmenter.vocabulary("sky, road"), rows, "labelled")
 
 Several GPUs or machines share them out with Ray Data. Every actor of a pool holds one model, opens the data set
-itself, and writes part files of its own, as the one process does. A shard whose actor died is labelled by another one, and
-when everything died, the same call goes on. All machines have to see images and output folder under the same path (or
-Hub id):
+itself, and writes part files of its own, as the one process does. A shard whose actor died is labelled by another
+one, and when everything died, the same call goes on. All machines have to see images and output folder under the same
+path (or Hub id):
 
     ray.init("auto")
     segment_dataset_with_ray(load, open_rows, "/shared/labelled")

@@ -1,11 +1,12 @@
 """Side Adapter Network: label every pixel of an image with any words.
 
-The public names load on first use, so that `import modeling_san` stays cheap. transformers' Auto classes and its
-`pipeline` know the models once a public name is used, or at once where transformers is imported before; see `auto.py`.
+Importing the package makes the models known to transformers' Auto classes and to `pipeline`; see `auto.py`. Within the
+console command `san` they become known when it loads a model, so that its help and its errors do not wait for PyTorch.
 """
 
 import importlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .auto import register
@@ -46,10 +47,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its home module on first use, and register all of them."""
+    """Import a public name from its home module on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    register()
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
@@ -60,5 +60,5 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
 
 
-if "transformers" in sys.modules:
+if Path(sys.argv[0]).stem != "san":
     register()

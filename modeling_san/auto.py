@@ -1,16 +1,11 @@
-"""Makes the models known to transformers' Auto classes and to `pipeline`.
-
-Plain `register` calls take the classes themselves, and with them most of transformers: seconds, which neither
-`import modeling_san` by itself nor `san --help` shall cost. So the package calls `register` where those seconds are
-spent anyway: on import if transformers is imported already, and otherwise when the first public name is used.
-"""
+"""Makes the models known to transformers' Auto classes and to `pipeline`."""
 
 import functools
 
 
 @functools.cache
 def register() -> None:
-    """Register every class, once."""
+    """Register every class, once. Imports PyTorch and most of transformers."""
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, AutoProcessor
     from transformers.pipelines import PIPELINE_REGISTRY
 

@@ -105,7 +105,8 @@ def assert_refused(result, *facts):
 
 def test_help_loads_nothing_heavy_and_one_command_none_of_the_others():
     code = (
-        "import sys; from modeling_san.commands.main import make_parser; make_parser(['segment']).format_help(); "
+        "import sys; sys.argv = ['/usr/bin/san']; from modeling_san.commands.main import make_parser; "
+        "make_parser(['segment']).format_help(); "
         "print('modeling_san.commands.train' in sys.modules); make_parser().format_help(); "
         "print({'torch', 'transformers', 'numpy', 'PIL', 'datasets', 'tqdm'} & set(sys.modules))"
     )

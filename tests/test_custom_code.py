@@ -28,20 +28,27 @@ MAY_BE_IMPORTED = {"transformers", "torch", "numpy", "PIL", "huggingface_hub"} |
 
 CODE = {
     "attention_bias.py",
-    "clip_layers.py",
+    "clip_trunk.py",
     "configuration_san.py",
-    "image_arrays.py",
+    "contenders_san.py",
+    "drawing.py",
     "image_processing_san.py",
-    "labels.py",
+    "images_san.py",
+    "labels_san.py",
     "loss_san.py",
     "modeling_san.py",
+    "open_vocabulary.py",
     "pipeline_san.py",
-    "post_processing.py",
+    "pooling.py",
+    "post_processing_san.py",
     "processing_san.py",
     "prompt_encoder.py",
+    "segmenter.py",
     "side_adapter.py",
-    "text_cache_san.py",
-    "vocabulary.py",
+    "templates_san.py",
+    "views_san.py",
+    "vocabulary_san.py",
+    "wording_san.py",
 }
 
 LABELS = ["grass", "cyan plain|blue plain", "wood"]

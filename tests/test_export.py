@@ -122,7 +122,7 @@ def segment(model, processor, images, **inputs):
     with torch.no_grad():
         pixels = processor(images=list(images.transpose(0, 2, 3, 1)), do_resize=False, return_tensors="pt")
         outputs = model(**pixels, **inputs)
-    labels, scores = processor.post_process_semantic_segmentation(outputs, return_scores=True)
+    labels, scores = processor.post_process_with_scores(outputs)
     full = processor.post_process_semantic_scores(outputs)
     return torch.stack(labels), torch.stack(scores), torch.stack(full)
 

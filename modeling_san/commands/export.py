@@ -60,7 +60,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help=f"folder that `san convert`, `san fine-tune` or save_pretrained wrote, name of a Hub repository, or "
+        help=f"folder that `san convert`, `san train` or save_pretrained wrote, name of a Hub repository, or "
         f"{BUILT_IN}",
     )
     parser.add_argument("output", metavar="OUT.onnx", help="file to write; an existing one is replaced")

@@ -60,7 +60,7 @@ class LoadedModel:
             raise CommandError(
                 f'model {self.name} has no labels of its own: name what to look for, for example --labels "sky, road"'
             )
-        if unknown := self.segmenter.unknown_words(labels or []):
+        if labels and (unknown := self.segmenter.unknown_words(labels)):
             trained = self.model.config.training_labels
             warn(
                 f"model {self.name} was not trained on: {listed(unknown, 10)}; expect poor results for them. It was "

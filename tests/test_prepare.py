@@ -22,7 +22,7 @@ from modeling_san.processing.vocabulary_san import load_vocabulary, vocabulary_n
 from modeling_san.training import prepare as prepare_module
 from modeling_san.training.data import load_images
 from modeling_san.training.label_sets import load_label_set
-from modeling_san.training.official_files import _reader_of_459
+from modeling_san.training.official_files import make_reader
 from modeling_san.training.prepare import prepare
 from modeling_san.training.presets import load_preset
 
@@ -202,21 +202,10 @@ def test_context_59_agrees_with_the_ids_that_others_use():
         *(159, 162, 187, 189, 207, 220, 232, 258, 259, 260, 284, 295, 296, 308, 324, 326, 347, 349, 354, 355, 360),
         *(366, 368, 397, 415, 416, 420, 424, 427, 440, 445, 454, 458),
     ]
-    table = _reader_of_459(Path()).table
+    preset = load_preset("pascal_context_59")
+    table = make_reader(preset, preset.labels[0]).table
     assert [table[number] for number in ids] == list(range(59))
     assert (table == 255).sum() == 460 - 59
-
-
-def test_context_59_goes_by_the_names_of_59_labels_txt(tmp_path):
-    names = [*reversed(load_vocabulary("pascal_context_59").classes)]
-    names[names.index("cloth")], names[names.index("diningtable")] = "clothes", "table"
-    make_context(tmp_path / "in", "59_context_labels", ".png", [[1, 59, 60 - 50]])
-    save_text(tmp_path / "in/59_labels.txt", "".join(f"{number}: {name}\n" for number, name in enumerate(names, 1)))
-    run("pascal_context_59", tmp_path / "in", tmp_path / "out")
-    assert only_map(tmp_path / "out").tolist() == [[58, 0, 49]]
-    save_text(tmp_path / "in/59_labels.txt", "1: aeroplane\n2: spaceship\n")
-    with pytest.raises(ValueError, match=r"59_labels\.txt"):
-        run("pascal_context_59", tmp_path / "in", tmp_path / "other")
 
 
 def test_voc_takes_augmented_label_maps_for_train_aug_alone(tmp_path):
@@ -237,7 +226,7 @@ def test_every_label_set_has_a_preset():
     for name in vocabulary_names():
         preset = load_preset(name)
         assert preset.vocabulary.name == name
-        assert {"train", "validation"} <= set(preset.counts)
+        assert {"train", "validation"} <= set(preset.splits)
 
 
 # ---------------------------------------------------------------------------------------------------- what is written
@@ -327,8 +316,8 @@ for line in sys.stdin:
     at = line.strip()
     process = os.fork()
     if process == 0:
-        def read_row(pair, reader):
-            return die() if pair.image.stem.endswith(at) else read(pair, reader)
+        def read_row(pair, **options):
+            return die() if pair.image.stem.endswith(at) else read(pair, **options)
         def replace_file(before, after):
             return die() if str(after).endswith(at) else replace(before, after)
         module._read_row, os.replace = read_row, replace_file
@@ -371,7 +360,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch, kill_at):
 
     read, opened = prepare_module._read_row, []
     monkeypatch.setattr(
-        prepare_module, "_read_row", lambda pair, reader: opened.append(pair.image.stem) or read(pair, reader)
+        prepare_module, "_read_row", lambda pair, **options: opened.append(pair.image.stem) or read(pair, **options)
     )
     assert run("ade20k_150", source, output, images_per_shard=4)["train"].images == 30
     assert opened == []
@@ -383,7 +372,6 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch, kill_at):
         "README.md",
         "id2label.json",
         "label_set.json",
-        "prepared.json",
     ]
 
 
@@ -397,7 +385,9 @@ def test_finished_shards_are_not_read_again_after_an_error(tmp_path, monkeypatch
     broken.write_bytes(good)
     read, opened = prepare_module._read_row, []
     monkeypatch.setattr(
-        prepare_module, "_read_row", lambda pair, reader: opened.append(pair.image.stem[-1]) or read(pair, reader)
+        prepare_module,
+        "_read_row",
+        lambda pair, **options: opened.append(pair.image.stem[-1]) or read(pair, **options),
     )
     run("ade20k_150", source, output, images_per_shard=2, workers=1)
     assert opened == ["2", "3", "4", "5"]
@@ -435,11 +425,11 @@ def test_other_images_or_shards_do_not_mix_with_those_of_before(tmp_path):
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     make_ade(source, range(4, 6))
     for options in ({"images_per_shard": 2}, {"images_per_shard": 3}):
-        with pytest.raises(ValueError, match="holds train already, of other images or other shards"):
+        with pytest.raises(ValueError, match="holds other images of train, or another number of them"):
             run("ade20k_150", source, output, **options)
     save_image(tmp_path / "coco/train2017/1.jpg", (1, 1))
     save_map(tmp_path / "coco/stuffthingmaps/train2017/1.png", [[0]])
-    with pytest.raises(ValueError, match="holds ade20k_150, not coco_stuff_171"):
+    with pytest.raises(ValueError, match="not written by `san prepare coco_stuff_171`"):
         run("coco_stuff_171", tmp_path / "coco", output)
     assert {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()} == before
 
@@ -450,9 +440,7 @@ def test_an_unfinished_run_does_not_go_on_with_other_images(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         run("ade20k_150", source, output, images_per_shard=2)
     make_ade(source, range(4, 6))
-    with pytest.raises(
-        ValueError, match="an unfinished run over 4 images of train in 2 shards, and this one is over 6"
-    ):
+    with pytest.raises(ValueError, match="holds other images of train, or another number of them"):
         run("ade20k_150", source, output, images_per_shard=2)
 
 
@@ -489,7 +477,7 @@ def test_an_incomplete_copy_stops_unless_it_is_meant(tmp_path):
 
 def test_a_complete_copy_passes_without_a_word(tmp_path, monkeypatch):
     source = make_ade(tmp_path / "in")
-    monkeypatch.setitem(load_preset("ade20k_150").counts, "train", (3,))
+    monkeypatch.setitem(load_preset("ade20k_150").splits["train"], "count", [3])
     warnings = []
     run("ade20k_150", source, tmp_path / "out", allow_incomplete=False, warn=warnings.append)
     assert warnings == []
@@ -497,7 +485,7 @@ def test_a_complete_copy_passes_without_a_word(tmp_path, monkeypatch):
 
 def test_a_missing_split_is_left_out_only_if_that_is_meant(tmp_path):
     source = make_ade(tmp_path / "in", split="validation")
-    with pytest.raises(ValueError, match=r"train: .* has no folder images/training .* go on with validation alone"):
+    with pytest.raises(ValueError, match=r"train: .* has no images/training/\*\.jpg; .* go on with validation alone"):
         run("ade20k_150", source, tmp_path / "out", "all", allow_incomplete=False)
     warnings = []
     assert list(run("ade20k_150", source, tmp_path / "out", "all", warn=warnings.append)) == ["validation"]
@@ -539,7 +527,7 @@ def damage_map(source):
 
 def color_map(source):
     Image.new("RGB", (60, 40)).save(source / "annotations/training/ADE_train_00000001.png")
-    return "mode RGB, expected one channel"
+    return "mode RGB, expected 1 channel"
 
 
 def shrink_map(source):
@@ -555,16 +543,15 @@ def test_damaged_files_stop_the_run_or_are_skipped_and_counted(tmp_path, damage)
         run("ade20k_150", source, tmp_path / "out")
     warnings = []
     prepared = run("ade20k_150", source, tmp_path / "out", skip_unreadable=True, warn=warnings.append)["train"]
-    assert (prepared.images, len(prepared.skipped)) == (2, 1)
-    assert reason in prepared.skipped[0]
-    assert "train: skipped 1:" in warnings[-1]
+    assert (prepared.images, prepared.skipped) == (2, 1)
+    assert reason in warnings[-1]
     assert list(label_maps(tmp_path / "out")) == ["ADE_train_00000000.jpg", "ADE_train_00000002.jpg"]
 
 
 def test_a_damaged_matlab_file_is_named(tmp_path):
     make_context(tmp_path / "in", "trainval", ".mat", [[1]])
     path = tmp_path / "in/trainval/2008_000002.mat"
-    for content, reason in ((b"MATLAB? no", "cannot be read as a MATLAB file"), (None, "holds no matrix LabelMap")):
+    for content, reason in ((b"MATLAB? no", "cannot be read"), (None, ".*no matrix LabelMap")):
         path.write_bytes(content) if content else savemat(path, {"other": np.ones((1, 1))})
         with pytest.raises(ValueError, match=rf"2008_000002\.mat {reason}"):
             run("pascal_context_459", tmp_path / "in", tmp_path / "out")
@@ -580,7 +567,7 @@ def test_values_that_the_data_set_does_not_define_stop_the_run(tmp_path, preset,
     }[preset]
     save_image(tmp_path / "in" / images / "1.jpg", (2, 1))
     save_map(tmp_path / "in" / maps / "1.png", [[1, value]])
-    with pytest.raises(ValueError, match=rf"1\.png holds the value {value}, to which"):
+    with pytest.raises(ValueError, match=rf"1\.png holds values .* no meaning, {value}:"):
         # A wrong release is no damaged file
         run(preset, tmp_path / "in", tmp_path / "out", skip_unreadable=True)
 
@@ -593,7 +580,7 @@ def test_ids_beyond_the_full_list_of_ade_stop_the_run(tmp_path):
         colors = np.array([[(140, green, 0), (0, 0, 0)]], dtype=np.uint8)
         Image.fromarray(colors).save(folder / "ADE_train_00000001_seg.png")
         if fails:
-            with pytest.raises(ValueError, match="holds the value 3689"):
+            with pytest.raises(ValueError, match="no meaning, 3689:"):
                 run("ade20k_847", tmp_path / "in", tmp_path / "out-2")
         else:
             run("ade20k_847", tmp_path / "in", tmp_path / "out-1")
@@ -610,17 +597,6 @@ def test_a_folder_of_something_else_is_not_written_to(tmp_path):
     with pytest.raises(ValueError, match="is a file"):
         run("ade20k_150", source, tmp_path / "out/diary.txt")
     assert os.listdir(tmp_path / "out") == ["diary.txt"]
-
-
-@pytest.mark.parametrize(
-    "content", ["", "[]", '{"preset": "ade20k_150"}', '{"preset": "ade20k_150", "splits": {"a": 1}}']
-)
-def test_a_damaged_record_is_named(tmp_path, content):
-    source = make_ade(tmp_path / "in")
-    run("ade20k_150", source, tmp_path / "out")
-    (tmp_path / "out/prepared.json").write_text(content)
-    with pytest.raises(ValueError, match=r"prepared\.json is damaged"):
-        run("ade20k_150", source, tmp_path / "out")
 
 
 # -------------------------------------------------------------------------------------------------------- the command

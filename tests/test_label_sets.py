@@ -11,7 +11,6 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from modeling_san.processing import load_vocabulary
-from modeling_san.processing.label_files import read_label_file
 from modeling_san.training.label_sets import LabelSet, load_label_set
 from modeling_san.training.sources import load_images
 
@@ -180,7 +179,7 @@ def test_a_file_says_how_label_maps_are_stored(tmp_path):
 def test_files_of_another_shape_are_refused(tmp_path, content, message):
     (tmp_path / "classes.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        read_label_file(tmp_path / "classes.json")
+        load_label_set(tmp_path / "classes.json")
 
 
 def test_what_stands_for_no_label_follows_from_the_number_of_classes():

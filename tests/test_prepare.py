@@ -102,8 +102,11 @@ def write_image_and_map(source, image, label_map, values, lists=None):
 
 
 COCO_VALUES = [[0, 12, 91, 181, 255]], [[0, 11, 80, 170, 255]], ["person", "stop sign", "banner", "wood"]
-# wall (2978 = 11 * 256 + 162) twice, building (312), airplane (14), adding machine (3148), none, one of the others
-ADE_COLORS = [[(110, 162, 9), (119, 162, 0), (10, 56, 200), (0, 14, 0), (120, 76, 1), (0, 0, 0), (0, 1, 3)]]
+# wall (2978 = 11 * 256 + 162) twice, building (312), airplane (14), adding machine (3148), none, and the first and the
+# last (3688) of the full list, which are none of the 847
+ADE_COLORS = [
+    [(110, 162, 9), (119, 162, 0), (10, 56, 0), (0, 14, 0), (120, 76, 1), (0, 0, 0), (0, 1, 3), (140, 104, 0)]
+]
 ADE_NAMES = ["wall", "wall", "building, edifice", "airplane, aeroplane, plane", "adding machine, totalizer, totaliser"]
 CONTEXT, VOC = "JPEGImages/2008_000002.jpg", "VOCdevkit/VOC2012/"
 CONTEXT_LIST = {"ImageSets/SegmentationContext/train.txt": "2008_000002\n\n"}
@@ -126,7 +129,7 @@ CASES = {
     ),
     "ade 847": (
         "ade20k_847", "images/ADE/training/urban/street/1.jpg", "images/ADE/training/urban/street/1_seg.png", {},
-        ADE_COLORS, [[0, 0, 1, 94, 846, 65535, 65535]], ADE_NAMES,
+        ADE_COLORS, [[0, 0, 1, 94, 846, 65535, 65535, 65535]], ADE_NAMES,
     ),
     "ade 847 without any class": (
         "ade20k_847", "images/ADE/training/a/1.jpg", "images/ADE/training/a/1_seg.png", {},
@@ -375,28 +378,6 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch, kill_at):
     ]
 
 
-def test_finished_shards_are_not_read_again_after_an_error(tmp_path, monkeypatch):
-    source, output = make_ade(tmp_path / "in", range(6)), tmp_path / "out"
-    broken = source / "images/training/ADE_train_00000003.jpg"
-    good = broken.read_bytes()
-    broken.write_bytes(good[:200])
-    with pytest.raises(ValueError, match=r"ADE_train_00000003\.jpg cannot be read as an image"):
-        run("ade20k_150", source, output, images_per_shard=2)
-    broken.write_bytes(good)
-    read, opened = prepare_module._read_row, []
-    monkeypatch.setattr(
-        prepare_module,
-        "_read_row",
-        lambda pair, **options: opened.append(pair.image.stem[-1]) or read(pair, **options),
-    )
-    run("ade20k_150", source, output, images_per_shard=2, workers=1)
-    assert opened == ["2", "3", "4", "5"]
-    assert len(label_maps(output)) == 6
-    opened.clear()
-    run("ade20k_150", source, output, images_per_shard=2)
-    assert opened == []
-
-
 def test_a_full_disk_is_said_in_one_line_and_finished_shards_stay(tmp_path, monkeypatch):
     source, output = make_ade(tmp_path / "in", range(6)), tmp_path / "out"
     replacing = prepare_module.replacing_file
@@ -419,29 +400,30 @@ def test_a_full_disk_is_said_in_one_line_and_finished_shards_stay(tmp_path, monk
     assert len(label_maps(output)) == 6
 
 
-def test_other_images_or_shards_do_not_mix_with_those_of_before(tmp_path):
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_images_or_shards_do_not_mix_with_those_of_before(tmp_path, finished):
     source, output = make_ade(tmp_path / "in", range(4)), tmp_path / "out"
-    run("ade20k_150", source, output, images_per_shard=2)
-    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    if finished:
+        run("ade20k_150", source, output, images_per_shard=2)
+    else:
+        (source / "images/training/ADE_train_00000003.jpg").write_bytes(b"no image")
+        with pytest.raises(ValueError, match="cannot be read"):
+            run("ade20k_150", source, output, images_per_shard=2)
+    before = {path: path.read_bytes() for path in output.rglob("*.parquet")}
+    assert before
     make_ade(source, range(4, 6))
-    for options in ({"images_per_shard": 2}, {"images_per_shard": 3}):
+    for shard_size in (2, 3):
         with pytest.raises(ValueError, match="holds other images of train, or another number of them"):
-            run("ade20k_150", source, output, **options)
-    save_image(tmp_path / "coco/train2017/1.jpg", (1, 1))
-    save_map(tmp_path / "coco/stuffthingmaps/train2017/1.png", [[0]])
+            run("ade20k_150", source, output, images_per_shard=shard_size)
+    assert {path: path.read_bytes() for path in output.rglob("*.parquet")} == before
+
+
+def test_two_data_sets_do_not_mix(tmp_path):
+    run("ade20k_150", make_ade(tmp_path / "in"), tmp_path / "out")
+    _, image, label_map, *_ = CASES["coco"]
+    write_image_and_map(tmp_path / "coco", image, label_map, [[0]])
     with pytest.raises(ValueError, match="not written by `san prepare coco_stuff_171`"):
-        run("coco_stuff_171", tmp_path / "coco", output)
-    assert {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()} == before
-
-
-def test_an_unfinished_run_does_not_go_on_with_other_images(tmp_path):
-    source, output = make_ade(tmp_path / "in", range(4)), tmp_path / "out"
-    (source / "images/training/ADE_train_00000003.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="cannot be read"):
-        run("ade20k_150", source, output, images_per_shard=2)
-    make_ade(source, range(4, 6))
-    with pytest.raises(ValueError, match="holds other images of train, or another number of them"):
-        run("ade20k_150", source, output, images_per_shard=2)
+        run("coco_stuff_171", tmp_path / "coco", tmp_path / "out")
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
@@ -558,32 +540,22 @@ def test_a_damaged_matlab_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("preset", "value"), [("ade20k_150", 151), ("ade20k_150", 255), ("coco_stuff_171", 11), ("coco_stuff_171", 182)]
+    ("case", "stored", "value"),
+    [
+        ("ade 150", [[1, 151]], 151),
+        ("ade 150", [[1, 255]], 255),
+        ("coco", [[1, 11]], 11),
+        ("coco", [[1, 182]], 182),
+        # One beyond the full list: 3689 = 14 * 256 + 105
+        ("ade 847", [[(0, 0, 0), (140, 105, 0)]], 3689),
+    ],
 )
-def test_values_that_the_data_set_does_not_define_stop_the_run(tmp_path, preset, value):
-    images, maps = {
-        "ade20k_150": ("images/training", "annotations/training"),
-        "coco_stuff_171": ("train2017", "stuffthingmaps/train2017"),
-    }[preset]
-    save_image(tmp_path / "in" / images / "1.jpg", (2, 1))
-    save_map(tmp_path / "in" / maps / "1.png", [[1, value]])
-    with pytest.raises(ValueError, match=rf"1\.png holds values .* no meaning, {value}:"):
+def test_values_that_the_data_set_does_not_define_stop_the_run(tmp_path, case, stored, value):
+    preset, image, label_map, *_ = CASES[case]
+    write_image_and_map(tmp_path / "in", image, label_map, stored)
+    with pytest.raises(ValueError, match=rf"\.png holds values .* no meaning, {value}:"):
         # A wrong release is no damaged file
         run(preset, tmp_path / "in", tmp_path / "out", skip_unreadable=True)
-
-
-def test_ids_beyond_the_full_list_of_ade_stop_the_run(tmp_path):
-    folder = tmp_path / "in/images/ADE/training/urban/street"
-    save_image(folder / "ADE_train_00000001.jpg", (2, 1))
-    # The last id, 3688 = 14 * 256 + 104, and the one behind it
-    for green, fails in ((104, False), (105, True)):
-        colors = np.array([[(140, green, 0), (0, 0, 0)]], dtype=np.uint8)
-        Image.fromarray(colors).save(folder / "ADE_train_00000001_seg.png")
-        if fails:
-            with pytest.raises(ValueError, match="no meaning, 3689:"):
-                run("ade20k_847", tmp_path / "in", tmp_path / "out-2")
-        else:
-            run("ade20k_847", tmp_path / "in", tmp_path / "out-1")
 
 
 def test_a_folder_of_something_else_is_not_written_to(tmp_path):
@@ -615,10 +587,8 @@ def test_the_command_prepares_and_says_what_it_did(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["ade20k", "in", "out"], "there is no preset 'ade20k': choose one of ade20k_150, ade20k_847"),
-        (["ade20k_150", "in", "out"], "found 3 of 20210 images with label maps"),
-        (["ade20k_150", "in", "out", "--split", "test"], "has no split 'test': choose one of all, train, validation"),
-        (["ade20k_150", "nowhere", "out"], "nowhere does not exist"),
+        (["ade20k", "in", "out"], "no preset 'ade20k': choose one of ade20k_150, ade20k_847"),
+        (["ade20k_150", "in", "out", "--split", "test"], "no split 'test': choose one of all, train, validation"),
         (["ade20k_150", "in/images/training/ADE_train_00000000.jpg", "out"], "is a file: pass the folder"),
         (["ade20k_150", "in", "out", "--workers", "0"], "'0' is not a whole number of at least 1"),
     ],

@@ -174,16 +174,13 @@ def _find_split(source: str, wanted: str, names: Sequence[str]) -> str:
 def _open_two_folders(folder: Path, split: str) -> Dataset | None:
     """Images and the label maps of the same names, from a folder of each; None where there are no such folders."""
     splits = _SPLIT_FOLDERS.get(split, (split,))
+
+    def first(place: str, kinds: Sequence[str]) -> Path | None:
+        places = (folder / place.format(kind=kind, split=name) for kind in kinds for name in splits)
+        return next(filter(Path.is_dir, places), None)
+
     for place in ("{split}/{kind}", "{kind}/{split}", "{kind}"):
-        images, labels = (
-            next(
-                filter(
-                    Path.is_dir, (folder / place.format(kind=kind, split=name) for kind in kinds for name in splits)
-                ),
-                None,
-            )
-            for kinds in (IMAGE_FOLDERS, LABEL_FOLDERS)
-        )
+        images, labels = first(place, IMAGE_FOLDERS), first(place, LABEL_FOLDERS)
         if images is None or labels is None:
             continue
         if place == "{kind}" and any(entry.is_dir() for kind in (images, labels) for entry in kind.iterdir()):

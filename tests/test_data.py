@@ -487,12 +487,6 @@ def test_one_class_for_a_whole_image_is_no_label_map(tmp_path):
         load_images(tmp_path / "images")
 
 
-def test_images_of_16_bits_are_scaled_not_clipped():
-    grey = Image.fromarray(np.full((4, 6), 30000, np.uint16))
-    image, _ = to_arrays({"image": grey, "annotation": np.zeros((4, 6), np.uint8)}, LabelSet(("dark",)))
-    assert np.asarray(image).max() == round(30000 * 255 / 65535)
-
-
 def test_encoded_images_are_turned_upright_like_their_label_maps():
     image, exif, file = Image.new("RGB", (8, 4)), Image.Exif(), io.BytesIO()
     exif[0x0112] = 6

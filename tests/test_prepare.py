@@ -225,13 +225,6 @@ def test_voc_takes_augmented_label_maps_for_train_aug_alone(tmp_path):
     assert {split: np.asarray(read[split][0]["annotation"]).item() for split in read} == {"train": 4, "train_aug": 6}
 
 
-def test_every_label_set_has_a_preset():
-    for name in vocabulary_names():
-        preset = load_preset(name)
-        assert preset.vocabulary.name == name
-        assert {"train", "validation"} <= set(preset.splits)
-
-
 # ---------------------------------------------------------------------------------------------------- what is written
 
 
@@ -274,17 +267,13 @@ def test_the_result_is_what_training_reads(tmp_path):
 
 
 def test_the_card_says_what_is_there_and_nothing_of_this_machine(tmp_path):
-    source = make_ade(tmp_path / "in")
+    source, card = make_ade(tmp_path / "in"), tmp_path / "out/README.md"
     run("ade20k_150", source, tmp_path / "out")
-    card = (tmp_path / "out/README.md").read_text()
-    assert "| train | 3 | 20210 | 0 |" in card
-    assert "validation" not in card
-    assert str(tmp_path) not in card
-    make_ade(source, range(2), "validation")
-    run("ade20k_150", source, tmp_path / "out", "all")
-    card = (tmp_path / "out/README.md").read_text()
-    assert "| train | 3 | 20210 | 0 |" in card
-    assert "| validation | 2 | 2000 | 0 |" in card
+    assert "validation" not in card.read_text()
+    run("ade20k_150", make_ade(source, range(2), "validation"), tmp_path / "out", "all")
+    assert "| train | 3 | 20210 | 0 |" in card.read_text()
+    assert "| validation | 2 | 2000 | 0 |" in card.read_text()
+    assert str(tmp_path) not in card.read_text()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -496,37 +485,25 @@ def test_a_wrong_folder_is_told_what_was_looked_for_and_what_is_there(tmp_path, 
         run(name, tmp_path / "nowhere", tmp_path / "out")
 
 
-def damage_image(source):
-    path = source / "images/training/ADE_train_00000001.jpg"
-    path.write_bytes(path.read_bytes()[:-80])
-    return "cannot be read as an image"
+DAMAGES = {
+    "cut image": (lambda image, label_map: image.write_bytes(image.read_bytes()[:-80]), "cannot be read as an image"),
+    "empty map": (lambda image, label_map: label_map.write_bytes(b""), "cannot be read as a label map"),
+    "colours": (lambda image, label_map: Image.new("RGB", (60, 40)).save(label_map), "mode RGB, expected 1 channel"),
+    "size": (lambda image, label_map: save_map(label_map, [[1, 2]]), "is 2 x 1 pixels and its image 60 x 40"),
+}
 
 
-def damage_map(source):
-    (source / "annotations/training/ADE_train_00000001.png").write_bytes(b"")
-    return "cannot be read as a label map"
-
-
-def color_map(source):
-    Image.new("RGB", (60, 40)).save(source / "annotations/training/ADE_train_00000001.png")
-    return "mode RGB, expected 1 channel"
-
-
-def shrink_map(source):
-    save_map(source / "annotations/training/ADE_train_00000001.png", [[1, 2]])
-    return "is 2 x 1 pixels and its image 60 x 40"
-
-
-@pytest.mark.parametrize("damage", [damage_image, damage_map, color_map, shrink_map])
-def test_damaged_files_stop_the_run_or_are_skipped_and_counted(tmp_path, damage):
-    source = make_ade(tmp_path / "in", size=(60, 40))
-    reason = damage(source)
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES.values(), ids=DAMAGES)
+def test_damaged_files_stop_the_run_or_are_skipped_and_counted(tmp_path, damage, reason):
+    source, name = make_ade(tmp_path / "in", size=(60, 40)), "training/ADE_train_00000001"
+    damage(source / f"images/{name}.jpg", source / f"annotations/{name}.png")
     with pytest.raises(ValueError, match=f"ADE_train_00000001.*{reason}.*--skip-unreadable"):
         run("ade20k_150", source, tmp_path / "out")
     warnings = []
     prepared = run("ade20k_150", source, tmp_path / "out", skip_unreadable=True, warn=warnings.append)["train"]
     assert (prepared.images, prepared.skipped) == (2, 1)
     assert reason in warnings[-1]
+    assert "| train | 2 | 20210 | 1 |" in (tmp_path / "out/README.md").read_text()
     assert list(label_maps(tmp_path / "out")) == ["ADE_train_00000000.jpg", "ADE_train_00000002.jpg"]
 
 

@@ -91,28 +91,25 @@ def write_folders(folder, names=("0", "1", "2"), images="images", labels="annota
 # Sources
 
 
-def parquet(folder):
-    make_dataset(3).to_parquet(folder / "data.parquet")
+def parquet(folder, dataset=None):
+    (make_dataset(3) if dataset is None else dataset).to_parquet(folder / "data.parquet")
     return folder / "data.parquet"
 
 
-def arrow(folder):
-    make_dataset(3).save_to_disk(folder / "saved")
-    return next((folder / "saved").glob("*.arrow"))
-
-
-def saved(folder):
-    make_dataset(3).save_to_disk(folder / "saved")
+def saved(folder, dataset=None):
+    (make_dataset(3) if dataset is None else dataset).save_to_disk(folder / "saved")
     return folder / "saved"
+
+
+def arrow(folder):
+    return next(saved(folder).glob("*.arrow"))
 
 
 def saved_splits(folder):
-    DatasetDict({"train": make_dataset(3), "test": make_dataset(1)}).save_to_disk(folder / "saved")
-    return folder / "saved"
+    return saved(folder, DatasetDict({"train": make_dataset(3), "test": make_dataset(1)}))
 
 
 def shards(folder):
-    folder.mkdir(exist_ok=True)
     for index in range(3):
         make_dataset(1, first=index).to_parquet(folder / f"train-{index:05}-of-00003.parquet")
     return folder
@@ -165,19 +162,18 @@ def test_a_data_set_is_read_from_every_form(tmp_path, write, streaming):
 
 
 def test_columns_are_chosen_by_name(tmp_path):
-    make_dataset(2, "photo", "truth").to_parquet(tmp_path / "data.parquet")
-    images = load_images(tmp_path / "data.parquet", image_column="photo", label_column="truth")
+    source = parquet(tmp_path, make_dataset(2, "photo", "truth"))
+    images = load_images(source, image_column="photo", label_column="truth")
     assert images.column_names == ["image", "annotation"]
     # What is chosen wins over what would be recognised
-    make_dataset(2, "image", "mask").add_column("label", [5, 6]).to_parquet(tmp_path / "other.parquet")
-    assert load_images(tmp_path / "other.parquet", label_column="mask").column_names == ["image", "annotation"]
+    source = parquet(tmp_path, make_dataset(2, "image", "mask").add_column("label", [5, 6]))
+    assert load_images(source, label_column="mask").column_names == ["image", "annotation"]
 
 
 def test_columns_of_paths_are_opened_where_they_are_chosen(tmp_path):
     write_folders(tmp_path)
     rows = {"image": [str(tmp_path / "images" / "2.png")], "truth": [str(tmp_path / "annotations" / "2.png")]}
-    Dataset.from_dict(rows).to_parquet(tmp_path / "data.parquet")
-    [example] = load_images(tmp_path / "data.parquet", image_column="image", label_column="truth")
+    [example] = load_images(parquet(tmp_path, Dataset.from_dict(rows)), image_column="image", label_column="truth")
     assert to_arrays(example, LABELS)[0].getpixel((0, 0)) == (2, 2, 2)
 
 
@@ -186,22 +182,15 @@ def test_images_to_segment_need_no_label_maps(tmp_path):
 
 
 def images_alone(folder):
-    make_dataset(2).remove_columns("annotation").to_parquet(folder / "data.parquet")
-    return folder / "data.parquet"
+    return parquet(folder, make_dataset(2).remove_columns("annotation"))
 
 
 def nothing(folder):
-    make_dataset(1).select([]).to_parquet(folder / "data.parquet")
-    return folder / "data.parquet"
+    return parquet(folder, make_dataset(1).select([]))
 
 
-def empty_file(folder):
-    (folder / "data.parquet").touch()
-    return folder / "data.parquet"
-
-
-def text_file(folder):
-    (folder / "data.parquet").write_text("no parquet")
+def no_parquet(folder):
+    parquet(folder).write_text("no parquet")
     return folder / "data.parquet"
 
 
@@ -229,8 +218,7 @@ def classes_of_whole_images(folder):
         (saved_splits, {"split": "validation"}, "train, test"),
         (other_names, {}, "3 images and 3 label maps lie there, but no two of the same name"),
         (lambda folder: folder / "nowhere.parquet", {}, "nowhere.parquet cannot be read"),
-        (empty_file, {}, "data.parquet cannot be read"),
-        (text_file, {}, "data.parquet cannot be read"),
+        (no_parquet, {}, "data.parquet cannot be read"),
     ],
 )
 def test_what_holds_no_labelled_images_is_refused(tmp_path, write, options, message):
@@ -239,14 +227,9 @@ def test_what_holds_no_labelled_images_is_refused(tmp_path, write, options, mess
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("saved_to_disk", [False, True])
-def test_the_only_split_there_is_is_taken_whatever_it_is_called(tmp_path, caplog, saved_to_disk, streaming):
-    if saved_to_disk:
-        DatasetDict({"train": make_dataset(3)}).save_to_disk(tmp_path / "saved")
-    else:
-        shards(tmp_path / "saved")
-    images = load_images(tmp_path / "saved", "validation", streaming=streaming)
-    assert len(list(images)) == 3
+@pytest.mark.parametrize("write", [shards, lambda folder: saved(folder, DatasetDict({"train": make_dataset(3)}))])
+def test_the_only_split_there_is_is_taken_whatever_it_is_called(tmp_path, caplog, write, streaming):
+    assert len(list(load_images(write(tmp_path), "validation", streaming=streaming))) == 3
     assert "'train'" in caplog.text
 
 

@@ -46,11 +46,6 @@ def save_map(path, values, palette=False):
     image.save(path)
 
 
-def save_text(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-
-
 def make_ade(root, numbers=range(3), split="training", size=(5, 1)):
     """An ADE20K-150 folder whose image `n` is labelled with class n + 1 all over."""
     for number in numbers:
@@ -98,7 +93,8 @@ def write_image_and_map(source, image, label_map, values, lists=None):
     else:
         save_map(path, values, palette="VOC2012" in label_map)
     for name, text in (lists or {}).items():
-        save_text(source / name, text)
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(text)
 
 
 COCO_VALUES = [[0, 12, 91, 181, 255]], [[0, 11, 80, 170, 255]], ["person", "stop sign", "banner", "wood"]
@@ -189,13 +185,6 @@ def test_coco_maps_that_another_tool_wrote_beside_are_passed_over(tmp_path):
     assert len(warnings) == 1
     assert "1 of 5000" in warnings[0]
     assert only_map(tmp_path / "out", "validation").tolist() == [[170]]
-
-
-def make_context(root, folder, ending, values, names=("2008_000002",)):
-    """A Pascal-Context folder with two images, the first of which has a label map."""
-    text = {"ImageSets/SegmentationContext/train.txt": "\n".join(names)}
-    write_image_and_map(root, CONTEXT, f"{folder}/2008_000002{ending}", values, text)
-    save_image(root / "JPEGImages/2008_000003.jpg")
 
 
 def test_context_59_agrees_with_the_ids_that_others_use():
@@ -294,52 +283,36 @@ def test_label_maps_are_turned_as_readers_turn_images(tmp_path, orientation):
 
 # ---------------------------------------------------------------------------------------------------- what interrupts
 
-# Forks a process for each line it reads, which dies where the line says; one import serves all.
 KILLED = """
 import importlib.util, os, signal, sys
 # The package without what it imports: neither torch nor transformers have a part in this, and both take long
 spec = importlib.util.find_spec("modeling_san.processing")
 sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 from modeling_san.training import prepare as module
-source, output = sys.argv[1:]
+source, output, at = sys.argv[1:]
 read, replace = module._read_row, os.replace
-die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-for line in sys.stdin:
-    at = line.strip()
-    process = os.fork()
-    if process == 0:
-        def read_row(pair, **options):
-            return die() if pair.image.stem.endswith(at) else read(pair, **options)
-        def replace_file(before, after):
-            return die() if str(after).endswith(at) else replace(before, after)
-        module._read_row, os.replace = read_row, replace_file
-        module.prepare("ade20k_150", source, output, split="train", workers=2, images_per_shard=4,
-                       allow_incomplete=True, progress=False, warn=lambda message: None)
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+def dying_at(name, function, *arguments, **options):
+    if name.endswith(at):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*arguments, **options)
+module._read_row = lambda pair, **options: dying_at(pair.image.stem, read, pair, **options)
+os.replace = lambda before, after: dying_at(str(after), replace, before, after)
+module.prepare("ade20k_150", source, output, split="train", workers=2, images_per_shard=4, allow_incomplete=True,
+               progress=False, warn=lambda message: None)
 """
 
 
-@pytest.fixture
-def kill_at(tmp_path):
-    """Prepares tmp_path / "in" into tmp_path / "out" and kills the process at the file whose name ends as given."""
-    command = [sys.executable, "-c", KILLED, tmp_path / "in", tmp_path / "out"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-
-        def kill(where):
-            process.stdin.write(f"{where}\n")
-            process.stdin.flush()
-            assert int(process.stdout.readline()) == -signal.SIGKILL
-
-        yield kill
-        process.kill()
+def kill_at(name, source, output):
+    """Prepare in a process that dies at the file whose name ends as given."""
+    finished = subprocess.run([sys.executable, "-c", KILLED, source, output, name], check=False)
+    assert finished.returncode == -signal.SIGKILL
 
 
-def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch, kill_at):
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     source, output = make_ade(tmp_path / "in", range(30)), tmp_path / "out"
 
     # In the middle of the third shard: no other program finds a part of the data set
-    kill_at("_00000017")
+    kill_at("_00000017", source, output)
     assert list(output.glob("*.parquet")) == []
     finished = sorted((output / ".unfinished/train").glob("*.parquet"))
     assert [path.name[:11] for path in finished[:2]] == ["train-00000", "train-00001"]
@@ -347,7 +320,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch, kill_at):
     stamps = {path.name: path.stat().st_mtime_ns for path in finished}
 
     # While the shards move to their place
-    kill_at("out/train-00003-of-00008.parquet")
+    kill_at("out/train-00003-of-00008.parquet", source, output)
     assert len(list(output.glob("*.parquet"))) == 3
 
     read, opened = prepare_module._read_row, []
@@ -464,8 +437,10 @@ def test_a_missing_split_is_left_out_only_if_that_is_meant(tmp_path):
 
 
 def test_a_list_entry_without_files_is_counted(tmp_path):
-    names = ("2008_000002", "2008_000003", "2008_000004", "2008_000002")
-    make_context(tmp_path / "in", "trainval", ".mat", [[1]], names)
+    names = "2008_000002\n2008_000003\n2008_000004\n2008_000002\n"
+    lists = {"ImageSets/SegmentationContext/train.txt": names}
+    write_image_and_map(tmp_path / "in", CONTEXT, "trainval/2008_000002.mat", [[1]], lists)
+    save_image(tmp_path / "in/JPEGImages/2008_000003.jpg")
     warnings = []
     run("pascal_context_459", tmp_path / "in", tmp_path / "out", warn=warnings.append)
     assert len(warnings) == 1
@@ -508,7 +483,7 @@ def test_damaged_files_stop_the_run_or_are_skipped_and_counted(tmp_path, damage,
 
 
 def test_a_damaged_matlab_file_is_named(tmp_path):
-    make_context(tmp_path / "in", "trainval", ".mat", [[1]])
+    write_image_and_map(tmp_path / "in", CONTEXT, "trainval/2008_000002.mat", [[1]], CONTEXT_LIST)
     path = tmp_path / "in/trainval/2008_000002.mat"
     for content, reason in ((b"MATLAB? no", "cannot be read"), (None, ".*no matrix LabelMap")):
         path.write_bytes(content) if content else savemat(path, {"other": np.ones((1, 1))})

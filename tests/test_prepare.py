@@ -179,7 +179,8 @@ def test_values_become_class_indices(tmp_path, preset, image, label_map, lists, 
 def test_coco_maps_that_another_tool_wrote_beside_are_passed_over(tmp_path):
     folder = "annotations/val2017"
     write_image_and_map(tmp_path / "in", "images/val2017/139.jpg", f"{folder}/139.png", [[181]])
-    save_map(tmp_path / "in" / folder / "139_labelTrainIds.png", [[170]])
+    for beside in ("139_labelTrainIds.png", "._139.png"):
+        save_map(tmp_path / "in" / folder / beside, [[170]])
     warnings = []
     run("coco_stuff_171", tmp_path / "in", tmp_path / "out", "validation", warn=warnings.append)
     assert len(warnings) == 1

@@ -114,8 +114,8 @@ def find_files(preset: Preset, source: Path, split: str) -> FoundSplit:
                 if files := _files(source / root, path.format(**words)):
                     return path, files
         raise MissingFolderError(
-            f"{source} has no {' or '.join(paths).format(**words)}; looked in {', '.join(preset.roots)}; "
-            f"{_what_is_in(source)}."
+            f"{source} has no {' or '.join(paths).format(**words)}; looked there and in "
+            f"{', '.join(preset.roots[1:])}; {_what_is_in(source)}."
         )
 
     _, images = first(preset.images)
@@ -179,16 +179,10 @@ def _read_stored_values(path: Path) -> np.ndarray:
 
 
 def _files(root: Path, path: str) -> dict[str, Path]:
-    """The file of that path, or all whose names end as behind the `*`, by their names without this ending."""
-    folder, star, ending = path.partition("*")
-    if not star:
-        return {path: root / path} if (root / path).is_file() else {}
-    folders = len((root / folder).parts)
-    return {
-        "/".join(file.parts[folders:])[: -len(ending)]: file
-        for file in (root / folder).rglob("*")
-        if file.name.lower().endswith(ending) and not file.name.startswith(".")
-    }
+    """The files of a path, hidden ones left out, by what stands for its `*`."""
+    folder, ending = root / path.partition("*")[0], path.rpartition("*")[2]
+    files = ((file.relative_to(folder).as_posix(), file) for file in root.glob(path))
+    return {name[: -len(ending)]: file for name, file in files if file == folder or "/." not in f"/{name}"}
 
 
 def _what_is_in(source: Path) -> str:

@@ -38,7 +38,7 @@ def read_label_file(path: str | Path) -> dict[str, Any]:
     """
     what = f"labels file {path}"
     data = read_json_or_lines(path, "labels file", FILE_FORMS)
-    options = {}
+    options: dict[str, Any] = {}
     if isinstance(data, dict):
         options = {key: data[key] for key in (*_OPTIONS, "ignore_color") if data.get(key) is not None}
         data = data["classes"] if "classes" in data else _names_by_index(data, what)

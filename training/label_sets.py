@@ -163,7 +163,7 @@ def load_label_set(
                 f"the data set {'' if source is None else f'{source} '}names no classes: give a label set "
                 f"({', '.join(vocabulary_names())}) or a file with {FILE_FORMS}."
             )
-    facts = {"ignore_index": None, "reduce_labels": False} | _facts(labels)
+    facts: dict[str, Any] = {"ignore_index": None, "reduce_labels": False, **_facts(labels)}
     if ignore_index is not None:
         facts["ignore_index"] = ignore_index
     elif facts["ignore_index"] is None:

@@ -137,7 +137,9 @@ def _find(
     """Files of the splits that are there, compared with the official numbers of images."""
     if split != "all" and split not in preset.splits:
         raise ValueError(f"{preset.name} has no split {split!r}: choose one of all, {', '.join(preset.splits)}.")
-    found, missing, odd = {}, [], []
+    found: dict[str, FoundSplit] = {}
+    missing: list[str] = []
+    odd: list[str] = []
     for name in ("train", "validation") if split == "all" else (split,):
         try:
             files = find_files(preset, source, name)
@@ -254,7 +256,7 @@ def _write_shard(
 ) -> None:
     """Write one shard, a group of rows at a time, so that few wait in memory."""
     schema = Features(image=ImageFeature(), annotation=ImageFeature()).arrow_schema
-    schema = schema.with_metadata({**(schema.metadata or {}), _FACTS: json.dumps(facts)})
+    schema = schema.with_metadata({**(schema.metadata or {}), _FACTS: json.dumps(facts).encode()})
     # Images are compressed already, and no two are equal.
     options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     with replacing_file(path) as beside, pq.ParquetWriter(beside, schema, **options) as writer:

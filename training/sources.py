@@ -102,8 +102,8 @@ def load_images(
     naming = [name for name in features if name not in wanted and class_names_in(features[name]) is not None]
     dataset = dataset.select_columns(list(dict.fromkeys([*wanted, *keep_columns, *naming])))
     # A column of class names may sit on a name that is needed
-    for renamed in ({name: f"{name}_classes" for name in naming if name in wanted.values()}, wanted):
-        if renamed := {old: new for old, new in renamed.items() if old != new}:
+    for names in ({name: f"{name}_classes" for name in naming if name in wanted.values()}, wanted):
+        if renamed := {old: new for old, new in names.items() if old != new}:
             dataset = dataset.rename_columns(renamed)
     return dataset
 
@@ -140,7 +140,7 @@ def _open(source: str, split: str, streaming: bool, labelled: bool) -> Any:
         return load(_FILE_FORMATS[path.suffix], data_files=source, split="train", streaming=streaming)
     if glob.has_magic(source):
         raise ValueError(f"a pattern has to end in {' or '.join(_FILE_FORMATS)}")
-    dataset = None
+    dataset: Any = None
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         dataset = load_from_disk(source)
         if not isinstance(dataset, Dataset):

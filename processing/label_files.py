@@ -5,55 +5,55 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .labels_san import normalize_labels
 from .wording_san import listed
-
-if TYPE_CHECKING:
-    from .label_maps import Color, LabelSet
 
 FILE_FORMS = (
     'a JSON list ["sky", "road"], an object {"classes": ["sky", "road"]} or {"0": "sky", "1": "road"}, or one name '
     "per line"
 )
 
+_OPTIONS = {
+    "ignore_index": (int, "a whole number"),
+    "reduce_labels": (bool, "true or false"),
+    "colors": (list, "a list with a colour for each of the classes"),
+}
 
-def read_label_file(path: str | Path, *, ignore_index: int | None = None, reduce_labels: bool = False) -> LabelSet:
+
+def read_label_file(path: str | Path) -> dict[str, Any]:
     """Read class names, and what else a label file says.
 
     Args:
         path: of a JSON list, a JSON object with the key `classes` (and, if wanted, `ignore_index`, `reduce_labels`,
             `colors` and `ignore_color`), an object from index to name as the Hub's `id2label.json`, or a text with
             one name per line. A colour is `[red, green, blue]` or "#rrggbb".
-        ignore_index: wins over what the file says.
-        reduce_labels: likewise.
+
+    Returns:
+        `classes`, normalised names, and of the other keys those that the file has; colours as (red, green, blue).
 
     Raises:
         ValueError: the file cannot be read or has another shape, or a label is refused.
     """
-    # The command line shows the forms of files in its help, and is to start without numpy
-    from .label_maps import make_label_set
-
     what = f"labels file {path}"
     data = read_json_or_lines(path, "labels file", FILE_FORMS)
-    options = data if isinstance(data, dict) else {}
+    options: dict[str, Any] = {}
     if isinstance(data, dict):
+        options = {key: data[key] for key in (*_OPTIONS, "ignore_color") if data.get(key) is not None}
         data = data["classes"] if "classes" in data else _names_by_index(data, what)
     if not isinstance(data, list):
         raise ValueError(f"{what} holds {describe_json(data)}: expected {FILE_FORMS}")
-    colors, ignore_color = options.get("colors"), options.get("ignore_color")
-    if colors is not None and not isinstance(colors, list):
-        raise ValueError(f"{what}: `colors` is {colors!r}, expected a list with a colour for each of the classes")
-    in_file = _typed(options, "ignore_index", int, what)
-    reduce_labels = bool(_typed(options, "reduce_labels", bool, what)) or reduce_labels
+    for key, (kind, expected) in _OPTIONS.items():
+        # Not isinstance: true and false are no numbers
+        if key in options and type(options[key]) is not kind:
+            raise ValueError(f"{what}: `{key}` is {options[key]!r}, expected {expected}")
     try:
-        return make_label_set(
-            data,
-            ignore_index=in_file if ignore_index is None else ignore_index,
-            reduce_labels=reduce_labels,
-            colors=None if colors is None else tuple(map(_color, colors)),
-            ignore_color=None if ignore_color is None else _color(ignore_color),
-        )
+        if "colors" in options:
+            options["colors"] = tuple(map(_color, options["colors"]))
+        if "ignore_color" in options:
+            options["ignore_color"] = _color(options["ignore_color"])
+        return {"classes": tuple(normalize_labels(data)), **options}
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
 
@@ -98,22 +98,13 @@ def _names_by_index(data: dict[str, Any], what: str) -> list[Any]:
     if not data or not all(key.isascii() and key.isdigit() for key in data):
         raise ValueError(f"{what} holds {describe_json(data)}: expected {FILE_FORMS}")
     by_index = {int(key): name for key, name in data.items()}
-    missing = next(index for index in range(len(data) + 1) if index not in by_index)
-    if missing < len(data):
+    missing = next((index for index in range(len(data)) if index not in by_index), None)
+    if missing is not None:
         raise ValueError(f"{what} names {len(data)} classes but none of index {missing}: number them from 0 on")
     return [by_index[index] for index in range(len(data))]
 
 
-def _typed(options: dict[str, Any], key: str, kind: type, what: str) -> Any:
-    """An entry that may be missing, of one type; true and false are no numbers."""
-    value = options.get(key)
-    if value is not None and type(value) is not kind:
-        expected = "true or false" if kind is bool else "a whole number"
-        raise ValueError(f"{what}: `{key}` is {value!r}, expected {expected}")
-    return value
-
-
-def _color(value: Any) -> Color:
+def _color(value: Any) -> tuple[int, int, int]:
     """Red, green and blue, 0 ... 255."""
     if isinstance(value, str) and len(value) == 7 and value.startswith("#"):
         with suppress(ValueError):

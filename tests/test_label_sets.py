@@ -10,8 +10,9 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from modeling_san.commands.datasets import open_dataset
+from modeling_san.commands.main import make_parser
 from modeling_san.processing import load_vocabulary
-from modeling_san.processing.label_files import read_label_file
 from modeling_san.training.label_sets import LabelSet, load_label_set
 from modeling_san.training.sources import load_images
 
@@ -180,7 +181,7 @@ def test_a_file_says_how_label_maps_are_stored(tmp_path):
 def test_files_of_another_shape_are_refused(tmp_path, content, message):
     (tmp_path / "classes.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        read_label_file(tmp_path / "classes.json")
+        load_label_set(tmp_path / "classes.json")
 
 
 def test_what_stands_for_no_label_follows_from_the_number_of_classes():
@@ -196,6 +197,18 @@ def test_what_is_neither_preset_nor_file_is_refused_with_the_presets():
 
 def test_given_options_win_over_those_of_a_label_set():
     assert load_label_set(LabelSet(NAMES), ignore_index=9, reduce_labels=True) == LabelSet(NAMES, 9, True)
+
+
+@pytest.mark.parametrize("option", ["--labels=sky, Road, tree", "--labels=classes.json", "--labels-file=classes.json"])
+def test_commands_take_the_labels_of_a_data_set_as_names_or_from_a_file(tmp_path, monkeypatch, option):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "classes.json").write_text(json.dumps(NAMES))
+    image = Image.new("L", (4, 4))
+    Dataset.from_dict({"image": [image], "annotation": [image]}).to_parquet("data.parquet")
+    arguments = ["contact-sheet", "--dataset", "data.parquet", "--ignore-index", "9", option]
+    images, label_set = open_dataset(make_parser(["contact-sheet"]).parse_args(arguments))
+    assert label_set == LabelSet(NAMES, 9)
+    assert images.column_names == ["image", "annotation"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

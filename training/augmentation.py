@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-PADDING_VALUE = 128
+_PADDING = 128
 """Grey of what lies beside an image that is smaller than the crop."""
 
 _BRIGHTNESS = 32.0
@@ -16,7 +16,7 @@ _HUE = 18 * 6 / 180
 """Greatest shift of the hue in sextants of the colour circle."""
 
 _STRIPE = 32
-"""Rows whose colours are worked on at once: what fits into a processor's cache is several times faster."""
+"""Rows whose colours are worked on at once: what fits into the CPU's cache is several times faster."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,7 @@ class Augmentation:
 
     @classmethod
     def for_size(cls, short_side: int, crop_size: tuple[int, int]) -> Augmentation:
-        """
-        For images that a model will see at one working size: short sides from 0.75 to 1.5 of it.
-
-        Args:
-            short_side: the working size in pixels.
-            crop_size: height and width of the result.
-        """
+        """For images that a model will see with the short side `short_side`: from 0.75 to 1.5 of it."""
         short_sides = tuple(range(max(1, round(0.75 * short_side)), round(1.5 * short_side) + 1))
         return cls(short_sides, max_long_side=4 * short_sides[-1], crop_size=crop_size)
 
@@ -91,7 +85,7 @@ class Augmentation:
             pixels, labels = pixels[:, ::-1], labels[:, ::-1]
         if pixels.shape[:2] == (height, width):
             return Image.fromarray(np.ascontiguousarray(pixels)), np.ascontiguousarray(labels)
-        canvas = np.full((height, width, 3), PADDING_VALUE, dtype=np.uint8)
+        canvas = np.full((height, width, 3), _PADDING, dtype=np.uint8)
         label_canvas = np.full((height, width), ignore_index, dtype=label_map.dtype)
         canvas[: pixels.shape[0], : pixels.shape[1]] = pixels
         label_canvas[: labels.shape[0], : labels.shape[1]] = labels
@@ -108,11 +102,8 @@ def distort_colors(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     Brightness, then contrast, saturation and hue; or, as a coin decides, contrast last. Each with probability 1 / 2.
 
     Args:
-        pixels: `(height, width, 3)` uint8.
+        pixels: `(height, width, 3)` uint8; they are left as they are.
         rng: source of all chance.
-
-    Returns:
-        the same shape, uint8; `pixels` itself is left as it is.
     """
     brightness = rng.uniform(-_BRIGHTNESS, _BRIGHTNESS) if rng.random() < 0.5 else 0.0
     contrast = rng.uniform(*_CONTRAST) if rng.random() < 0.5 else 1.0
@@ -141,9 +132,6 @@ def shift_colors(pixels: np.ndarray, saturation: float, hue: float) -> np.ndarra
         pixels: `(height, width, 3)` uint8.
         saturation: factor; a saturation beyond full is full.
         hue: angle in sextants, 6 being the whole circle.
-
-    Returns:
-        the same shape, uint8.
     """
     if saturation == 1 and hue == 0:
         return pixels
@@ -183,19 +171,10 @@ def _resized_window(
     image: Image.Image, label_map: np.ndarray, size: tuple[int, int], window: tuple[int, int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    A window of the resized image and of its label map, computed alone.
+    A window (left, top, right, bottom) of image and label map resized to `size` (width, height), computed alone.
 
     PIL's filter reads beyond the box that it is given, so that a window has the values it would have as a cut from the
-    whole resized image, but for single steps of rounding.
-
-    Args:
-        image: the image.
-        label_map: `(height, width)`.
-        size: width and height of the whole resized image.
-        window: left, top, right and bottom in it.
-
-    Returns:
-        `(height, width, 3)` uint8 by the bilinear filter, `(height, width)` by the nearest pixel.
+    whole resized image, but for single steps of rounding. Labels are those of the nearest pixel.
     """
     left, top, right, bottom = window
     across, down = image.width / size[0], image.height / size[1]
@@ -206,4 +185,4 @@ def _resized_window(
     return np.asarray(pixels), label_map[rows][:, columns]
 
 
-__all__ = ["PADDING_VALUE", "Augmentation", "distort_colors", "shift_colors"]
+__all__ = ["Augmentation", "distort_colors", "shift_colors"]

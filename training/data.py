@@ -84,13 +84,13 @@ def read_examples(
     images: Any, label_set: LabelSet, *, first: int = 0, step: int = 1, stop: int | None = None, source: str = ""
 ) -> Iterator[tuple[int, Image.Image, np.ndarray]]:
     """
-    Examples decoded one after the other; what is passed over is not decoded.
+    Examples `first`, `first + step`, ... before `stop`, decoded one after the other; no others are decoded.
 
     Args:
         images: a data set, streamed or not, or a list.
         label_set: what the values of label maps mean.
         first: index of the first example to read.
-        step: take every `step`-th from there on.
+        step: from one index to the next.
         stop: index to end before; None reads all.
         source: what errors put before the example's index.
 
@@ -105,9 +105,7 @@ def read_examples(
         indices = range(first, len(images) if stop is None else min(stop, len(images)), step)
         examples: Iterator[tuple[int, Any]] = ((index, images[index]) for index in indices)
     else:
-        rest = images.skip(first) if first and hasattr(images, "skip") else islice(iter(images), first, None)
-        left = None if stop is None else max(0, stop - first)
-        examples = zip(count(first, step), islice(iter(rest), 0, left, step))
+        examples = islice(enumerate(images), first, stop, step)
     for index, example in examples:
         yield index, *read_example(example, label_set, f"{source}example {index}")
 
@@ -118,14 +116,8 @@ def check_first_images(
     """
     Meet unreadable images and wrong label lists before training, not in the middle of it.
 
-    Args:
-        dataset: examples with `image` and `annotation`.
-        label_set: what the values of label maps mean.
-        source: what an error calls the data set.
-        count: how many images to look at.
-
     Raises:
-        ImageError: the first image that cannot be used, and why.
+        ImageError: the first of `count` images that cannot be used, and why; `source` is what it calls the data set.
     """
     for _ in read_examples(dataset, label_set, stop=count, source=f"{source}, "):
         pass
@@ -146,29 +138,20 @@ def _as_image(value: Any, what: str) -> Image.Image | np.ndarray:
                 value = file.read()
         except (OSError, ValueError) as error:
             raise ValueError(f"{what} {value!r} cannot be read ({one_line(error)}).") from error
-    if isinstance(value, (str, os.PathLike, bytes, bytearray)):
-        return open_image(bytes(value) if isinstance(value, bytearray) else value, what)
+    if isinstance(value, (str, os.PathLike, bytes)):
+        return open_image(value, what)
     try:
         return np.asarray(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{what} is no image file and no array: {one_line(error)}.") from error
 
 
-# Augmented examples
-
-
 class _Views:
     """Turns decoded images into augmented tensors; what `TrainingImages` and `StreamedImages` share."""
 
     def __init__(
-        self,
-        label_set: LabelSet,
-        image_processor: SANImageProcessor,
-        augmentation: Augmentation,
-        seed: int,
+        self, label_set: LabelSet, image_processor: SANImageProcessor, augmentation: Augmentation, seed: int
     ) -> None:
-        if seed < 0:
-            raise ValueError(f"seed is {seed}: pass a whole number from 0 on.")
         self.label_set = label_set
         self.augmentation = augmentation
         self.seed = seed
@@ -180,21 +163,21 @@ class _Views:
         black, white = outputs["pixel_values"][0, :, 0].astype(np.float64).T[..., None, None]
         self._factor, self._shift = ((white - black) / 255).astype(np.float32), black.astype(np.float32)
 
-    def make(self, example: Mapping[str, Any], epoch: int, index: int, name: str) -> dict[str, Tensor]:
+    def make(self, example: Mapping[str, Any], epoch: int, index: int) -> dict[str, Tensor]:
         """
         One augmented example; chance comes from `(seed, epoch, index)` alone.
 
         Raises:
-            ImageError: it cannot be used; `name` says which it is.
+            ImageError: it cannot be used; its index is named.
         """
-        image, label_map = read_example(example, self.label_set, name)
+        image, label_map = read_example(example, self.label_set, f"example {index}")
         ignore_index = self.label_set.ignore_index
         if not self._has_warned and (label_map == ignore_index).all():
             self._has_warned.fill_(True)
             _logger.warning(
-                "%s: no pixel of its label map has a label; such images are kept and do no harm. Others like it are "
-                "not named.",
-                name,
+                "example %d: no pixel of its label map has a label; such images are kept and do no harm. Others like "
+                "it are not named.",
+                index,
             )
         rng = np.random.default_rng([self.seed, epoch, index])
         image, label_map = self.augmentation(image, label_map, rng, ignore_index)
@@ -240,11 +223,6 @@ class TrainingImages(torch.utils.data.Dataset):
         """Number of images."""
         return len(self.dataset)
 
-    @property
-    def epoch(self) -> int:
-        """Added to the epoch that a sample's number tells."""
-        return int(self._epoch)
-
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the numbers from 0 belong to."""
         self._epoch.fill_(epoch)
@@ -256,10 +234,8 @@ class TrainingImages(torch.utils.data.Dataset):
         Raises:
             ImageError: the image cannot be used; its index is named.
         """
-        if number < 0:
-            raise IndexError(f"samples are numbered from 0, {number} is none.")
         epoch, index = divmod(int(number), len(self))
-        return self._views.make(self.dataset[index], self.epoch + epoch, index, f"example {index}")
+        return self._views.make(self.dataset[index], int(self._epoch) + epoch, index)
 
 
 class StreamedImages(torch.utils.data.IterableDataset):
@@ -274,11 +250,8 @@ class StreamedImages(torch.utils.data.IterableDataset):
     The order follows from the seed and from the number of processes and workers.
 
     Args:
-        dataset: examples with `image` and `annotation`, in shards.
-        label_set: what the values of label maps mean.
-        image_processor: normalises images.
-        augmentation: random scale, crop, colours and flip.
-        seed: of order and augmentation.
+        dataset, label_set, image_processor, augmentation, seed: as of `TrainingImages`, but the data set is streamed,
+            in shards, and the seed is that of the order, too.
         batch_size: of the data loader; needed to find the place where `skip` ends.
         rank: of this process.
         world_size: number of processes.
@@ -303,13 +276,9 @@ class StreamedImages(torch.utils.data.IterableDataset):
         buffer_size: int = 256,
         epochs: int | None = None,
     ) -> None:
-        if batch_size < 1 or buffer_size < 1 or skip < 0 or not 0 <= rank < world_size:
-            raise ValueError(
-                f"batch_size {batch_size} and buffer_size {buffer_size} must be at least 1, skip {skip} at least 0, "
-                f"and rank {rank} below world_size {world_size}."
-            )
         self.dataset = undecoded(dataset)
         self._views = _Views(label_set, image_processor, augmentation, seed)
+        self.seed = seed
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
@@ -332,17 +301,17 @@ class StreamedImages(torch.utils.data.IterableDataset):
             fsspec.asyn.reset_lock()
         # A loader asks its workers in turn, beginning with the first: that one takes the role of the worker whose turn
         # it was when the stream was left.
-        role = self.skip % workers if worker is None else (self.skip + worker.id) % workers
+        role = (self.skip + (0 if worker is None else worker.id)) % workers
         used = len(range(role, self.skip, workers)) * self.batch_size
         examples = self._shuffled(self.rank * workers + role, self.world_size * workers)
         for epoch, index, example in islice(examples, used, None):
-            yield self._views.make(example, epoch, index, f"example {index}")
+            yield self._views.make(example, epoch, index)
 
     def _shuffled(self, reader: int, readers: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
         """Epoch, index and encoded example of all that one reader takes, in its order."""
         idle = 0
         for epoch in count() if self.epochs is None else range(self.epochs):
-            rng = np.random.default_rng([self._views.seed, epoch, reader, _BUFFER])
+            rng = np.random.default_rng([self.seed, epoch, reader, _BUFFER])
             idle += 1
             for index, example in _drawn(self._share(epoch, reader, readers), self.buffer_size, rng):
                 idle = 0
@@ -353,7 +322,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
     def _share(self, epoch: int, reader: int, readers: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Index and encoded example of what one reader takes from an epoch, unshuffled within shards."""
         shards = self.dataset.num_shards
-        order = np.random.default_rng([self._views.seed, epoch, 0, _SHARDS]).permutation(shards)
+        order = np.random.default_rng([self.seed, epoch, 0, _SHARDS]).permutation(shards)
         even = shards - shards % readers
         for shard in order[reader:even:readers]:
             yield from self._read(int(shard), 0, 1)
@@ -404,25 +373,16 @@ class EndlessOrder(torch.utils.data.Sampler[int]):
     def __init__(
         self, length: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1, batch_size: int = 1
     ) -> None:
-        if length < 1:
-            raise ValueError("there are no images to put into an order.")
-        if start < 0 or seed < 0 or batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(
-                f"start {start} and seed {seed} must be at least 0, batch_size {batch_size} at least 1, and rank "
-                f"{rank} below world_size {world_size}."
-            )
         self.length = length
         self.seed = seed
-        self.start = start
-        self.rank = rank
-        self.world_size = world_size
+        self.first = start + rank * batch_size
+        self.step = world_size * batch_size
         self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[int]:
         """Sample numbers of this process."""
-        step = self.world_size * self.batch_size
         known, order = -1, np.empty(0, dtype=np.int64)
-        for first in count(self.start + self.rank * self.batch_size, step):
+        for first in count(self.first, self.step):
             for position in range(first, first + self.batch_size):
                 epoch, place = divmod(position, self.length)
                 if epoch != known:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Value, get_dataset_split_names, load_dataset
+from datasets import ClassLabel, Dataset, IterableDataset, Value, get_dataset_split_names, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
 
 from modeling_san.processing.wording_san import one_line
@@ -70,7 +70,7 @@ def load_images(
         ValueError: where the source cannot be read or holds no images with label maps.
     """
     try:
-        dataset = open_source(os.fspath(source), split, streaming, labelled)
+        dataset = _open(os.fspath(source), split, streaming, labelled)
         columns = _first_columns(dataset)
         features = dict(dataset.features or dict.fromkeys(columns))
     except Exception as error:
@@ -84,10 +84,10 @@ def load_images(
         ) from error
     if not columns:
         raise ValueError(f"{source} (split {split!r}) holds no images.")
-    image = find_column(features, image_column, IMAGE_COLUMNS, "images", source)
+    image = _find_column(features, image_column, IMAGE_COLUMNS, "images", source)
     wanted = {image: "image"}
     if labelled or label_column is not None:
-        label = find_column(features, label_column, LABEL_COLUMNS, "label maps", source)
+        label = _find_column(features, label_column, LABEL_COLUMNS, "label maps", source)
         if label == image:
             raise ValueError(f"{source}: column {image!r} cannot hold both the images and the label maps.")
         wanted[label] = "annotation"
@@ -99,66 +99,57 @@ def load_images(
         raise ValueError(
             f"{source} has no column {missing[0]!r} to keep beside the images, but {', '.join(features)}."
         )
-    return _with_columns(dataset, features, wanted, keep_columns)
+    naming = [name for name in features if name not in wanted and class_names_in(features[name]) is not None]
+    dataset = dataset.select_columns(list(dict.fromkeys([*wanted, *keep_columns, *naming])))
+    # A column of class names may sit on a name that is needed
+    for names in ({name: f"{name}_classes" for name in naming if name in wanted.values()}, wanted):
+        if renamed := {old: new for old, new in names.items() if old != new}:
+            dataset = dataset.rename_columns(renamed)
+    return dataset
 
 
 def class_names_in(feature: Any) -> list[str] | None:
     """Class names of a list of classes, nested at will; None for all else, one class for a whole image too."""
-    while (feature := _item_of(feature)) is not None:
+    while feature is not None:
+        # `datasets` has written lists in two ways
+        feature = next(iter(feature), None) if isinstance(feature, list) else getattr(feature, "feature", None)
         if isinstance(feature, ClassLabel) and feature.names:
             return list(feature.names)
     return None
 
 
-def _item_of(feature: Any) -> Any:
-    """The feature of a list's items; `datasets` has written lists in two ways."""
-    if isinstance(feature, list):
-        return feature[0] if feature else None
-    return getattr(feature, "feature", None)
-
-
-def _with_columns(dataset: Any, features: dict[str, Any], wanted: dict[str, str], kept: Sequence[str]) -> Any:
-    """The wanted columns under their new names, and beside them those to keep and those that name classes."""
-    naming = [name for name in features if name not in wanted and class_names_in(features[name]) is not None]
-    dataset = dataset.select_columns(list(dict.fromkeys([*wanted, *kept, *naming])))
-    # A column of class names may sit on a name that is needed
-    renamed = {name: f"{name}_classes" for name in naming if name in wanted.values()}
-    if renamed:
-        dataset = dataset.rename_columns(renamed)
-    renamed = {old: new for old, new in wanted.items() if old != new}
-    return dataset.rename_columns(renamed) if renamed else dataset
-
-
-def open_source(source: str, split: str, streaming: bool, labelled: bool) -> Any:
+def undecoded(dataset: Any) -> Any:
     """
-    Open a data set with all its columns.
+    A data set that leaves its images encoded: what is passed over costs nothing, and `open_image` opens the rest.
 
     Args:
-        source: as for `load_images`.
-        split: which part of it.
-        streaming: whether to read it as it passes by.
-        labelled: whether two folders of files may be images and their label maps.
-
-    Raises:
-        ValueError and what the readers of `datasets` raise: it cannot be opened.
+        dataset: of `datasets`; anything else is returned as it is.
     """
+    for name, feature in (getattr(dataset, "features", None) or {}).items():
+        if isinstance(feature, ImageFeature) and feature.decode:
+            dataset = dataset.cast_column(name, ImageFeature(decode=False))
+    return dataset
+
+
+def _open(source: str, split: str, streaming: bool, labelled: bool) -> Any:
+    """A data set with all its columns; what the readers of `datasets` raise where it cannot be opened."""
     path = Path(source)
     # Its overloads know no plain truth value for streaming
     load: Any = load_dataset
-    reader = _FILE_FORMATS.get(path.suffix)
-    if reader is not None:
-        return load(reader, data_files=source, split="train", streaming=streaming)
+    if path.suffix in _FILE_FORMATS:
+        return load(_FILE_FORMATS[path.suffix], data_files=source, split="train", streaming=streaming)
     if glob.has_magic(source):
         raise ValueError(f"a pattern has to end in {' or '.join(_FILE_FORMATS)}")
-    if (path / "state.json").is_file():
-        return _streamed(Dataset.load_from_disk(source), streaming)
-    if (path / "dataset_dict.json").is_file():
-        parts = DatasetDict.load_from_disk(source)
-        return _streamed(parts[_find_split(source, split, list(map(str, parts)))], streaming)
-    if labelled and path.is_dir():
-        pairs = _paired_files(path, split)
-        if pairs is not None:
-            return _streamed(_from_pairs(*pairs), streaming)
+    dataset: Any = None
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        dataset = load_from_disk(source)
+        if not isinstance(dataset, Dataset):
+            dataset = dataset[_find_split(source, split, list(map(str, dataset)))]
+    elif labelled and path.is_dir():
+        dataset = _open_two_folders(path, split)
+    if dataset is not None:
+        parts = min(_STREAM_SHARDS, len(dataset))
+        return dataset.to_iterable_dataset(num_shards=parts) if streaming and parts else dataset
     try:
         return load(source, split=split, streaming=streaming)
     except ValueError:
@@ -180,74 +171,49 @@ def _find_split(source: str, wanted: str, names: Sequence[str]) -> str:
     return names[0]
 
 
-def _streamed(dataset: Dataset, streaming: bool) -> Dataset | IterableDataset:
-    """A data set on disk, as it is or as a stream."""
-    if not streaming or len(dataset) == 0:
-        return dataset
-    return dataset.to_iterable_dataset(num_shards=min(_STREAM_SHARDS, len(dataset)))
+def _open_two_folders(folder: Path, split: str) -> Dataset | None:
+    """Images and the label maps of the same names, from a folder of each; None where there are no such folders."""
+    splits = _SPLIT_FOLDERS.get(split, (split,))
 
+    def first(place: str, kinds: Sequence[str]) -> Path | None:
+        places = (folder / place.format(kind=kind, split=name) for kind in kinds for name in splits)
+        return next(filter(Path.is_dir, places), None)
 
-def _paired_files(folder: Path, split: str) -> tuple[dict[str, Path], dict[str, Path]] | None:
-    """Files by their name without ending in a folder of images and in one of label maps; None without these two."""
-    names = _SPLIT_FOLDERS.get(split, (split,))
-    for base in (*(folder / name for name in names), folder):
-        images = next((base / name for name in IMAGE_FOLDERS if (base / name).is_dir()), None)
-        labels = next((base / name for name in LABEL_FOLDERS if (base / name).is_dir()), None)
+    for place in ("{split}/{kind}", "{kind}/{split}", "{kind}"):
+        images, labels = first(place, IMAGE_FOLDERS), first(place, LABEL_FOLDERS)
         if images is None or labels is None:
             continue
-        parts = [next((place / name for name in names if (place / name).is_dir()), None) for place in (images, labels)]
-        if (
-            None in parts
-            and base == folder
-            and any(entry.is_dir() for place in (images, labels) for entry in place.iterdir())
-        ):
-            raise ValueError(f"{images} and {labels} hold folders, but none called {' or '.join(names)}")
-        return _files_by_stem(parts[0] or images), _files_by_stem(parts[1] or labels)
+        if place == "{kind}" and any(entry.is_dir() for kind in (images, labels) for entry in kind.iterdir()):
+            raise ValueError(f"{images} and {labels} hold folders, but none called {' or '.join(splits)}")
+        return _pair(_files_by_stem(images), _files_by_stem(labels))
     return None
 
 
-def _files_by_stem(folder: Path) -> dict[str, Path]:
+def _files_by_stem(folder: Path) -> dict[str, str]:
     """Images in a folder and those below, by their path without ending."""
-    files: dict[str, Path] = {}
+    files: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in _IMAGE_ENDINGS or path.name.startswith("."):
             continue
         stem = path.relative_to(folder).with_suffix("").as_posix()
         if stem in files:
             raise ValueError(f"{files[stem]} and {path} share the name {stem!r}: keep one of them")
-        files[stem] = path
+        files[stem] = str(path)
     return files
 
 
-def _from_pairs(images: dict[str, Path], labels: dict[str, Path]) -> Dataset:
-    """Images with the label maps of the same names."""
+def _pair(images: dict[str, str], labels: dict[str, str]) -> Dataset:
     stems = [stem for stem in images if stem in labels]
     if not stems:
         raise ValueError(f"{len(images)} images and {len(labels)} label maps lie there, but no two of the same name")
-    alone = len(images) - len(stems), len(labels) - len(stems)
-    if any(alone):
+    if len(images) > len(stems) or len(labels) > len(stems):
         _logger.warning(
             "%d images without a label map of the same name and %d label maps without an image are left out.",
-            *alone,
+            len(images) - len(stems),
+            len(labels) - len(stems),
         )
-    columns = {
-        "image": [str(images[stem]) for stem in stems],
-        "annotation": [str(labels[stem]) for stem in stems],
-    }
+    columns = {"image": [images[stem] for stem in stems], "annotation": [labels[stem] for stem in stems]}
     return Dataset.from_dict(columns).cast_column("image", ImageFeature()).cast_column("annotation", ImageFeature())
-
-
-def undecoded(dataset: Any) -> Any:
-    """
-    A data set that leaves its images encoded: what is passed over costs nothing, and `open_image` opens the rest.
-
-    Args:
-        dataset: of `datasets`; anything else is returned as it is.
-    """
-    for name, feature in (getattr(dataset, "features", None) or {}).items():
-        if isinstance(feature, ImageFeature) and feature.decode:
-            dataset = dataset.cast_column(name, ImageFeature(decode=False))
-    return dataset
 
 
 def _first_columns(dataset: Any) -> tuple[str, ...]:
@@ -257,20 +223,8 @@ def _first_columns(dataset: Any) -> tuple[str, ...]:
     return tuple(next(iter(undecoded(dataset)), ()))
 
 
-def find_column(features: dict[str, Any], chosen: str | None, known: Sequence[str], kind: str, source: object) -> str:
-    """
-    Name of the column that holds images or label maps.
-
-    Args:
-        features: of the data set, by column.
-        chosen: what the user says; None takes the first of `known` that there is.
-        known: usual names.
-        kind: what is looked for, for messages.
-        source: of the data set, for messages.
-
-    Raises:
-        ValueError: there is no such column.
-    """
+def _find_column(features: dict[str, Any], chosen: str | None, known: Sequence[str], kind: str, source: object) -> str:
+    """Name of the column of images or label maps: the user's, or the first of the known ones that there is."""
     if chosen is not None:
         if chosen not in features:
             raise ValueError(f"{source} has no column {chosen!r}, but {', '.join(features)}.")
@@ -287,12 +241,4 @@ def find_column(features: dict[str, Any], chosen: str | None, known: Sequence[st
     )
 
 
-__all__ = [
-    "IMAGE_COLUMNS",
-    "LABEL_COLUMNS",
-    "class_names_in",
-    "find_column",
-    "load_images",
-    "open_source",
-    "undecoded",
-]
+__all__ = ["class_names_in", "load_images", "undecoded"]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
+
+from .labels import add_label_options, parse_labels
 
 
 def add_source_options(parser: argparse.ArgumentParser, split: str) -> None:
@@ -23,12 +26,7 @@ def add_dataset_options(parser: argparse.ArgumentParser, split: str) -> None:
     """Add the options of labelled images, which `open_dataset` reads."""
     add_source_options(parser, split)
     parser.add_argument("--label-column", metavar="NAME", help="where the label maps are (default: found by its name)")
-    parser.add_argument(
-        "--labels",
-        metavar="PRESET_OR_FILE",
-        help="a label set such as ade20k_150, or a file with class names (default: the names that the data set "
-        "brings)",
-    )
+    add_label_options(parser)
     parser.add_argument(
         "--reduce-labels", action="store_true", help="label maps count classes from 1, and 0 stands for no label"
     )
@@ -39,10 +37,7 @@ def add_dataset_options(parser: argparse.ArgumentParser, split: str) -> None:
 
 def open_dataset(args: argparse.Namespace) -> tuple[Any, Any]:
     """
-    The data set that `add_dataset_options` let the user name.
-
-    Returns:
-        its images, and their label set.
+    Images and label set of the data set that `add_dataset_options` let the user name.
 
     Raises:
         ValueError: it cannot be read, or its labels cannot.
@@ -59,13 +54,19 @@ def open_dataset(args: argparse.Namespace) -> tuple[Any, Any]:
         label_column=args.label_column,
     )
     label_set = load_label_set(
-        args.labels,
+        _given_labels(args),
         dataset=images,
         source=args.dataset,
         ignore_index=args.ignore_index,
         reduce_labels=args.reduce_labels,
     )
     return images, label_set
+
+
+def _given_labels(args: argparse.Namespace) -> str | list[str] | None:
+    """Names where there are several; else a label set or a file, which also say how label maps store them."""
+    text = args.labels_file or args.labels
+    return parse_labels(text) if text and "," in text and not os.path.isfile(text) else text
 
 
 def quiet_datasets() -> None:

@@ -22,7 +22,7 @@ def add_label_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES_OR_SET",
         help='names separated by commas, such as "sky, road, car|automobile" (| joins synonyms; a name that holds a '
         "comma goes in double quotes), a label set that ships with the package (ade20k_150, coco_stuff_171, ...), or "
-        "a file with names (default: those stored with the model)",
+        "a file with names (default: those that come with the model or the data set)",
     )
     group.add_argument("--labels-file", metavar="FILE", help=f"file with names: {FILE_FORMS}")
 
@@ -82,7 +82,7 @@ def read_labels_file(path: str | Path) -> list[str]:
     Raises:
         ValueError: the file cannot be read or has another shape, or a label is refused.
     """
-    return list(read_label_file(path).names)
+    return list(read_label_file(path)["classes"])
 
 
 def read_templates(given: str | None) -> str | list[str] | None:

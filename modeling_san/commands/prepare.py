@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "prepare",
         help="turn an official benchmark folder into parquet files",
-        description=_DESCRIPTION.format(presets="\n".join(map(_describe, PRESETS))),
+        description=_DESCRIPTION.format(presets="\n".join(map(_describe, PRESETS.values()))),
         epilog=_EXAMPLE,
     )
     parser.add_argument("preset", metavar="PRESET", help="one of the presets above")
@@ -51,8 +51,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--shard-size",
         type=positive_integer,
+        default=2000,
         metavar="IMAGES",
-        help="images in a parquet file (default: 2000, about 400 MB)",
+        help="images in a parquet file (default: %(default)s, about 400 MB)",
     )
     parser.add_argument(
         "--allow-incomplete",
@@ -79,13 +80,8 @@ def _describe(preset: Preset) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """
-    Prepare the data set.
-
-    Returns:
-        exit code.
-    """
-    from modeling_san.training.prepare import IMAGES_PER_SHARD, prepare
+    """Prepare the data set; returns the exit code."""
+    from modeling_san.training.prepare import prepare
 
     prepared = prepare(
         args.preset,
@@ -93,12 +89,13 @@ def run(args: argparse.Namespace) -> int:
         args.output,
         split=args.split,
         workers=args.workers,
-        images_per_shard=args.shard_size or IMAGES_PER_SHARD,
+        images_per_shard=args.shard_size,
         allow_incomplete=args.allow_incomplete,
         skip_unreadable=args.skip_unreadable,
         warn=warn,
     )
     for name, split in prepared.items():
-        say(f"{name}: {split.images} images in {split.shards} {'file' if split.shards == 1 else 'files'}")
+        left_out = f", {split.skipped} left out" if split.skipped else ""
+        say(f"{name}: {split.images} images in {split.shards} {'file' if split.shards == 1 else 'files'}{left_out}")
     say(f"wrote {args.output} (its labels: --labels {args.preset})")
     return 0

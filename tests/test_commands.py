@@ -296,6 +296,15 @@ def test_labels_may_be_a_set_that_ships_with_the_package(segment, image, tmp_pat
     assert len(read_summary(tmp_path / "out")["labels"]) == 20
 
 
+def test_a_label_is_not_read_from_a_file_that_happens_to_have_its_name(segment, image, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("sky", "sky.txt"):
+        (tmp_path / name).write_text("road\nred truck\n")
+    for given, labels in (("sky", ["sky"]), ("sky.txt", ["road", "red truck"]), ("./sky", ["road", "red truck"])):
+        assert segment(image, labels=given)[0] == 0
+        assert read_summary(tmp_path / "out")["labels"] == labels
+
+
 @pytest.mark.parametrize(
     ("labels", "fact"),
     [

@@ -22,32 +22,28 @@ def add_label_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES_OR_SET",
         help='names separated by commas, such as "sky, road, car|automobile" (| joins synonyms; a name that holds a '
         "comma goes in double quotes), a label set that ships with the package (ade20k_150, coco_stuff_171, ...), or "
-        "a file with names (default: those stored with the model)",
+        "a file with names, such as classes.json (default: those stored with the model)",
     )
     group.add_argument("--labels-file", metavar="FILE", help=f"file with names: {FILE_FORMS}")
 
 
 def read_labels(args: argparse.Namespace) -> list[str] | None:
     """
-    The labels that `add_label_options` let the user give.
-
-    Returns:
-        normalised labels; None where neither option was used.
+    The labels that `add_label_options` let the user give, normalised; None where neither option was used.
 
     Raises:
         ValueError, CommandError: the labels or their file cannot be used.
     """
     if args.labels_file is not None:
-        return read_labels_file(args.labels_file)
+        return list(read_label_file(args.labels_file).names)
     return None if args.labels is None else parse_labels(args.labels)
 
 
 def parse_labels(text: str) -> list[str]:
     """
-    Labels from the name of a set that ships with the package, a file, or names separated by commas.
+    Normalised labels from the name of a set that ships with the package, a label file, or names between commas.
 
-    Returns:
-        normalised labels.
+    A file is known by its ending or its folder: the label "sky" is not read from a file that happens to be called so.
 
     Raises:
         ValueError, CommandError: there are none, or they cannot be used.
@@ -57,14 +53,14 @@ def parse_labels(text: str) -> list[str]:
     if text in vocabulary_names():
         return list(load_vocabulary(text).classes)
     # Unlike `Path.is_file`, this takes a text that is too long for a path
-    if os.path.isfile(text):
-        return read_labels_file(text)
+    if (Path(text).suffix or os.path.dirname(text)) and os.path.isfile(text):
+        return list(read_label_file(text).names)
     try:
         # Where the locale is not UTF-8 Python keeps the bytes of other letters aside; those are what was typed
         labels = normalize_labels(os.fsencode(text).decode("utf-8"))
     except ValueError as error:
         raise CommandError(f"--labels: {error}") from error
-    if len(labels) == 1 and (get_close_matches(text, vocabulary_names()) or Path(text).suffix in (".json", ".txt")):
+    if len(labels) == 1 and (Path(text).suffix in (".json", ".txt") or get_close_matches(text, vocabulary_names())):
         raise CommandError(
             f"--labels {text}: there is no such file and no such label set: check the spelling; the sets are "
             f"{', '.join(vocabulary_names())}"
@@ -72,28 +68,10 @@ def parse_labels(text: str) -> list[str]:
     return labels
 
 
-def read_labels_file(path: str | Path) -> list[str]:
-    """
-    Read class names from a file in one of the forms that `processing.label_files` knows.
-
-    Returns:
-        normalised labels, in the file's order.
-
-    Raises:
-        ValueError: the file cannot be read or has another shape, or a label is refused.
-    """
-    return list(read_label_file(path).names)
-
-
 def read_templates(given: str | None) -> str | list[str] | None:
     """
-    What `--templates` stands for.
-
-    Args:
-        given: name of a set that ships with the package, or a file of templates, each with one `{}`.
-
-    Returns:
-        the name, the templates of the file, or None where nothing was given.
+    What `--templates` stands for: the name of a set that ships with the package, or the templates in a file, each
+    with one `{}`; None where nothing was given.
 
     Raises:
         ValueError, CommandError: there is neither a set nor a file of that name, or its templates cannot be used.

@@ -2,18 +2,18 @@
 
 import base64
 import contextlib
+import io
 import json
-import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor
@@ -23,26 +23,6 @@ from modeling_san.hub_card.publish import prepared_upload
 TOKEN = "hf_theTokenThatNobodyElseMaySee"
 STRAY = ("optimizer.pt", "training_state.pt", "metrics.jsonl", "recipe.yaml", "notes.txt", ".env", "helper.py")
 OURS_ALONE = "nobody else may have this"
-
-# Runs `san` several times in one process, as loading the libraries takes longest, and tells what each run said.
-DRIVER = """
-import contextlib, io, json, os, sys, time
-from huggingface_hub import constants
-from modeling_san.commands.main import main
-
-time.sleep = lambda seconds: None  # the client waits before it tries again
-for case in json.load(sys.stdin):
-    os.environ["HF_TOKEN"] = case["token"]
-    constants.ENDPOINT = case["endpoint"]
-    constants.HF_HUB_OFFLINE = case["offline"]
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main(case["arguments"])
-        except SystemExit as stop:
-            code = stop.code
-    print(json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue()}), flush=True)
-"""
 
 
 class Hub(ThreadingHTTPServer):
@@ -248,32 +228,23 @@ def runs(hub, folder, sharded, tmp_path_factory):
         "empty message": [*push, "me/none", "--message", " "],
     }
     tokens = {"no token": "", "odd token": f"{TOKEN}\u00e9"}
-    sent = [
-        {
-            "arguments": arguments,
-            "token": tokens.get(name, TOKEN),
-            "endpoint": nobody if name == "nobody" else hub.url,
-            "offline": name == "offline",
-        }
-        for name, arguments in cases.items()
-    ]
-    home = tmp_path_factory.mktemp("home")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment.update(HF_HOME=str(home), HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1", OMP_NUM_THREADS="1")
-    finished = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input=json.dumps(sent),
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    said = dict(zip(cases, map(json.loads, finished.stdout.splitlines()), strict=True))
+    said = {}
+    with pytest.MonkeyPatch.context() as patch:
+        # The client waits before it tries again
+        patch.setattr("time.sleep", lambda seconds: None)
+        patch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path_factory.mktemp("home") / "token"))
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        for name, arguments in cases.items():
+            patch.setenv("HF_TOKEN", tokens.get(name, TOKEN))
+            patch.setattr(constants, "ENDPOINT", nobody if name == "nobody" else hub.url)
+            patch.setattr(constants, "HF_HUB_OFFLINE", name == "offline")
+            out, err = io.StringIO(), io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = main(arguments)
+            said[name] = {"code": code, "out": out.getvalue(), "err": err.getvalue()}
     return {
         "said": said,
-        "everything": finished.stdout + finished.stderr,
+        "everything": "".join(run["out"] + run["err"] for run in said.values()),
         "unchanged": before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()},
     }
 

@@ -22,7 +22,7 @@ def add_label_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES_OR_SET",
         help='names separated by commas, such as "sky, road, car|automobile" (| joins synonyms; a name that holds a '
         "comma goes in double quotes), a label set that ships with the package (ade20k_150, coco_stuff_171, ...), or "
-        "a file with names, such as classes.json (default: those stored with the model)",
+        "a file with names (default: those that come with the model or the data set)",
     )
     group.add_argument("--labels-file", metavar="FILE", help=f"file with names: {FILE_FORMS}")
 
@@ -35,7 +35,7 @@ def read_labels(args: argparse.Namespace) -> list[str] | None:
         ValueError, CommandError: the labels or their file cannot be used.
     """
     if args.labels_file is not None:
-        return list(read_label_file(args.labels_file).names)
+        return read_labels_file(args.labels_file)
     return None if args.labels is None else parse_labels(args.labels)
 
 
@@ -54,7 +54,7 @@ def parse_labels(text: str) -> list[str]:
         return list(load_vocabulary(text).classes)
     # Unlike `Path.is_file`, this takes a text that is too long for a path
     if (Path(text).suffix or os.path.dirname(text)) and os.path.isfile(text):
-        return list(read_label_file(text).names)
+        return read_labels_file(text)
     try:
         # Where the locale is not UTF-8 Python keeps the bytes of other letters aside; those are what was typed
         labels = normalize_labels(os.fsencode(text).decode("utf-8"))
@@ -66,6 +66,19 @@ def parse_labels(text: str) -> list[str]:
             f"{', '.join(vocabulary_names())}"
         )
     return labels
+
+
+def read_labels_file(path: str | Path) -> list[str]:
+    """
+    Read class names from a file in one of the forms that `processing.label_files` knows.
+
+    Returns:
+        normalised labels, in the file's order.
+
+    Raises:
+        ValueError: the file cannot be read or has another shape, or a label is refused.
+    """
+    return list(read_label_file(path).names)
 
 
 def read_templates(given: str | None) -> str | list[str] | None:

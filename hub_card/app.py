@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
@@ -31,6 +32,8 @@ from modeling_san.processing import EXTENSIONS, normalize_labels
 from modeling_san.processing.images_san import open_image, read_byte_image, resize_image
 from modeling_san.processing.segmenter import Segmentation, Segmenter
 from modeling_san.processing.wording_san import listed
+
+from .space import TAGLINE
 
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 32_000_000
@@ -67,13 +70,7 @@ _HEADERS = {
 
 def read_words(given: Any) -> list[str]:
     """
-    Labels as the page's field of words sends them.
-
-    Args:
-        given: a list of labels, or lines of several that are separated by commas. It may be anything.
-
-    Returns:
-        normalised labels.
+    Normalised labels from what the page's field of words sends: a list of labels, or of lines of several.
 
     Raises:
         ValueError: there are none, too many, or one cannot be used.
@@ -93,10 +90,7 @@ def read_words(given: Any) -> list[str]:
 
 def read_upload(path: str | None) -> bytes:
     """
-    Content of an uploaded image file, whose size on disk is checked before it is read.
-
-    Args:
-        path: of the file; None where nothing was uploaded.
+    Content of an uploaded image file, whose size on disk is checked before it is read; None is no upload.
 
     Raises:
         ValueError: there is none, it is gone, empty or too large.
@@ -141,20 +135,16 @@ def open_upload(content: bytes) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """
-    One visitor's image, segmented.
-
-    Attributes:
-        content: of the image's file.
-        source: its name.
-        size: height and width of the image, upright.
-        shown: the segmentation at the size at which a browser gets it.
-    """
+    """One visitor's image, segmented."""
 
     content: bytes
+    """Of the image's file."""
     source: str
+    """The file's name."""
     size: tuple[int, int]
+    """Height and width of the image, upright."""
     shown: Segmentation
+    """At the size at which a browser gets it."""
 
     def image(self) -> np.ndarray:
         """The image as a browser gets it."""
@@ -177,15 +167,9 @@ class Result:
 
     def file(self, kind: str, opacity: float, model: str) -> tuple[str, bytes]:
         """
-        A file to download, at the image's own size.
+        Name and content of a file to download, "overlay", "labels" or "json", at the image's own size.
 
-        Args:
-            kind: "overlay", "labels" or "json".
-            opacity: of the overlay's colours, 0 ... 1.
-            model: its name, for the JSON file.
-
-        Returns:
-            the file's name and its content.
+        The overlay's colours have an opacity of 0 ... 1; the JSON file names the model.
         """
         stem = re.sub(r"[^\w.-]+", "_", Path(self.source).stem)[:60].strip("._") or "image"
         names = {one: stem + ending for one, ending in _FILES.items()}
@@ -204,19 +188,7 @@ class Result:
 
 
 def segment_upload(segmenter: Segmenter, content: bytes, labels: Sequence[str], extend: str, source: str) -> Result:
-    """
-    Segment an image file.
-
-    Args:
-        segmenter: that all visitors share.
-        content: of the file.
-        labels: normalised labels.
-        extend: names to add, see `modeling_san.processing.extend_labels`.
-        source: name of the file.
-
-    Raises:
-        ValueError: the image or the labels cannot be used.
-    """
+    """Segment an image file of this name; a `ValueError` says why the image or the labels cannot be used."""
     image = open_upload(content)
     height, width = image.shape[:2]
     scale = min(1.0, _SHOWN_SIDE / max(height, width))
@@ -253,18 +225,15 @@ def make_page(
     Raises:
         ValueError: a label cannot be used.
     """
-    segmenter = Segmenter(model.eval(), processor)
     # Where a folder lies on the server is nobody's business
     name = Path(name).resolve().name if Path(name).is_dir() else name
+    handlers = _Handlers(Segmenter(model.eval(), processor), name)
     known = list(model.config.training_labels or ())
     is_builtin = is_drawn_world(known)
-    examples: list[list[Any]] = (
-        [[one.image, list(one.labels)] for one in load_examples(enlargement=4)] if is_builtin else []
-    )
+    examples = [[one.image, list(one.labels)] for one in load_examples(enlargement=4)] if is_builtin else []
     suggested = known or list(model.config.stored_labels or _FIRST_WORDS)
     first = examples[0][1] if examples else suggested[: len(_FIRST_WORDS)]
 
-    handlers = _Handlers(segmenter, name)
     with gr.Blocks(
         title=_TITLE, analytics_enabled=False, delete_cache=(_CLEANED_EVERY_SECONDS, _KEPT_SECONDS)
     ) as page:
@@ -272,94 +241,103 @@ def make_page(
         gr.HTML(_heading(name, is_builtin), elem_id="san-head", padding=False)
         with gr.Row(elem_id="san-columns"):
             with gr.Column(scale=5, min_width=320):
-                image = _image_field(examples[0][0] if examples else None)
-                words = gr.Dropdown(
-                    suggested[:_SUGGESTED_WORDS],
-                    value=first if labels is None else normalize_labels(labels),
-                    multiselect=True,
-                    allow_custom_value=True,
-                    label="Words",
-                    info="Type any, with Enter after each or commas between; a|b are synonyms.",
-                    elem_id="san-words",
-                )
-                extend = gr.Radio(
-                    [(_EXTENSION_NAMES[how], how) for how in EXTENSIONS],
-                    value="none",
-                    label="Vocabulary",
-                    info='Names that compete with yours; what they win is "other".',
-                    elem_id="san-extend",
-                )
-                run = gr.Button("Segment", variant="primary", elem_id="san-run")
-                if examples:
-                    gallery = gr.Examples(
-                        examples,
-                        [image, words],
-                        label="Examples, drawn for this model",
-                        visible_columns=[0],
-                        elem_id="san-examples",
-                        api_visibility="private",
-                    )
+                asked = _question(examples, suggested, first if labels is None else normalize_labels(labels))
             with gr.Column(scale=7, min_width=320):
-                with gr.Tabs(elem_id="san-tabs") as tabs:
-                    with gr.Tab("Labels", id="labels"):
-                        painted = gr.AnnotatedImage(
-                            show_label=False, height=430, elem_id="san-painted", buttons=["fullscreen"]
-                        )
-                    with gr.Tab("Heat map", id="heat"):
-                        label = gr.Dropdown([], show_label=False, container=False, elem_id="san-label")
-                        heat = gr.Image(
-                            interactive=False, height=430, format="jpeg", buttons=["fullscreen"], elem_id="san-heat"
-                        )
-                    with gr.Tab("Table", id="table"):
-                        table = gr.Dataframe(
-                            headers=["label", "area", "pixels", "mean score"], interactive=False, elem_id="san-table"
-                        )
-                notice = gr.HTML(elem_id="san-notice", padding=False)
-                with gr.Row(elem_id="san-bar"):
-                    opacity = gr.Slider(
-                        0,
-                        100,
-                        _OPACITY,
-                        step=1,
-                        label="Opacity in percent",
-                        buttons=[],
-                        scale=4,
-                        min_width=260,
-                        elem_id="san-opacity",
-                    )
-                    buttons = {
-                        kind: gr.Button(f"\u2193 {title}", size="sm", min_width=80, elem_id=f"san-{kind}")
-                        for kind, title in (("overlay", "Overlay"), ("labels", "Label map"), ("json", "JSON"))
-                    }
-                saved = gr.DownloadButton(visible="hidden", elem_id="san-saved")
+                shown = _answer()
 
-        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        on_result: dict[str, Any] = {**private, "concurrency_id": "result", "concurrency_limit": 2}
-        show_heat: dict[str, Any] = {
-            "fn": handlers.show_heat,
-            "inputs": [result, label],
-            "outputs": [heat],
-            **on_result,
+        private: dict[str, Any] = {"api_visibility": "private"}
+        on_result: dict[str, Any] = {
+            **private,
+            "show_progress": "hidden",
+            "concurrency_id": "result",
+            "concurrency_limit": 2,
         }
-        starts = [run.click, gallery.load_input_event.success, page.load] if examples else [run.click]
-        for start in starts:
+        show_heat = {**on_result, "fn": handlers.show_heat, "inputs": [result, shown.label], "outputs": [shown.heat]}
+        for start in [asked.run.click, *([asked.gallery.load_input_event.success, page.load] if examples else [])]:
             start(
                 handlers.segment,
-                [image, words, extend],
-                [result, painted, notice, label, table, words, tabs],
+                [asked.image, asked.words, asked.extend],
+                [result, shown.painted, shown.notice, shown.label, shown.table, asked.words, shown.tabs],
                 concurrency_id="model",
                 concurrency_limit=concurrency,
-                api_visibility="private",
-                show_progress_on=[painted],
+                show_progress_on=[shown.painted],
+                **private,
             ).success(**show_heat)
-        painted.select(handlers.choose_label, [result], [label, tabs], **on_result).success(**show_heat)
-        label.input(**show_heat)
-        opacity.input(None, [opacity], None, js=_SET_OPACITY)
-        for kind, button in buttons.items():
-            written = button.click(partial(handlers.write_file, kind), [result, opacity], [saved], **on_result)
+        chosen = shown.painted.select(handlers.choose_label, [result], [shown.label, shown.tabs], **on_result)
+        chosen.success(**show_heat)
+        shown.label.input(**show_heat)
+        shown.opacity.input(None, [shown.opacity], None, js=_SET_OPACITY)
+        for kind, button in shown.buttons.items():
+            write = partial(handlers.write_file, kind)
+            written = button.click(write, [result, shown.opacity], [shown.saved], **on_result)
             written.success(None, None, None, js="() => document.querySelector('#san-saved').click()")
     page.queue(max_size=_WAITING_VISITORS, api_open=False)
     return page
+
+
+def _question(examples: list[list[Any]], suggested: list[str], first: list[str]) -> Any:
+    """The fields of the page's left column, by name: what is asked."""
+    image = _image_field(examples[0][0] if examples else None)
+    words = gr.Dropdown(
+        suggested[:_SUGGESTED_WORDS],
+        value=first,
+        multiselect=True,
+        allow_custom_value=True,
+        label="Words",
+        info="Type any, with Enter after each or commas between; a|b are synonyms.",
+        elem_id="san-words",
+    )
+    extend = gr.Radio(
+        [(_EXTENSION_NAMES[how], how) for how in EXTENSIONS],
+        value="none",
+        label="Vocabulary",
+        info='Names that compete with yours; what they win is "other".',
+        elem_id="san-extend",
+    )
+    run = gr.Button("Segment", variant="primary", elem_id="san-run")
+    gallery = examples and gr.Examples(
+        examples,
+        [image, words],
+        label="Examples, drawn for this model",
+        visible_columns=[0],
+        elem_id="san-examples",
+        api_visibility="private",
+    )
+    return SimpleNamespace(image=image, words=words, extend=extend, run=run, gallery=gallery)
+
+
+def _answer() -> Any:
+    """The fields of the page's right column, by name: what comes out."""
+    view: dict[str, Any] = {"height": 430, "buttons": ["fullscreen"]}
+    with gr.Tabs(elem_id="san-tabs") as tabs:
+        with gr.Tab("Labels", id="labels"):
+            painted = gr.AnnotatedImage(show_label=False, elem_id="san-painted", **view)
+        with gr.Tab("Heat map", id="heat"):
+            label = gr.Dropdown([], show_label=False, container=False, elem_id="san-label")
+            heat = gr.Image(interactive=False, format="jpeg", elem_id="san-heat", **view)
+        with gr.Tab("Table", id="table"):
+            columns = ["label", "area", "pixels", "mean score"]
+            table = gr.Dataframe(headers=columns, interactive=False, elem_id="san-table")
+    notice = gr.HTML(elem_id="san-notice", padding=False)
+    with gr.Row(elem_id="san-bar"):
+        opacity = gr.Slider(
+            *(0, 100, _OPACITY),
+            step=1,
+            label="Opacity in percent",
+            buttons=[],
+            scale=4,
+            min_width=260,
+            elem_id="san-opacity",
+        )
+        buttons = {
+            kind: gr.Button(f"\u2193 {title}", size="sm", min_width=80, elem_id=f"san-{kind}")
+            for kind, title in (("overlay", "Overlay"), ("labels", "Label map"), ("json", "JSON"))
+        }
+    saved = gr.DownloadButton(visible="hidden", elem_id="san-saved")
+    return SimpleNamespace(
+        **{"tabs": tabs, "painted": painted, "label": label, "heat": heat, "table": table},
+        **{"notice": notice, "opacity": opacity, "buttons": buttons, "saved": saved},
+    )
 
 
 def serve(
@@ -374,10 +352,10 @@ def serve(
     on_start: Callable[[str], None] = print,
 ) -> None:
     """
-    Make a page, serve it until Ctrl-C or SIGTERM, and remove all that was uploaded.
+    Make a page, see `make_page`, serve it until Ctrl-C or SIGTERM, and remove all that was uploaded.
 
     Args:
-        model: see `make_page`, as for `processor`, `name` and `labels`.
+        model: to segment with.
         processor: of the model.
         name: of the model.
         labels: words to begin with.
@@ -433,9 +411,6 @@ def serve_model(model_id: str) -> None:
     Serve the page of a model on the Hub or in a folder; what the `app.py` of a Space calls.
 
     No code of the model's repository is run, and its weights come from safetensors only.
-
-    Args:
-        model_id: Hub repository or folder.
     """
     model = SANForOpenVocabSegmentation.from_pretrained(model_id, use_safetensors=True, trust_remote_code=False)
     # The host is Gradio's to choose: a Space sets GRADIO_SERVER_NAME
@@ -507,17 +482,14 @@ class _SafeHeaders:
 @contextmanager
 def _private_uploads() -> Iterator[None]:
     """Let Gradio keep its files in a folder that only this user can read and that goes with the server."""
-    variable = "GRADIO_TEMP_DIR"
-    before = os.environ.get(variable)
+    before = os.environ.pop("GRADIO_TEMP_DIR", None)
     with tempfile.TemporaryDirectory(prefix="san-app-", ignore_cleanup_errors=True) as folder:
-        os.environ[variable] = folder
+        os.environ["GRADIO_TEMP_DIR"] = folder
         try:
             yield
         finally:
-            if before is None:
-                del os.environ[variable]
-            else:
-                os.environ[variable] = before
+            del os.environ["GRADIO_TEMP_DIR"]
+            os.environ |= {} if before is None else {"GRADIO_TEMP_DIR": before}
 
 
 @contextmanager
@@ -579,7 +551,7 @@ def _image_field(value: Image.Image | None) -> Any:
 
 def _heading(name: str, is_builtin: bool) -> str:
     """The head of the page: what it does and, if the model is the small one, what it does not."""
-    text = "Upload an image, name what to look for in any words, and every pixel gets the word that fits best."
+    text = TAGLINE
     if is_builtin:
         text += " <strong>This model is tiny and knows only a world of drawn images</strong> and the words suggested."
     else:

@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from modeling_san.builtin import describe_groups, is_drawn_world, words
+from modeling_san.builtin import describe_groups, is_drawn_world, load_examples, words
 from modeling_san.configuration_san import SANConfig
 from modeling_san.conversion import RELEASED_CONFIGS
 from modeling_san.modeling_san import SANForOpenVocabSegmentation
@@ -36,7 +36,6 @@ EXAMPLE_FILES = ("example.jpg", "example.jpeg", "example.png")
 
 _TEMPLATE = Path(__file__).parent / "model_card_template.md"
 _DRAWN_EXAMPLE = Path(__file__).parent / "assets" / "demo.png"
-_DRAWN_WORDS = ["wood", "yellow plain", "purple checkered", "pink striped"]
 # An image that the Hub keeps for examples like this one
 _HUB_EXAMPLE = "https://huggingface.co/datasets/mishig/sample_images/resolve/main/tiger.jpg"
 _HUB_WORDS = ["tiger", "grass"]
@@ -123,6 +122,8 @@ def make_model_card(
         **kept,
     )
     stored = config.stored_labels
+    metrics = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else []
+    losses = [line for line in metrics if _is_number(line.get("loss"))]
     card = ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
@@ -134,7 +135,7 @@ def make_model_card(
         num_words=len(config.training_labels or ()),
         drawn_words={group: len(names) for group, names in words().items()},
         training=_training_rows(recipe),
-        record=_training_record(folder),
+        last=losses[-1] if losses else None,
         own=own,
         others=[measurement for measurement in measurements if measurement.other_model],
         published=_published(config),
@@ -153,12 +154,7 @@ def make_model_card(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """
-    The JSON object in a file.
-
-    Raises:
-        ValueError: where it cannot be read as one.
-    """
+    """The JSON object in a file; a `ValueError` where it cannot be read as one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -169,12 +165,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> SANConfig:
-    """
-    The configuration of a SAN model.
-
-    Raises:
-        ValueError: where there is none, it is another model's, or it makes no sense.
-    """
+    """The configuration of a SAN model; a `ValueError` where there is none, it is another's, or makes no sense."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no model (config.json): pass a folder that save_pretrained wrote.")
@@ -189,12 +180,7 @@ def read_config(folder: Path) -> SANConfig:
 
 
 def read_kept_metadata(folder: Path) -> dict[str, Any]:
-    """
-    What the folder's own card says of licence and origin.
-
-    Raises:
-        ValueError: where its metadata cannot be read.
-    """
+    """What the folder's own card says of licence and origin; a `ValueError` where it cannot be read."""
     path = folder / CARD_FILE
     if not path.is_file():
         return {}
@@ -245,8 +231,10 @@ def _make_widget(folder: Path, config: SANConfig, repo_id: str | None) -> dict[s
     if image is None:
         source, names = _HUB_EXAMPLE, safe if len(safe) > 1 else _HUB_WORDS
     else:
+        # The drawn image is the first of those that the page offers
+        drawn = list(load_examples()[0].labels)
         place = f"https://huggingface.co/{repo_id}/resolve/main/" if repo_id else ""
-        source, names = place + example_name(image), _DRAWN_WORDS if image == _DRAWN_EXAMPLE else safe or _HUB_WORDS
+        source, names = place + example_name(image), drawn if image == _DRAWN_EXAMPLE else safe or _HUB_WORDS
     return {"src": source, "example_title": "An example", "candidate_labels": ", ".join(names)}
 
 
@@ -255,23 +243,18 @@ def _make_widget(folder: Path, config: SANConfig, repo_id: str | None) -> dict[s
 
 def _facts(config: SANConfig, folder: Path) -> dict[str, str]:
     """What the configuration and the headers of the files say, as rows of a table."""
-    parameters, types, size = 0, set(), 0
-    for name in weight_files(folder):
-        if name == SAFE_WEIGHTS_INDEX_NAME:
-            continue
+    types: set[str] = set()
+    weights = [folder / name for name in weight_files(folder) if name != SAFE_WEIGHTS_INDEX_NAME]
+    for path in weights:
         try:
-            with safe_open(folder / name, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 - the reader is no dictionary
-                    tensor = file.get_slice(key)
-                    types.add(_TYPES.get(tensor.get_dtype(), tensor.get_dtype()))
-                    # Label embeddings are stored beside the parameters and are none
-                    parameters += 0 if key == "stored_class_embeds" else math.prod(tensor.get_shape())
+            with safe_open(path, framework="pt") as file:
+                types |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 - no dictionary
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{folder / name} cannot be read: {one_line(error)}") from error
-        size += (folder / name).stat().st_size
+            raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
+    size = sum(path.stat().st_size for path in weights)
     with torch.device("meta"):
         model = SANForOpenVocabSegmentation(config)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trainable = model.num_parameters(only_trainable=True)
     patterns = ", ".join(map(_cell, config.trainable_clip_parameters))
     of_clip = f", and of CLIP what is named {patterns}" if patterns else "; all of CLIP is frozen"
     vision, text = config.vision_config, config.text_config
@@ -282,9 +265,9 @@ def _facts(config: SANConfig, folder: Path) -> dict[str, str]:
         f"{text.max_position_embeddings} tokens",
         "side adapter": f"{config.side_num_layers} layers, width {config.side_hidden_size}, "
         f"{config.num_queries} mask proposals",
-        "parameters": f"{parameters / 1e6:.2f} million",
+        "parameters": f"{model.num_parameters() / 1e6:.2f} million",
         "trainable in this configuration": f"{trainable / 1e6:.2f} million: the side adapter{of_clip}",
-        "weights": f"{', '.join(sorted(types))}, {size / 1e6:.1f} MB",
+        "weights": f"{', '.join(sorted(_TYPES.get(one, one) for one in types))}, {size / 1e6:.1f} MB",
     }
     path = folder / "processor_config.json"
     processor = read_json(path) if path.is_file() else {}
@@ -328,38 +311,23 @@ def _training_rows(recipe: Mapping[str, Any]) -> dict[str, str]:
     return rows
 
 
-def _training_record(folder: Path) -> str | None:
-    """What the run's own figures say of its end."""
-    path = folder / METRICS_FILE
-    lines = [line for line in read_metrics(path) if _is_number(line.get("loss"))] if path.is_file() else []
-    return (
-        f"The run's record ends at step {lines[-1]['step']} with a loss of {lines[-1]['loss']:.4g}." if lines else None
-    )
-
-
 # Measurements
 
 
 @dataclass(frozen=True)
 class _Measurement:
-    """
-    Figures with their source.
-
-    Attributes:
-        about: what was measured on, and by what.
-        rows: figures by name.
-        columns: names of the figures' columns.
-        entries: the same for the metadata.
-        weakest: a sentence about the classes with the lowest IoU.
-        other_model: whose figures they are, if the file names another model.
-    """
+    """Figures with their source."""
 
     about: str
+    """What was measured on, and by what."""
     rows: dict[str, list[str]]
     columns: tuple[str, ...]
-    entries: list[EvalResult] = field(repr=False)
+    entries: list[EvalResult]
+    """The same for the metadata."""
     weakest: str | None = None
+    """A sentence about the classes with the lowest IoU."""
     other_model: str | None = None
+    """Whose figures they are, if the file names another model."""
 
 
 def _find_results(folder: Path, given: Iterable[str | os.PathLike]) -> list[Path]:

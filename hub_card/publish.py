@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,6 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from modeling_san import __version__
 from modeling_san.modeling_san import SANForOpenVocabSegmentation
@@ -50,9 +49,7 @@ _NEEDED_CLASSES = {
 }
 """Files that refer to code, and to which classes at least."""
 
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
-# What the Hub puts into a repository when it makes one
-_HUBS_OWN_FILES = (".gitattributes",)
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 class PublishError(ValueError):
@@ -61,19 +58,14 @@ class PublishError(ValueError):
 
 @dataclass
 class Upload:
-    """
-    What is to be published.
-
-    Attributes:
-        files: a file on disk, or content, by its name in the repository.
-        left_out: what the folder holds beside; folders end with a slash.
-        notes: what is not simply the folder's own file, and why, by the name of the file.
-        has_new_card: whether the card was made now.
-    """
+    """What is to be published."""
 
     files: dict[str, Path | bytes]
+    """A file on disk, or content, by its name in the repository."""
     left_out: list[str] = field(default_factory=list)
+    """What the folder holds beside; folders end with a slash."""
     notes: dict[str, str] = field(default_factory=dict)
+    """What is not simply the folder's own file, and why, by the name of the file."""
     has_new_card: bool = False
 
     def sizes(self) -> dict[str, int]:
@@ -92,15 +84,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class Published:
-    """
-    What has been published.
-
-    Attributes:
-        url: of the repository.
-        commit: its id.
-        kept_card: whether the repository's own card was left alone.
-        removed: files that the commit removed.
-    """
+    """What has been published: the repository, the commit, its own card if that was kept, the files removed."""
 
     url: str
     commit: str
@@ -109,12 +93,7 @@ class Published:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """
-    Refuse a name that the Hub would refuse.
-
-    Raises:
-        PublishError: for anything else than NAMESPACE/NAME.
-    """
+    """Raise a `PublishError` for anything else than the NAMESPACE/NAME of a repository."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -132,9 +111,7 @@ def prepared_upload(
     repo_id: str,
     *,
     new_card: bool = False,
-    results: Iterable[str | os.PathLike] = (),
-    license: str | None = None,
-    base_model: str | None = None,
+    **about: Any,
 ) -> Iterator[Upload]:
     """
     Choose what to publish, and make what is missing: the card, and the code of a folder that carries none.
@@ -143,9 +120,7 @@ def prepared_upload(
         folder: with a model and its processor; nothing in it is changed.
         repo_id: where it goes to.
         new_card: make a card even where the folder has a README.md.
-        results: further measurements for the card, see `make_model_card`.
-        license: of the weights, for the card.
-        base_model: Hub id of the model that these weights were made from, for the card.
+        **about: what else `make_model_card` takes.
 
     Yields:
         what to publish; files that were made for it are deleted at the end of the block.
@@ -173,7 +148,7 @@ def prepared_upload(
             upload.files[CARD_FILE] = folder / CARD_FILE
             upload.notes[CARD_FILE] = "the folder's own"
         else:
-            made = make_model_card(folder, repo_id=repo_id, results=results, license=license, base_model=base_model)
+            made = make_model_card(folder, repo_id=repo_id, **about)
             upload.files[CARD_FILE] = str(made).encode()
             upload.notes[CARD_FILE] = "made from the folder's facts"
             upload.has_new_card = True
@@ -250,10 +225,10 @@ def push(
         upload: from `prepared_upload`.
         repo_id: made if it is not there.
         private: make it private.
+        message: of the commit.
         update: commit on top of what the repository holds: files of the same names are replaced, weights under other
             names removed, all else stays, a card too unless the folder brings one.
         new_card: replace the repository's card also by one that was made now.
-        message: of the commit.
 
     Raises:
         PublishError: where the network, the token, its rights or the repository's content stand against it.
@@ -273,18 +248,15 @@ def push(
             f"{repo_id} exists and is public: make it private on its page first, or leave out --private"
         )
     present = [] if info is None else [file.rfilename for file in info.siblings or []]
-    others = [name for name in present if name not in _HUBS_OWN_FILES]
+    # The Hub makes repositories with one file in them
+    others = [name for name in present if name != ".gitattributes"]
     if others and not update:
         raise PublishError(
             f"{repo_id} exists and holds files, {others[0]!r} for example: pass --update to commit on top of the "
             f"{len(others)}, or choose another name"
         )
     keep_card = upload.has_new_card and not new_card and CARD_FILE in present
-    removed = [
-        name
-        for name in present
-        if (_WEIGHTS.fullmatch(name) or name == SAFE_WEIGHTS_INDEX_NAME) and name not in upload.files
-    ]
+    removed = [name for name in present if _WEIGHTS.fullmatch(name) and name not in upload.files]
     with _explained(repo_id, token, "push once more; what has arrived is not sent twice"):
         # Read at once, so that a file that is not there stops all before anything is sent
         operations: list[Any] = [
@@ -303,12 +275,7 @@ def push(
 
 
 def find_token() -> str:
-    """
-    The token that huggingface_hub keeps: `HF_TOKEN`, or what `hf auth login` stored.
-
-    Raises:
-        PublishError: where there is none, or what is kept cannot be one.
-    """
+    """The token that huggingface_hub keeps; a `PublishError` where there is none, or what is kept cannot be one."""
     token = get_token()
     if not token:
         raise PublishError("there is no token of the Hub on this machine: log in with `hf auth login` first")

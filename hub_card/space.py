@@ -26,6 +26,9 @@ PACKAGES = (
 )
 """The packages that are installed; an editable install does not let them be listed."""
 
+TAGLINE = "Upload an image, name what to look for in any words, and every pixel gets the word that fits best."
+"""What the page does, in a sentence."""
+
 _DISTRIBUTION = "modeling-san"
 _LICENSE = "apache-2.0"
 _PYTHON_VERSION = "3.11"
@@ -48,8 +51,8 @@ _README = """\
 
 # {title}
 
-Upload an image, name what to look for in any words, and every pixel gets the word that fits best: the Side Adapter
-Network with the weights of [{model_id}](https://huggingface.co/{model_id}).
+{tagline} The model is a Side Adapter Network with the weights of
+[{model_id}](https://huggingface.co/{model_id}).
 
 `app.py` is the page; another model is chosen with the variable `SAN_MODEL` in the Space's settings. No code of the
 model's repository is run. {origin}
@@ -60,15 +63,13 @@ def write_space(folder: str | os.PathLike, model_id: str, *, package: str | None
     """
     Write `app.py`, `requirements.txt` and `README.md` with the metadata of a Space that serves a model's page.
 
-    The page is part of this package, which a Space has to get from somewhere. Without `package` a copy of the code
-    goes into the folder, and nothing but public libraries has to be installed; with it, the Space installs the package
-    from where it says.
+    A copy of this package's code goes into the folder, so that nothing but public libraries has to be installed.
 
     Args:
         folder: to make; it must not exist, or be empty.
         model_id: the model's repository on the Hub, "user/name".
         package: where pip finds this package, as a line of a requirements file such as
-            "modeling-san @ git+https://...". It is not looked up.
+            "modeling-san @ git+https://..."; it is then installed from there instead of copied.
 
     Returns:
         the folder.
@@ -108,7 +109,8 @@ def write_space(folder: str | os.PathLike, model_id: str, *, package: str | None
         if package is None
         else f"The package {_DISTRIBUTION} is installed from where `requirements.txt` says."
     )
-    readme = _README.format(metadata=metadata.to_yaml().strip(), title=title, model_id=model_id, origin=origin)
+    about = {"title": title, "tagline": TAGLINE, "model_id": model_id, "origin": origin}
+    readme = _README.format(metadata=metadata.to_yaml().strip(), **about)
     with new_folder(folder) as unfinished:
         SpaceCard(readme).save(unfinished / "README.md")
         (unfinished / "app.py").write_text(_APP.format(model_id=model_id), encoding="utf-8")

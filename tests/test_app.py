@@ -68,26 +68,17 @@ def component(page, name):
 # What a visitor sends
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (["Sky ", "car|Automobile"], ["sky", "car|automobile"]),
-        (["sky, road", " ", '"road, route"'], ["sky", "road", "road, route"]),
-    ],
-)
-def test_words_come_one_by_one_or_as_lines(given, expected):
-    assert read_words(given) == expected
+def test_words_come_one_by_one_or_as_lines():
+    assert read_words(["Sky, car|Automobile", " ", '"road, route"']) == ["sky", "car|automobile", "road, route"]
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         (None, "no words"),
-        ([], "no words"),
         ([" \n "], "no words"),
         ({"a": 1}, "not a list"),
         ("sky", "not a list"),
-        ([["sky"]], "not a list"),
         ([3], "not a list"),
         (["sky", "SKY"], "'sky'"),
         (["x" * 20_001], "20,001"),
@@ -130,14 +121,6 @@ def test_what_is_no_image_is_refused(content, image):
     content = image.read_bytes()[:2000] if isinstance(content, str) else content
     with pytest.raises(ValueError, match="no image that can be read"):
         open_upload(content)
-
-
-def test_images_are_turned_upright():
-    image, exif = Image.new("RGB", (40, 20)), Image.Exif()
-    exif[0x0112] = 6
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", exif=exif)
-    assert open_upload(buffer.getvalue()).shape == (40, 20, 3)
 
 
 # What a visitor gets

@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import CommandError, say, warn
 from .labels import add_label_options, read_labels
-from .parser import add_device_option, add_model_option, positive_integer
+from .parser import add_device_option, add_model_option, integer_between
 
 _DESCRIPTION = """\
 Serve a page on which images are segmented by any words. It is open to this machine alone unless --host or --share
@@ -20,7 +20,6 @@ example:
   san app --model ./san-vit-b-16 --labels "sky, road, building, car|automobile" --port 8000
   san app --model user/san-vit-b-16 --space my-space
 """
-_LARGEST_PORT = 65535
 
 
 def add_parser(subparsers: Any) -> None:
@@ -33,7 +32,9 @@ def add_parser(subparsers: Any) -> None:
         default="127.0.0.1",
         help="address to listen at; 0.0.0.0 opens the page to the network (default: %(default)s)",
     )
-    parser.add_argument("--port", type=_port, help="port to listen at (default: a free one from 7860 on)")
+    parser.add_argument(
+        "--port", type=integer_between(1, 65535), help="port to listen at (default: a free one from 7860 on)"
+    )
     parser.add_argument(
         "--share", action="store_true", help="open the page to anybody who knows its address, through Gradio's servers"
     )
@@ -46,12 +47,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """
-    Serve the page until Ctrl-C or SIGTERM, or write a Space.
-
-    Returns:
-        exit code.
-    """
+    """Serve the page until Ctrl-C or SIGTERM, or write a Space."""
     try:
         import gradio  # noqa: F401
     except ImportError as error:
@@ -98,10 +94,3 @@ def _write_space(args: argparse.Namespace) -> int:
     folder = write_space(args.space, args.model)
     say(f"space: {folder}, for {args.model}; upload it with: hf upload USER/SPACE {folder} --repo-type space")
     return 0
-
-
-def _port(text: str) -> int:
-    port = positive_integer(text)
-    if port > _LARGEST_PORT:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port: pass a number up to {_LARGEST_PORT}")
-    return port

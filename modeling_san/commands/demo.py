@@ -1,9 +1,8 @@
 """`san demo`: what the built-in model does, on a drawn image."""
 
-from __future__ import annotations
-
 import argparse
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +34,12 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """
-    Segment the example image.
-
-    Returns:
-        exit code.
-    """
+    """Segment the example image."""
     import numpy as np
 
-    from modeling_san.builtin import load_examples, words
+    from modeling_san.builtin import format_results, load_examples, words
     from modeling_san.processing.device import pick_device
+    from modeling_san.training.metrics import RESULTS_FILE
 
     from .models import load_model, quiet_libraries
     from .segment import main_labels, write_results
@@ -67,18 +62,8 @@ def run(args: argparse.Namespace) -> int:
     if unseen := [name for name in names if name in words()["never seen"]]:
         say(f"         without ever having had a mask of: {', '.join(unseen)}")
     say(f"overlay: {overlay}")
-    if table := _results_table(BUILTIN_MODEL if args.model is None else Path(args.model)):
-        say(f"\n{table}")
+    # Other models than the built-in one have no such file, or another of that name
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        results = (Path(args.model or BUILTIN_MODEL) / RESULTS_FILE).read_text(encoding="utf-8")
+        say(f"\n{format_results(json.loads(results))}")
     return 0
-
-
-def _results_table(folder: Path) -> str | None:
-    """The mean IoU that was measured when a model was trained; None where it was not."""
-    from modeling_san.builtin import format_results
-    from modeling_san.training.metrics import RESULTS_FILE
-
-    try:
-        return format_results(json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
-        # Other models than the built-in one have no such file, or another of that name
-        return None

@@ -8,7 +8,14 @@ from typing import Any
 from .datasets import add_dataset_options, open_dataset
 from .errors import CommandError, say
 from .labels import parse_labels, read_templates
-from .parser import add_device_option, add_model_option, add_templates_option, make_folder, positive_integer
+from .parser import (
+    add_device_option,
+    add_model_option,
+    add_output_option,
+    add_templates_option,
+    make_folder,
+    positive_integer,
+)
 
 _DESCRIPTION = """\
 Segment a labelled data set and compare: a table with the IoU and accuracy of each class, and in DIR
@@ -50,9 +57,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="NAME=FILE_OR_NAMES",
         help="classes that get means of their own: a file, or names with commas between; may be given several times",
     )
-    parser.add_argument(
-        "--output", metavar="DIR", default="evaluation", help="folder to write to (default: ./evaluation)"
-    )
+    add_output_option(parser, default="evaluation")
     parser.add_argument(
         "--overlays",
         type=int,

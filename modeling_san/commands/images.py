@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,51 +30,35 @@ def list_images(arguments: Sequence[str]) -> list[Path]:
     Raises:
         CommandError: there is none.
     """
-    paths = list(dict.fromkeys(Path(text) for text in _with_standard_input(arguments)))
+    given = ([argument] if argument != STANDARD_INPUT else sys.stdin for argument in arguments)
+    paths = list(dict.fromkeys(Path(line.rstrip("\r\n")) for lines in given for line in lines if line.strip()))
     if not paths:
         raise CommandError("standard input holds no paths: write one path of an image per line")
     return paths
 
 
-def _with_standard_input(arguments: Sequence[str]) -> Iterator[str]:
-    for argument in arguments:
-        if argument != STANDARD_INPUT:
-            yield argument
-        else:
-            yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
-
-
 def output_names(paths: Sequence[Path], folder: Path) -> list[str]:
     """
     A name for each image to write its results under: its own without the ending, and with a number behind where
-    several have the same, or where a result would replace one of the images.
-
-    Args:
-        paths: of the images.
-        folder: that results go to.
+    several have the same, or where a result in the folder would replace one of the images.
     """
-    inputs = {_place(path) for path in paths}
+    endings = (OVERLAY_ENDING, LABELS_ENDING, SUMMARY_ENDING)
+    images = {_place(path) for path in paths}
     # Compared in lower case, as some file systems do not tell upper from lower
     stems = {path.stem.casefold() for path in paths}
     used: set[str] = set()
+    numbers: dict[str, Iterator[int]] = defaultdict(lambda: count(2))
 
-    def is_free(name: str, stem: str) -> bool:
-        folded = name.casefold()
-        belongs_to_another = name != stem and folded in stems
-        return not belongs_to_another and folded not in used and inputs.isdisjoint(_places(folder, name))
+    def is_free(name: str) -> bool:
+        return name.casefold() not in used and images.isdisjoint(_place(folder / (name + one)) for one in endings)
 
     names = []
-    numbers: dict[str, Iterator[int]] = defaultdict(lambda: count(2))
     for stem in (path.stem for path in paths):
-        candidates = chain([stem], (f"{stem}-{number}" for number in numbers[stem.casefold()]))
-        name = next(candidate for candidate in candidates if is_free(candidate, stem))
-        used.add(name.casefold())
-        names.append(name)
+        numbered = (f"{stem}-{number}" for number in numbers[stem.casefold()])
+        # A numbered name that is another image's own is left to that one
+        names.append(next(filter(is_free, chain([stem], (name for name in numbered if name.casefold() not in stems)))))
+        used.add(names[-1].casefold())
     return names
-
-
-def _places(folder: Path, name: str) -> Iterable[str]:
-    return (_place(folder / (name + ending)) for ending in (OVERLAY_ENDING, LABELS_ENDING, SUMMARY_ENDING))
 
 
 def _place(path: Path) -> str:
@@ -100,7 +84,15 @@ def load_image(path: Path) -> np.ndarray:
 
     from modeling_san.processing.images_san import open_image, read_byte_image
 
-    _check_file(path)
+    try:
+        size = path.stat().st_size
+    except (OSError, ValueError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise CommandError(f"{path} cannot be read ({reason}): check the path") from error
+    if path.is_dir():
+        raise CommandError(f"{path} is a folder: pass the images in it, for example {path}/*.jpg")
+    if size == 0 and path.is_file():
+        raise CommandError(f"{path} is empty (0 bytes): it may not have been copied completely")
     try:
         with warnings.catch_warnings():
             # Images of this size would take gigabytes; PIL itself refuses them from twice as many pixels only
@@ -118,15 +110,3 @@ def load_image(path: Path) -> np.ndarray:
     except Exception as error:
         # Decoders of damaged files raise what they please
         raise CommandError(f"{path} cannot be read: {one_line(error)}") from error
-
-
-def _check_file(path: Path) -> None:
-    try:
-        size = path.stat().st_size
-    except (OSError, ValueError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        raise CommandError(f"{path} cannot be read ({reason}): check the path") from error
-    if path.is_dir():
-        raise CommandError(f"{path} is a folder: pass the images in it, for example {path}/*.jpg")
-    if size == 0 and path.is_file():
-        raise CommandError(f"{path} is empty (0 bytes): it may not have been copied completely")

@@ -29,10 +29,7 @@ def add_label_options(parser: argparse.ArgumentParser) -> None:
 
 def read_labels(args: argparse.Namespace) -> list[str] | None:
     """
-    The labels that `add_label_options` let the user give.
-
-    Returns:
-        normalised labels; None where neither option was used.
+    The labels that `add_label_options` let the user give, normalised; None where neither option was used.
 
     Raises:
         ValueError, CommandError: the labels or their file cannot be used.
@@ -44,10 +41,9 @@ def read_labels(args: argparse.Namespace) -> list[str] | None:
 
 def parse_labels(text: str) -> list[str]:
     """
-    Labels from the name of a set that ships with the package, a file, or names separated by commas.
+    Normalised labels from the name of a set that ships with the package, a label file, or names between commas.
 
-    Returns:
-        normalised labels.
+    A file is known by its ending or its folder: the label "sky" is not read from a file that happens to be called so.
 
     Raises:
         ValueError, CommandError: there are none, or they cannot be used.
@@ -57,14 +53,14 @@ def parse_labels(text: str) -> list[str]:
     if text in vocabulary_names():
         return list(load_vocabulary(text).classes)
     # Unlike `Path.is_file`, this takes a text that is too long for a path
-    if os.path.isfile(text):
+    if (Path(text).suffix or os.path.dirname(text)) and os.path.isfile(text):
         return read_labels_file(text)
     try:
         # Where the locale is not UTF-8 Python keeps the bytes of other letters aside; those are what was typed
         labels = normalize_labels(os.fsencode(text).decode("utf-8"))
     except ValueError as error:
         raise CommandError(f"--labels: {error}") from error
-    if len(labels) == 1 and (get_close_matches(text, vocabulary_names()) or Path(text).suffix in (".json", ".txt")):
+    if len(labels) == 1 and (Path(text).suffix in (".json", ".txt") or get_close_matches(text, vocabulary_names())):
         raise CommandError(
             f"--labels {text}: there is no such file and no such label set: check the spelling; the sets are "
             f"{', '.join(vocabulary_names())}"
@@ -87,13 +83,8 @@ def read_labels_file(path: str | Path) -> list[str]:
 
 def read_templates(given: str | None) -> str | list[str] | None:
     """
-    What `--templates` stands for.
-
-    Args:
-        given: name of a set that ships with the package, or a file of templates, each with one `{}`.
-
-    Returns:
-        the name, the templates of the file, or None where nothing was given.
+    What `--templates` stands for: the name of a set that ships with the package, or the templates in a file, each
+    with one `{}`; None where nothing was given.
 
     Raises:
         ValueError, CommandError: there is neither a set nor a file of that name, or its templates cannot be used.

@@ -43,12 +43,7 @@ EXIT_INTERRUPTED = 130
 
 
 def make_parser(commands: Iterable[str] = _COMMANDS) -> CommandParser:
-    """
-    The parser of `san`.
-
-    Args:
-        commands: those that it knows; the module of each is imported.
-    """
+    """The parser of `san` with these commands, the module of each of which is imported."""
     parser = CommandParser(
         prog="san",
         description="Side Adapter Network: label every pixel of an image with any words.",
@@ -63,10 +58,7 @@ def make_parser(commands: Iterable[str] = _COMMANDS) -> CommandParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Run one command.
-
-    Args:
-        argv: arguments after the program's name; those of the process by default.
+    Run one command; `argv` are the process's own arguments by default.
 
     Returns:
         exit code: 0, 2 for bad input, 130 after Ctrl-C.

@@ -22,12 +22,7 @@ _PACKAGE = __name__.partition(".")[0]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to segment.
-
-    Attributes:
-        name: what the user called it, or "built-in".
-        segmenter: the model, in evaluation mode and float32, with the processor that was saved with it.
-    """
+    """A model under the name that the user calls it by, in evaluation mode and float32, with its own processor."""
 
     name: str
     segmenter: Segmenter
@@ -46,12 +41,7 @@ class LoadedModel:
         self, labels: Sequence[str] | None, *, templates: str | Sequence[str] | None = None, extend: str = "none"
     ) -> Vocabulary:
         """
-        Encode what the user asked for, with a warning of words that the model was not trained on.
-
-        Args:
-            labels: names; None takes those stored with the model.
-            templates: prompt templates; None takes those saved with the processor.
-            extend: how to extend the labels, see `modeling_san.processing.extend_labels`.
+        `Segmenter.vocabulary`, with a warning of words that the model was not trained on.
 
         Raises:
             ValueError, CommandError: there are no labels, or they cannot be used.
@@ -83,11 +73,9 @@ def quiet_libraries() -> None:
 
 def load_model(name: str | None, device: torch.device) -> LoadedModel:
     """
-    Load a model and its processor. Weights come from safetensors only, and no code of a model folder is run.
+    Load a model and its processor from a folder or a Hub repository; None stands for the built-in model.
 
-    Args:
-        name: a folder or a Hub repository; None takes the built-in model.
-        device: where to put it.
+    Weights come from safetensors only, and no code of a model folder is run.
 
     Raises:
         CommandError: says what is wrong with the folder or repository.
@@ -117,14 +105,20 @@ def load_model(name: str | None, device: torch.device) -> LoadedModel:
             f"model {source} lacks {len(unfit)} of its weights or has them in other shapes, {unfit[0]} for example: "
             "write it anew with save_pretrained, `san convert` or `san train`"
         )
-    tokens, expected = len(processor.tokenizer), model.config.text_config.vocab_size
-    if tokens != expected:
-        # The library makes an empty tokenizer where it finds no files
-        raise CommandError(
-            f"model {source}: its tokenizer has {tokens} tokens and the model {expected}: the tokenizer's files are "
-            "missing or another model's, save the processor into the folder once more"
-        )
+    check_tokenizer(
+        processor.tokenizer,
+        model.config,
+        f"files of the tokenizer of {source} are missing or another model's, save the processor into it once more",
+    )
     return LoadedModel("built-in" if name is None else name, Segmenter(model.to(device).eval(), processor))
+
+
+def check_tokenizer(tokenizer: Any, config: Any, remedy: str) -> None:
+    """Raise a `CommandError` with this remedy where a model does not know just the tokenizer's tokens."""
+    # The library makes an empty tokenizer where it finds no files
+    tokens, expected = len(tokenizer), config.text_config.vocab_size
+    if tokens != expected:
+        raise CommandError(f"the tokenizer has {tokens} tokens and the model {expected}: {remedy}")
 
 
 def _check_source(source: str) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -42,10 +43,15 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help='"cpu", "cuda" or "cuda:1" (default: a GPU if there is one)')
 
 
-def add_output_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--output`, for `make_folder`."""
+def add_output_option(parser: argparse.ArgumentParser, default: str | None = "outputs") -> None:
+    """Add `--output`, for `make_folder`; it has to be given where there is no default."""
+    where = "" if default is None else f" (default: ./{default})"
     parser.add_argument(
-        "--output", metavar="DIR", default="outputs", help="folder to write to, made if missing (default: ./outputs)"
+        "--output",
+        metavar="DIR",
+        default=default,
+        required=default is None,
+        help=f"folder to write to, made if missing{where}",
     )
 
 
@@ -101,16 +107,17 @@ def positive_number(text: str) -> float:
 
 def positive_integer(text: str) -> int:
     """A whole number from 1, as an argument's type."""
-    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
+    return integer_between(1)(text)
+
+
+def integer_between(lowest: int, highest: float = float("inf")) -> Callable[[str], int]:
+    """An argument's type: a whole number from `lowest` to `highest`, both included."""
+    expected = f"of at least {lowest}" if highest == float("inf") else f"from {lowest} to {highest}"
+    return lambda text: _number(text, int, lambda value: lowest <= value <= highest, f"a whole number {expected}")
 
 
 def _number(text: str, convert: Callable[[str], _Number], fits: Callable[[_Number], bool], expected: str) -> _Number:
-    try:
-        value = convert(text)
-    except ValueError:
-        fitting = False
-    else:
-        fitting = fits(value)
-    if not fitting:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-    return value
+    with suppress(ValueError):
+        if fits(value := convert(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")

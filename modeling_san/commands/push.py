@@ -1,17 +1,12 @@
 """`san push`: publish a model on the Hub, in one commit."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modeling_san.processing.wording_san import listed
 
 from .errors import CommandError, say, warn
-
-if TYPE_CHECKING:
-    from modeling_san.hub_card.publish import Upload
 
 _DESCRIPTION = """\
 Publish a model's folder on the Hugging Face Hub, in one commit: weights, configuration, processor, the code that loads
@@ -30,8 +25,6 @@ example:
 The card to look at and edit before:
   python -c "from modeling_san.hub_card import make_model_card; make_model_card('my-model').save('my-model/README.md')"
 """
-_DEFAULT_MESSAGE = "Upload a SAN model"
-_LISTED_LEFT_OUT = 12
 
 
 def add_parser(subparsers: Any) -> None:
@@ -44,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--dry-run", action="store_true", help="list what would be published; needs no network")
     parser.add_argument("--update", action="store_true", help="commit on top of what the repository holds already")
-    parser.add_argument("--message", default=_DEFAULT_MESSAGE, help='of the commit (default: "%(default)s")')
+    parser.add_argument("--message", default="Upload a SAN model", help='of the commit (default: "%(default)s")')
     parser.add_argument("--new-card", action="store_true", help="make a card also where there is one already")
     parser.add_argument("--license", metavar="ID", help="of the weights, for the card: apache-2.0, for example")
     parser.add_argument("--base-model", metavar="HUB_ID", help="what these weights were made from, for the card")
@@ -58,12 +51,9 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """
-    Publish, or list what would be published.
+    """Publish, or list what would be published."""
+    from tqdm import tqdm
 
-    Returns:
-        exit code.
-    """
     from modeling_san.processing.device import pick_device
 
     from .models import load_model, quiet_libraries
@@ -96,7 +86,12 @@ def run(args: argparse.Namespace) -> int:
             warn("README.md is taken as it is: --results, --license and --base-model are for a --new-card")
         elif upload.has_new_card and not upload.states_license():
             warn("the card states no licence of the weights: pass --license")
-        _list(upload)
+        sizes = upload.sizes()
+        for name, size in [*sizes.items(), (f"{len(sizes)} files", sum(sizes.values()))]:
+            note = upload.notes.get(name, "")
+            say(f"  {name:<{max(map(len, sizes))}}  {tqdm.format_sizeof(size, 'B'):>7}  {note}".rstrip())
+        if upload.left_out:
+            say(f"left out: {listed(upload.left_out, 12)}")
         if args.dry_run:
             say(f"nothing was sent; without --dry-run this goes to {args.repo_id}")
             return 0
@@ -114,22 +109,3 @@ def run(args: argparse.Namespace) -> int:
         say(f"removed from the repository: {', '.join(published.removed)}")
     say(f"published: {published.url} (commit {published.commit[:8]})")
     return 0
-
-
-def _list(upload: Upload) -> None:
-    """Each file with its size and where it comes from."""
-    sizes = upload.sizes()
-    width = max(map(len, sizes))
-    for name, size in sizes.items():
-        note = upload.notes.get(name)
-        say(f"  {name:<{width}}  {_size(size):>9}{f'  {note}' if note else ''}".rstrip())
-    say(f"  {f'{len(sizes)} files':<{width}}  {_size(sum(sizes.values())):>9}")
-    if upload.left_out:
-        say(f"left out: {listed(upload.left_out, _LISTED_LEFT_OUT)}")
-
-
-def _size(count: int) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count} B"

@@ -68,12 +68,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """
-    Segment the images.
-
-    Returns:
-        exit code, 2 if an image could not be segmented.
-    """
+    """Segment the images; 2 if one could not be."""
     from tqdm import tqdm
 
     from modeling_san.processing.device import pick_device
@@ -132,9 +127,7 @@ def write_results(
         image: `(height, width, 3)` bytes, or a PIL image.
         folder: to write to.
         name: that the files' names begin with.
-        source: where the image came from, for the summary.
-        model: that segmented it, for the summary.
-        opacity: of the colours in the overlay.
+        source: where the image came from, for the summary, as is the model's name.
 
     Returns:
         path of the overlay.

@@ -17,6 +17,7 @@ from .parser import (
     add_device_option,
     add_extension_option,
     add_model_option,
+    add_output_option,
     add_templates_option,
     make_folder,
     positive_integer,
@@ -63,7 +64,7 @@ def add_parser(subparsers: Any) -> None:
         "segment-dataset", help="label a whole data set, on many GPUs", description=_DESCRIPTION, epilog=_EXAMPLE
     )
     add_source_options(parser, split="train")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the part files")
+    add_output_option(parser, default=None)
     add_label_options(parser)
     add_model_option(parser)
     add_templates_option(parser)

@@ -408,7 +408,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         if self.sls_embedding is None:
             return cls_token.expand(-1, self.config.num_queries, -1)
         if self.config.sls_token_format == "learnable_token":
-            return self.sls_embedding.expand(len(cls_token), -1, -1)
+            return self.sls_embedding.expand(cls_token.shape[0], -1, -1)
         return cls_token + self.sls_embedding
 
     def _check_pixel_values(self, pixel_values: Tensor) -> None:

@@ -106,7 +106,9 @@ def recognize_regions(
             clip_tokens,
             sls_tokens,
             masks[index if len(masks) > 1 else 0],
-            prompts=None if prompts is None else prompts[index].to(sls_tokens.dtype).expand(sls_tokens.shape[0], -1, -1),
+            prompts=None
+            if prompts is None
+            else prompts[index].to(sls_tokens.dtype).expand(sls_tokens.shape[0], -1, -1),
             last=index == len(layers) - 1,
         )
     return sls_tokens

@@ -256,10 +256,13 @@ def quantize_onnx(source: str | Path, target: str | Path) -> None:
         OSError: a file cannot be read or written.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with quiet():
+        # Weights that several products share are transposed in the graph, where quantisation would not find them
+        quant_pre_process(source, target, skip_symbolic_shape=True)
         quantize_dynamic(
-            source, target, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QUInt8
+            target, target, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QUInt8
         )
 
 

@@ -206,8 +206,8 @@ def convert_checkpoint(
     if any(name.startswith("image_encoder.") for name in state_dict):
         state_dict = dict(_from_openmmlab(*item) for item in state_dict.items())
     config = _make_config(state_dict, reference_config)
-    model = SANForOpenVocabSegmentation(config)
-    expected = model.state_dict()
+    with torch.device("meta"):
+        expected = SANForOpenVocabSegmentation(config).state_dict()
     converted: dict[str, Tensor] = {}
     unknown = []
     for name, tensor in state_dict.items():
@@ -227,8 +227,9 @@ def convert_checkpoint(
     ]
     if problems:
         raise ValueError("the checkpoint does not fit the model:\n  " + "\n  ".join(problems))
-    model.load_state_dict({name: tensor.float() for name, tensor in converted.items()})
-    return model.eval()
+    return SANForOpenVocabSegmentation.from_pretrained(
+        None, config=config, state_dict={name: tensor.float() for name, tensor in converted.items()}
+    )
 
 
 def _rename(name: str, rules: Iterable[tuple[str, str]]) -> str:

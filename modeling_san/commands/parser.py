@@ -70,7 +70,7 @@ def make_folder(path: str | Path) -> Path:
             pass
     except OSError as error:
         reason = error.strerror or error
-        raise CommandError(f"output folder {folder} cannot be written to ({reason}): pass another --output") from error
+        raise CommandError(f"output folder {folder} cannot be written to ({reason}): choose another") from error
     return folder
 
 

@@ -430,14 +430,14 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         pixel_values: Tensor,
         num_labels: int,
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        batch, _, height, width = pixel_values.shape
+        """Masks and their classes for each image, checked; made of label maps where those are given."""
+        batch, _, *size = pixel_values.shape
         if labels is not None:
             if mask_labels is not None or class_labels is not None:
                 raise ValueError("both labels and mask_labels / class_labels were given: pass one kind.")
-            if tuple(labels.shape) != (batch, height, width):
+            if labels.shape != (batch, *size):
                 raise ValueError(
-                    f"labels have shape {tuple(labels.shape)}: expected {(batch, height, width)}, the size of "
-                    "pixel_values."
+                    f"labels have shape {tuple(labels.shape)}: expected {(batch, *size)}, the size of pixel_values."
                 )
             ignore_index = self.config.semantic_loss_ignore_index
             pairs = [masks_from_label_map(label_map, num_labels, ignore_index) for label_map in labels]
@@ -450,12 +450,12 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
                 "entry for each image."
             )
         for index, (masks, classes) in enumerate(zip(mask_labels, class_labels, strict=True)):
-            if tuple(masks.shape) != (len(classes), height, width):
+            if masks.shape != (len(classes), *size):
                 raise ValueError(
-                    f"mask_labels[{index}] has shape {tuple(masks.shape)}: expected {(len(classes), height, width)}, "
-                    "one mask for each of class_labels at the size of pixel_values."
+                    f"mask_labels[{index}] has shape {tuple(masks.shape)}: expected {(len(classes), *size)}, one mask "
+                    "for each of class_labels at the size of pixel_values."
                 )
-            if len(classes) and not bool(((classes >= 0) & (classes < num_labels)).all()):
+            if not ((classes >= 0) & (classes < num_labels)).all():
                 raise ValueError(
                     f"class_labels[{index}] holds {classes.tolist()}: expected values from 0 to {num_labels - 1}."
                 )

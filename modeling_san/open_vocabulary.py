@@ -205,14 +205,11 @@ class OpenVocabularyModel(PreTrainedModel):
         """
         super().train(mode)
         for name, module in self.named_modules():
-            if (
-                not name
-                or f"{name}.".startswith(self.own_parameters)
-                or isinstance(module, GradientCheckpointingLayer)
-            ):
+            follows = not name or f"{name}.".startswith(self.own_parameters)
+            if follows or isinstance(module, GradientCheckpointingLayer):
                 continue
-            own = list(module.parameters())
-            if own and not any(parameter.requires_grad for parameter in own):
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
                 module.training = False
         return self
 

@@ -183,16 +183,6 @@ def test_sdpa_has_no_attentions_to_return(built, image):
     assert len(built(image, output_attentions=True).attentions) == LAYERS
 
 
-@pytest.mark.parametrize(("wish", "layers"), [([0], [0]), ([-1], [LAYERS]), ([1, 3], [1, 3])])
-@torch.no_grad()
-def test_hidden_states_of_chosen_layers(built, image, wish, layers):
-    everything = built(image, output_hidden_states=True).hidden_states
-    chosen = built(image, output_hidden_states=wish).hidden_states
-    assert [index for index, state in enumerate(chosen) if state is not None] == layers
-    for layer in layers:
-        assert torch.equal(chosen[layer], everything[layer])
-
-
 @torch.no_grad()
 def test_images_of_several_sizes_have_no_common_hidden_states(built, image):
     with pytest.raises(ValueError, match="one padded size at a time, and these are 64 x 96, 64 x 64: pass each size"):

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from conftest import trained_names
 from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
@@ -51,10 +52,6 @@ def assert_same_weights(model, other):
     ours, expected = model.state_dict(), other.state_dict()
     assert ours.keys() == expected.keys()
     assert [name for name, tensor in expected.items() if not torch.equal(ours[name], tensor)] == []
-
-
-def trained_names(model):
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def described(config):

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_TEXT, TINY_VISION
+from conftest import TINY, TINY_TEXT, TINY_VISION, trained_names
 from PIL import Image
 from torch import nn
 from torch.testing import assert_close
@@ -41,10 +41,6 @@ def label_batch(*label_maps, size):
     for canvas, label_map in zip(batch, label_maps, strict=True):
         canvas[: label_map.shape[0], : label_map.shape[1]] = torch.from_numpy(label_map)
     return batch
-
-
-def trained_names(model):
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def losses_of(model, seed=0, **inputs):

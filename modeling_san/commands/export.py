@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"output {output} is a folder: pass a file")
     if args.class_embeds_input and (args.labels or args.labels_file):
         raise CommandError("--class-embeds-input takes the labels with each image: leave --labels out")
-    make_folder(output.parent)
+    make_folder(output.parent, "pass another OUT.onnx")
     _check_libraries()
     import torch
     from tqdm import tqdm

@@ -502,7 +502,7 @@ def _run_actors(actor: _Actor, rows: Any, actors: int | None) -> Iterator[int]:
         shards = ray.data.from_items(items, override_num_blocks=max(1, min(len(items), 10_000)))
     else:
         # One reader, which needs no CPU of its own: with the needs of an actor Ray would let that one read
-        shards = ray.data.from_items([{}]).map_batches(actor.read_stream, num_cpus=0)
+        shards = ray.data.range(1).map_batches(actor.read_stream, num_cpus=0)
     labelled = shards.map_batches(
         _Actor,
         fn_constructor_args=actor.arguments,

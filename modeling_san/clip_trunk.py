@@ -31,7 +31,8 @@ class AnySizeVisionEmbeddings(CLIPVisionEmbeddings):
         """Positions `(1, 1 + patches, width)` for an image of `height` x `width` pixels; embeddings are not read."""
         positions = self.position_embedding(self.position_ids)
         side = math.isqrt(self.num_patches)
-        grid = (height // self.patch_size, width // self.patch_size)
+        patch_size: Any = self.patch_size
+        grid = (height // patch_size, width // patch_size)
         # An exported program takes any size: it may not depend on whether this one is the table's own
         if not is_torchdynamo_exporting() and grid == (side, side):
             return positions

@@ -142,6 +142,7 @@ class SANPreTrainedModel(OpenVocabularyModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
             init.normal_(module.visual_projection.weight, std=self.config.vision_config.hidden_size**-0.5)
             init.normal_(module.text_projection.weight, std=self.config.text_config.hidden_size**-0.5)
+            embedding: Any
             for embedding in (module.sls_embedding, module.prompt_embedding):
                 if embedding is not None:
                     init.trunc_normal_(embedding, std=std)
@@ -269,7 +270,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         refuse_unknown_arguments(type(self), kwargs)
         self._check_pixel_values(pixel_values)
         class_embeds = self.choose_class_embeds(input_ids, attention_mask, class_embeds)
-        batches = split_by_padded_size(pixel_values, image_sizes, self.config.size_divisor)
+        batches: Sequence[ImageBatch] = split_by_padded_size(pixel_values, image_sizes, self.config.size_divisor)
         if any(wish is not False for wish in wishes):
             _refuse_several_sizes(batches)
         elif not self.training:
@@ -399,7 +400,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         config, window = self.config, None
         if is_torchdynamo_exporting():
             scale = whole_scale(config.clip_input_scale if config.asymmetric_input else 1)
-            patch_size = config.vision_config.patch_size
+            patch_size: Any = config.vision_config.patch_size
             window = longest_window(scale, patch_size, config.side_patch_size, config.size_divisor)
         pooled = pool_attention_bias(attention_bias.flatten(1, 2), clip_grid, config.attention_bias_pooling, window)
         return pooled.unflatten(1, attention_bias.shape[1:3])
@@ -503,7 +504,8 @@ class SANForSemanticSegmentation(SANForOpenVocabSegmentation):
         if saved.has_stored_labels and config.has_stored_labels:
             return super()._labels_to_store(config, saved)
         # Nothing is stored, and calls bring no words
-        return None if are_placeholders(config.id2label) else named_labels(config.id2label)
+        names: Any = config.id2label
+        return None if are_placeholders(names) else named_labels(names)
 
     @can_return_tuple
     def forward(  # type: ignore[override]

@@ -254,7 +254,7 @@ def draw_batch(batch: int, height: int, width: int) -> np.ndarray:
     from modeling_san.builtin import load_examples
 
     examples = load_examples()
-    images = [examples[index % len(examples)].image.resize((width, height)) for index in range(batch)]
+    images: list[Any] = [examples[index % len(examples)].image.resize((width, height)) for index in range(batch)]
     return np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
 
 

@@ -142,10 +142,9 @@ class SANPreTrainedModel(OpenVocabularyModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
             init.normal_(module.visual_projection.weight, std=self.config.vision_config.hidden_size**-0.5)
             init.normal_(module.text_projection.weight, std=self.config.text_config.hidden_size**-0.5)
-            embedding: Any
-            for embedding in (module.sls_embedding, module.prompt_embedding):
-                if embedding is not None:
-                    init.trunc_normal_(embedding, std=std)
+            for tokens in (module.sls_embedding, module.prompt_embedding):
+                if tokens is not None:
+                    init.trunc_normal_(tokens, std=std)
             if module.stored_class_embeds is not None:
                 init.zeros_(module.stored_class_embeds)
 

@@ -333,6 +333,17 @@ def test_a_cut_run_goes_on(tiny, small_processor, images, label_set, tmp_path, m
 
 
 @pytest.mark.usefixtures("without_plot")
+@pytest.mark.parametrize("content", [b"half a file", b"[]", b"{}", b"\xff"])
+def test_a_damaged_state_is_begun_anew(tiny, small_processor, images, label_set, tmp_path, monkeypatch, content):
+    arguments = {"output_dir": tmp_path, "overlays": 0, "save_every": 0.0, "progress": False}
+    with cut_after(monkeypatch, 3), pytest.raises(Cut):
+        evaluate(tiny, small_processor, images, label_set, **arguments)
+    [state] = tmp_path.glob(".evaluating-*.json")
+    state.write_bytes(content)
+    assert evaluate(tiny, small_processor, images, label_set, **arguments)["images"] == 7
+
+
+@pytest.mark.usefixtures("without_plot")
 @pytest.mark.parametrize("change", ["model", "data", "labels", "size", "limit"])
 def test_another_run_does_not_go_on_from_an_old_one(
     make_model, small_processor, images, label_set, tmp_path, monkeypatch, change

@@ -345,9 +345,9 @@ class _Counted:
         """Go on from what the same run has saved, if it has."""
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            self.confusion.table, self.scores = torch.tensor(state["table"]), state["scores"]
+        except (OSError, ValueError, KeyError, TypeError):
             return
-        self.confusion.table, self.scores = torch.tensor(state["table"]), state["scores"]
 
 
 def _fingerprint(

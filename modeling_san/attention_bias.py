@@ -97,15 +97,15 @@ def recognize_regions(
     """
     num_prompts = 0 if prompts is None else prompts.shape[1]
     masks = [build_masks(bias, num_prompts) for bias in attention_biases]
+    if prompts is not None:
+        prompts = prompts.to(sls_tokens.dtype)[:, None].expand(-1, sls_tokens.shape[0], -1, -1)
     for index, layer in enumerate(layers):
         clip_tokens, sls_tokens = steered_layer(
             layer,
             clip_tokens,
             sls_tokens,
             masks[index if len(masks) > 1 else 0],
-            prompts=None
-            if prompts is None
-            else prompts[index].to(sls_tokens.dtype).expand(sls_tokens.shape[0], -1, -1),
+            prompts=None if prompts is None else prompts[index],
             last=index == len(layers) - 1,
         )
     return sls_tokens

@@ -17,7 +17,7 @@ AUTO_MAP = {
 }
 """Where a saved folder's own copy of the code has the classes, for those who load it without the package."""
 
-CUSTOM_PIPELINES = {
+CUSTOM_PIPELINES: dict[str, dict[str, Any]] = {
     "open-vocabulary-segmentation": {
         "impl": "pipeline_san.OpenVocabularySegmentationPipeline",
         "pt": ["AutoModel"],

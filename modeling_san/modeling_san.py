@@ -503,8 +503,7 @@ class SANForSemanticSegmentation(SANForOpenVocabSegmentation):
         if saved.has_stored_labels and config.has_stored_labels:
             return super()._labels_to_store(config, saved)
         # Nothing is stored, and calls bring no words
-        names: Any = config.id2label
-        return None if are_placeholders(names) else named_labels(names)
+        return None if are_placeholders(config.id2label) else named_labels(config.id2label)
 
     @can_return_tuple
     def forward(  # type: ignore[override]

@@ -63,6 +63,7 @@ class OpenVocabularyModel(PreTrainedModel):
     own_parameters: ClassVar[tuple[str, ...]] = ()
     """What the names of parameters that a sibling adds to CLIP begin with: these train always."""
 
+    config_class: Any
     stored_class_embeds: Tensor | None
 
     @classmethod
@@ -92,8 +93,7 @@ class OpenVocabularyModel(PreTrainedModel):
                 f"from_clip takes a CLIPModel and was given {type(clip).__name__}: load one with "
                 "CLIPModel.from_pretrained(...)."
             )
-        config_class: Any = cls.config_class
-        config = config_class(
+        config = cls.config_class(
             vision_config=clip.vision_model.config.to_dict(),
             text_config=clip.text_model.config.to_dict(),
             projection_dim=clip.visual_projection.out_features,
@@ -121,7 +121,7 @@ class OpenVocabularyModel(PreTrainedModel):
             if not isinstance(config, PreTrainedConfig):
                 # Not the dtype: a config takes its name only, and would look for one that is called "auto"
                 kept = places | {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
-                config, kwargs = cls.config_class.from_pretrained(  # type: ignore[union-attr]
+                config, kwargs = cls.config_class.from_pretrained(
                     config or source, return_unused_kwargs=True, **kwargs
                 )
                 kwargs.update(kept)
@@ -155,10 +155,10 @@ class OpenVocabularyModel(PreTrainedModel):
         if source is None:
             return None
         try:
-            saved, _ = cls.config_class.get_config_dict(source, **places)  # type: ignore[union-attr]
+            saved, _ = cls.config_class.get_config_dict(source, **places)
         except OSError:
             return None
-        return cls.config_class.from_dict(saved)  # type: ignore[union-attr]
+        return cls.config_class.from_dict(saved)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
@@ -318,12 +318,12 @@ def _load_processor(source: Any, **options: Any) -> LabelProcessor:
     return processor
 
 
-def are_placeholders(id2label: Mapping[int, str] | None) -> bool:
+def are_placeholders(id2label: Mapping[Any, str] | None) -> bool:
     """Whether these are the names that every config starts with."""
     return all(label == f"LABEL_{position}" for position, label in (id2label or {}).items())
 
 
-def named_labels(id2label: Mapping[int, str] | None) -> list[str]:
+def named_labels(id2label: Mapping[Any, str] | None) -> list[str]:
     """Names by position; positions with a gap and names that are none raise."""
     id2label = {int(position): label for position, label in (id2label or {}).items()}
     if set(id2label) != set(range(len(id2label))):

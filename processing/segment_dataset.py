@@ -473,8 +473,8 @@ class _Actor:
         try:
             if self.labeler is None:
                 self.rows = _encoded(open_rows(), options)
-                made: Any = load(None)
-                self.labeler = _ShardLabeler(made[0], made[1], self.rows.features, output, options)
+                segmenter, vocabulary = load(None)
+                self.labeler = _ShardLabeler(segmenter, vocabulary, self.rows.features, output, options)
             number = int(batch["number"][0])
             if "rows" in batch:
                 shard = number, pq.read_table(io.BytesIO(batch["rows"][0])).to_pylist()

@@ -7,6 +7,8 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -143,10 +145,10 @@ def run(args: argparse.Namespace) -> int:
             rows = open_rows()
             report = segment_dataset(*load(), rows, make_folder(args.output), options, **notes)
         else:
-            _connect(args.ray or None)
-            signal.signal(signal.SIGTERM, _terminate)
-            folder = make_folder(args.output)
-            report = segment_dataset_with_ray(load, open_rows, folder, options, actors=args.ray_actors, **notes)
+            with _connected(args.ray or None):
+                signal.signal(signal.SIGTERM, _terminate)
+                folder = make_folder(args.output)
+                report = segment_dataset_with_ray(load, open_rows, folder, options, actors=args.ray_actors, **notes)
     finally:
         signal.signal(signal.SIGTERM, previous)
     seconds = time.perf_counter() - start
@@ -185,14 +187,19 @@ def load_segmenter(
     return segmenter, loaded.vocabulary(labels, templates=templates, extend=extend)
 
 
-def _connect(address: str | None) -> None:
+@contextmanager
+def _connected(address: str | None) -> Iterator[None]:
+    """Ray, which is left again at the end."""
     try:
         import ray
     except ImportError as error:
         raise CommandError('--ray needs Ray: pip install "modeling-san[ray]"') from error
-    ray.shutdown()
     ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _terminate(signal_number: int, frame: Any) -> None:

@@ -59,8 +59,9 @@ def pytest_configure(config):
 
 
 @pytest.fixture
-def one_thread():
+def one_thread(monkeypatch):
     """Sums over threads depend on their number: what is compared bit for bit with another process takes one."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of processes that the test starts
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -28,6 +28,9 @@ from modeling_san.processing.segment_dataset import Options, segment_dataset, se
 from modeling_san.training.label_sets import load_label_set
 from modeling_san.training.sources import load_images
 
+# In every test: the segmenter is shared by all, and keeps the vocabulary as the first of them encoded it
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LABELS = ("sky", "road", "red truck")
 SIZES = ((90, 60), (60, 90), (70, 70), (90, 60))
 
@@ -226,13 +229,11 @@ def test_a_batch_too_large_for_the_memory_is_run_image_by_image(label, segmenter
 # ------------------------------------------------------------------------------------------------- cuts and restarts
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_killed_run_goes_on_without_a_row_twice_or_missing(arguments, san, label, tmp_path):
     data = write_dataset(tmp_path / "many.parquet", [encoded(seed, SIZES[seed % 4]) for seed in range(40)])
     changes = {"dataset": data, "output": tmp_path / "cut", "shard-size": 2}
     command = [sys.executable, "-m", "modeling_san.commands.main", *arguments(**changes)]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    kill_when(process, lambda: len(list((tmp_path / "cut").glob("part-*.parquet"))) >= 3)
+    kill_when(subprocess.Popen(command), lambda: len(list((tmp_path / "cut").glob("part-*.parquet"))) >= 3)
     done = len(stored(tmp_path / "cut"))
     assert 0 < done < 40
     # What a kill in the middle of writing leaves behind, and what it does not
@@ -477,7 +478,6 @@ def cluster():
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("one_thread")
 def test_a_cluster_writes_of_a_stream_what_one_process_writes(cluster, san, label, tmp_path):
     code, lines, _ = san("--keep-columns", "name", "--scores", "--streaming", "--ray-actors", 1, ray=cluster)
     assert code == 0
@@ -489,7 +489,6 @@ def test_a_cluster_writes_of_a_stream_what_one_process_writes(cluster, san, labe
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("one_thread")
 def test_a_killed_driver_and_a_killed_worker_cost_no_row_and_repeat_none(
     cluster, arguments, model_folder, label, tmp_path
 ):

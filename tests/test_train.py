@@ -36,7 +36,8 @@ from modeling_san.training.evaluate import evaluate
 from modeling_san.training.label_sets import load_label_set
 from modeling_san.training.metrics import ConfusionMatrix
 from modeling_san.training.recipe import Recipe, read_recipe, recipe_names
-from modeling_san.training.train import NonFiniteLossError, compute_gradients, prepare_run, train
+from modeling_san.training.run import prepare_run
+from modeling_san.training.train import NonFiniteLossError, compute_gradients, train
 from modeling_san.training.trainer import SANTrainer, SeedEachStep, StreamingMeanIoU
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -429,7 +429,7 @@ def _result_features(features: Mapping[str, Any] | None, options: Options) -> Fe
     columns |= {ANNOTATION: ImageFeature()} | ({SCORES: ImageFeature()} if options.with_scores else {})
     columns |= {SEGMENTS: [segment | {"mean_score": Value("float32")}], ERROR: Value("string")}
     decoded = {name: ImageFeature() if isinstance(kind, ImageFeature) else kind for name, kind in columns.items()}
-    return Features(decoded)
+    return Features(decoded)  # type: ignore[arg-type]
 
 
 def _png(pixels: np.ndarray) -> dict[str, Any]:
@@ -473,7 +473,8 @@ class _Actor:
         try:
             if self.labeler is None:
                 self.rows = _encoded(open_rows(), options)
-                self.labeler = _ShardLabeler(*load(None), self.rows.features, output, options)
+                made: Any = load(None)
+                self.labeler = _ShardLabeler(made[0], made[1], self.rows.features, output, options)
             number = int(batch["number"][0])
             if "rows" in batch:
                 shard = number, pq.read_table(io.BytesIO(batch["rows"][0])).to_pylist()
@@ -491,6 +492,7 @@ def _run_actors(actor: _Actor, rows: Any, actors: int | None) -> Iterator[int]:
     import ray
     import ray.data
 
+    shards: Any
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     actors = actors or gpus or len(nodes)
@@ -502,13 +504,14 @@ def _run_actors(actor: _Actor, rows: Any, actors: int | None) -> Iterator[int]:
         shards = ray.data.from_items(items, override_num_blocks=max(1, min(len(items), 10_000)))
     else:
         # One reader, which needs no CPU of its own: with the needs of an actor Ray would let that one read
-        shards = ray.data.from_items([{}]).map_batches(actor.read_stream, num_cpus=0)
+        shards = ray.data.range(1).map_batches(actor.read_stream, num_cpus=0)
+    needs: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": max(1, int(cpus))}
     labelled = shards.map_batches(
         _Actor,
         fn_constructor_args=actor.arguments,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
-        **({"num_gpus": 1} if gpus else {"num_cpus": max(1, int(cpus))}),
+        **needs,
     )
     labelled.context.enable_progress_bars = False
     # One shard is one block, which goes to whichever actor is free

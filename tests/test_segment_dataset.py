@@ -463,7 +463,7 @@ def test_without_ray_its_extra_is_named(san, monkeypatch):
 @pytest.fixture(scope="module")
 def cluster():
     """Two nodes of one CPU each; the address to connect to."""
-    pytest.importorskip("ray")
+    ray = pytest.importorskip("ray")
     # Workers take the interpreter that runs, whatever started it
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     from ray.cluster_utils import Cluster
@@ -472,6 +472,7 @@ def cluster():
     cluster = Cluster(initialize_head=True, head_node_args=node)
     cluster.add_node(**{name: value for name, value in node.items() if name != "include_dashboard"})
     yield cluster.address
+    ray.shutdown()
     cluster.shutdown()
 
 

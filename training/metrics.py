@@ -134,7 +134,9 @@ def count_pairs(predicted: Any, true: Any, name: str = "") -> Counter[tuple[int,
     values = torch.arange(lowest, max(int(true.max()), int(predicted.max())) + 1, device=true.device)
     if len(values) > _DENSE:
         # A table of the values that there are, not of all that there could be
-        present = sum(torch.bincount(one.flatten() - lowest, minlength=len(values)) for one in (true, predicted)) > 0
+        present: Any = (
+            sum(torch.bincount(one.flatten() - lowest, minlength=len(values)) for one in (true, predicted)) > 0
+        )
         places, values = present.cumsum(0) - 1, values[present]
         true, predicted, lowest = places[true - lowest], places[predicted - lowest], 0
     if len(values) > _MOST_VALUES:

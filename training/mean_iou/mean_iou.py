@@ -156,7 +156,7 @@ class MeanIoU(evaluate.Metric):
         self._images = state["images"]
 
     def _start_anew(self) -> None:
-        self._pairs: Counter[tuple[int, int]] = Counter()
+        self._pairs = Counter[tuple[int, int]]()
         self._images = 0
 
     def _count(self, prediction: Any, reference: Any, name: str = "") -> None:
@@ -181,7 +181,7 @@ class MeanIoU(evaluate.Metric):
         finally:
             self._module_info.experiment_id = experiment
 
-    def _compute(self, *, predictions: Any, references: Any) -> Counter[tuple[int, int]]:
+    def _compute(self, *, predictions: Any, references: Any) -> Counter[tuple[int, int]]:  # type: ignore[override]
         """Pairs and counts from the files of all processes."""
         pairs: Counter[tuple[int, int]] = Counter()
         for pair, count in zip(predictions, references, strict=True):

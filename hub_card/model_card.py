@@ -28,7 +28,7 @@ from modeling_san.training.callbacks import METRICS_FILE, read_metrics
 from modeling_san.training.evaluate import MEASURES, model_index
 from modeling_san.training.metrics import RESULTS_FILE
 from modeling_san.training.recipe import read_recipe
-from modeling_san.training.train import RECIPE_FILE
+from modeling_san.training.run import RECIPE_FILE
 
 CARD_FILE = "README.md"
 EXAMPLE_FILES = ("example.jpg", "example.jpeg", "example.png")

@@ -74,7 +74,7 @@ def checkpoint(request):
 
 def draw_data(first_value):
     """Six drawn images with label maps that count the names from `first_value`."""
-    drawn = world_dataset(6, seed=3, size=SIZE, **DRAWN).remove_columns("caption")
+    drawn = world_dataset(6, seed=3, size=SIZE, **DRAWN)
     values = np.zeros(len(CLASS_NAMES), np.uint8)
     for position, name in enumerate(NAMES):
         values[CLASS_NAMES.index(name)] = position + first_value

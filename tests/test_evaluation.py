@@ -493,7 +493,7 @@ def test_two_processes_and_a_killed_one_measure_what_one_does(
         (["--subset", "base"], "write NAME=FILE"),
         (["--subset", "base=ocean"], "'ocean'"),
         (["--subset", "base=sky", "--subset", "base=road"], "given twice"),
-        (["--overlays", "-1"], "--overlays is -1"),
+        (["--overlays", "-1"], "-1"),
         (["--label-column", "nothing"], "nothing"),
         (["--limit", "0"], "whole number of at least 1"),
     ],

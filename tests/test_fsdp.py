@@ -20,6 +20,7 @@ from test_train import (  # noqa: F401 - fixtures
 from torch.distributed.fsdp import FSDPModule
 
 from modeling_san import SANForOpenVocabSegmentation
+from modeling_san.training import run as run_module
 from modeling_san.training import train as train_module
 from modeling_san.training.build import make_accelerator
 from modeling_san.training.recipe import Recipe
@@ -42,7 +43,7 @@ def train_spread(rank, port, policy, recipes):
         assert sum(isinstance(module, FSDPModule) for module in run.san.modules()) > 0
         return compute_gradients(run)
 
-    train_module.make_accelerator = partial(spread, policy)
+    run_module.make_accelerator = partial(spread, policy)
     train_module.compute_gradients = checked_gradients
     for recipe in recipes:
         join_group(rank, 1, port)

@@ -40,9 +40,7 @@ class JsonLinesTracker(GeneralTracker):
     """
     One of Accelerate's trackers: figures of a run in `metrics.jsonl`, one JSON object with its `step` a line.
 
-    Args:
-        folder: where the file lies.
-        step: where the run begins; lines of later steps, which a cut run left, are dropped.
+    A run that begins at `step` drops the lines of later steps, which a cut run left in `folder`.
     """
 
     name = "json_lines"
@@ -81,13 +79,7 @@ class JsonLinesTracker(GeneralTracker):
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
-    Lines of a `metrics.jsonl`.
-
-    Args:
-        path: the file.
-
-    Returns:
-        the lines that are whole; a run that was killed may leave half a line.
+    Lines of a `metrics.jsonl`, as far as they are whole: a run that was killed may leave half a line.
 
     Raises:
         ValueError: where there is no such file.
@@ -110,19 +102,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Interval:
-    """
-    Means over the steps since the last line of figures.
-
-    Args:
-        device: whose memory is watched.
-    """
+    """Means over the steps since the last line of figures, and the memory of a device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.restart()
+        self._restart()
 
-    def restart(self) -> None:
-        """Begin anew."""
+    def _restart(self) -> None:
         self.sums: dict[str, float] = {}
         self.steps = self.images = 0
         self.began = time.monotonic()
@@ -136,16 +122,17 @@ class Interval:
 
     def add(self, terms: Mapping[str, float], images: int) -> None:
         """Count a step: its loss terms and gradient norm, and how many images it had."""
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in terms.items()}
         self.steps += 1
         self.images += images
 
     def figures(self) -> dict[str, float]:
-        """Mean of each term, images a second, and the largest memory in use so far in GB."""
-        means = {name: total / max(self.steps, 1) for name, total in self.sums.items()}
+        """Mean of each term, images a second, and the largest memory in use so far in GB; the next interval begins."""
+        means = {name: total / self.steps for name, total in self.sums.items()}
         seconds = max(time.monotonic() - self.began, 1e-9)
-        return {**means, "images_per_second": self.images / seconds, "peak_memory_gb": _peak_memory(self.device)}
+        speed = self.images / seconds
+        self._restart()
+        return {**means, "images_per_second": speed, "peak_memory_gb": _peak_memory(self.device)}
 
 
 def _peak_memory(device: torch.device) -> float:
@@ -187,8 +174,8 @@ def ignore_stop_signals(worker: int = 0) -> None:
     """
     Leave SIGTERM and Ctrl-C to the main process; the `worker_init_fn` of data loaders.
 
-    Schedulers and terminals signal a whole group of processes: workers that die of it would take the step with them
-    that the main process wants to finish.
+    Schedulers and terminals signal a whole group: workers that die of it would take the step with them that the main
+    process wants to finish.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -24,19 +24,24 @@ TRAINABLE: dict[str, list[str]] = {
 MIXED_PRECISION = ("auto", "no", "bf16", "fp16")
 
 
+_AT_LEAST = {
+    0: "weight_decay warmup_steps power workers overlays seed flip",
+    1: "num_clip_prompts shuffle_buffer validation_limit crop_size short_sides max_long_side short_side steps "
+    "batch_size gradient_accumulation_steps log_every evaluate_every checkpoint_every keep_checkpoints",
+}
+"""Numbers, and numbers in lists, that must not be smaller."""
+
+
 def _option(default: Any, help: str, alias: str | None = None) -> Any:
+    """A field, with what `HfArgumentParser` makes an option of."""
     metadata: dict[str, Any] = {"help": help if default in (None, []) else f"{help} (default: %(default)s)"}
     if alias is not None:
         metadata["aliases"] = [alias]
     if not isinstance(default, bool):
-        metadata["metavar"] = "X" if isinstance(default, float) else "N" if _counts(default) else "VALUE"
+        metadata["metavar"] = {float: "X", int: "N"}.get(type(default), "VALUE")
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-def _counts(default: Any) -> bool:
-    return isinstance(default, int) or (isinstance(default, list) and bool(default))
 
 
 @dataclass
@@ -112,7 +117,14 @@ class Recipe:
             self.san = json.dumps(self.san)
         if len(self.crop_size) == 1:
             self.crop_size = self.crop_size * 2
-        self._check_numbers()
+        for least, name in ((least, name) for least, names in _AT_LEAST.items() for name in names.split()):
+            given = getattr(self, name)
+            for value in given if isinstance(given, list) else [given]:
+                if value is not None and not least <= value < float("inf"):
+                    raise ValueError(f"{name} is {value}: it must be at least {least}.")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0.")
         for is_wrong, message in (
             (len(self.crop_size) > 2, f"crop_size is {self.crop_size}: give one side, or height and width."),
             (self.flip > 1, f"flip is {self.flip}: it must lie from 0 to 1."),
@@ -141,49 +153,21 @@ class Recipe:
             if is_wrong:
                 raise ValueError(message)
 
-    def _check_numbers(self) -> None:
-        for name, least in _LEAST.items():
-            values = getattr(self, name)
-            for value in values if isinstance(values, list) else [values]:
-                if value is not None and not least <= value < float("inf"):
-                    raise ValueError(f"{name} is {value}: it must be at least {least}.")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0.")
-
     @property
     def san_options(self) -> dict[str, Any]:
         """Fields of SANConfig, from the JSON in `san`."""
-        return _parse_json("san", self.san)
+        example = """'{"num_queries": 100}'"""
+        try:
+            value = json.loads(self.san or "{}")
+        except ValueError as error:
+            raise ValueError(f"san is not valid JSON ({error}): write it as {example}.") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"san is {self.san}: expected a JSON object such as {example}.")
+        return value
 
     def to_yaml(self) -> str:
         """The recipe as a YAML file, whole."""
         return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
-
-
-_LEAST = {
-    "num_clip_prompts": 1,
-    "shuffle_buffer": 1,
-    "validation_limit": 1,
-    "crop_size": 1,
-    "short_sides": 1,
-    "max_long_side": 1,
-    "short_side": 1,
-    "steps": 1,
-    "batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "weight_decay": 0,
-    "warmup_steps": 0,
-    "power": 0,
-    "workers": 0,
-    "log_every": 1,
-    "evaluate_every": 1,
-    "checkpoint_every": 1,
-    "keep_checkpoints": 1,
-    "overlays": 0,
-    "seed": 0,
-    "flip": 0,
-}
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -193,10 +177,7 @@ def recipe_names() -> tuple[str, ...]:
 
 def read_recipe(source: str | Path) -> dict[str, Any]:
     """
-    Fields of a recipe file.
-
-    Args:
-        source: one of `recipe_names()`, or a YAML file.
+    Fields of a recipe file, or of one of `recipe_names()`.
 
     Raises:
         ValueError: where there is no such recipe, it is not YAML, or a key is none of `Recipe`'s.
@@ -228,26 +209,12 @@ def as_arguments(values: dict[str, Any]) -> list[str]:
     """Fields as command-line arguments, so that a file's values are read and checked as those of the command line."""
     arguments: list[str] = []
     for key, value in values.items():
-        if value is None or value == []:
-            continue
-        if isinstance(value, dict):
+        if isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)] if value else []
+        elif value is not None:
             # One word, as an empty object or a leading minus would otherwise be taken for something else
-            arguments.append(f"--{key}={json.dumps(value)}")
-        elif isinstance(value, list):
-            arguments += [f"--{key}", *map(str, value)]
-        else:
-            arguments.append(f"--{key}={value}")
+            arguments.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
     return arguments
-
-
-def _parse_json(name: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text or "{}")
-    except ValueError as error:
-        raise ValueError(f"{name} is not valid JSON ({error}): write it as '{{\"num_queries\": 100}}'.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is {text}: expected a JSON object such as '{{\"num_queries\": 100}}'.")
-    return value
 
 
 __all__ = ["MIXED_PRECISION", "TRAINABLE", "Recipe", "as_arguments", "read_recipe", "recipe_names"]

@@ -39,8 +39,7 @@ SAN_SEED = 2
 EVALUATION_SEED = 90_011
 """Worlds apart from the one CLIP is trained on, and from each other."""
 
-LEAST_ZERO_SHOT = 0.9
-LEAST_MASKED_RECOGNITION = 0.6
+LEAST = {"zero_shot_accuracy": 0.9, "masked_recognition_accuracy": 0.6}
 """What CLIP must reach before SAN is trained on it; chance is 1 in 32 and 1 in 38."""
 
 
@@ -52,10 +51,6 @@ def check_clip(clip: CLIPModel, tokenizer: CLIPTokenizer) -> dict[str, float]:
     """
     Whether CLIP knows enough for SAN to be worth training.
 
-    Args:
-        clip: the pre-trained model.
-        tokenizer: its tokenizer.
-
     Returns:
         `zero_shot_accuracy` on single regions and `masked_recognition_accuracy` with true masks as bias.
 
@@ -63,18 +58,16 @@ def check_clip(clip: CLIPModel, tokenizer: CLIPTokenizer) -> dict[str, float]:
         UndertrainedError: where one of them is too low.
     """
     first_layer = read_recipe(RECIPE)["san"]["sls_start_layer"]
+    recognition = masked_recognition_accuracy(clip, tokenizer, first_layer=first_layer)
     figures = {
         "zero_shot_accuracy": zero_shot_accuracy(clip, tokenizer),
-        "masked_recognition_accuracy": masked_recognition_accuracy(clip, tokenizer, first_layer=first_layer)[
-            "regions"
-        ],
+        "masked_recognition_accuracy": recognition["regions"],
     }
-    least = {"zero_shot_accuracy": LEAST_ZERO_SHOT, "masked_recognition_accuracy": LEAST_MASKED_RECOGNITION}
     for name, value in figures.items():
-        print(f"CLIP {name.replace('_', ' ')}: {value:.3f} (needs {least[name]})")
-        if value < least[name]:
+        print(f"CLIP {name.replace('_', ' ')}: {value:.3f} (needs {LEAST[name]})")
+        if value < LEAST[name]:
             raise UndertrainedError(
-                f"CLIP's {name} is {value:.3f}, below {least[name]}: remove the folder `clip` of the output and train "
+                f"CLIP's {name} is {value:.3f}, below {LEAST[name]}: remove the folder `clip` of the output and train "
                 "for more steps."
             )
     return figures
@@ -91,19 +84,10 @@ def make_model(
     progress: bool = True,
 ) -> dict[str, dict[str, float]]:
     """
-    Train the built-in model and save it, ready for `from_pretrained`.
+    Train the built-in model and save it in `folder/model`, ready for `from_pretrained`; `main` says what the rest is.
 
     A second call goes on where the first was cut: it takes up CLIP from `folder/clip`, the scenes, and SAN's latest
     checkpoint.
-
-    Args:
-        folder: for the result in `folder/model`, and for what leads to it beside that.
-        clip_steps: optimisation steps of CLIP's pre-training.
-        san_steps: optimisation steps of SAN.
-        num_images: drawn scenes that SAN learns from.
-        seed: of all random choices.
-        cpu: keep off GPUs.
-        progress: whether to show progress bars.
 
     Returns:
         the figures that are printed and saved as `results.json`.
@@ -121,7 +105,7 @@ def make_model(
     scenes, labels = folder / "scenes.parquet", folder / "labels.json"
     if not scenes.is_file():
         dataset = world_dataset(num_images, seed=SAN_SEED, names=names, combinations=SEEN_COMBINATIONS)
-        dataset.remove_columns("caption").to_parquet(scenes)
+        dataset.to_parquet(scenes)
     labels.write_text(json.dumps(names))
     options = {
         **read_recipe(RECIPE),
@@ -163,15 +147,7 @@ def evaluate_on_fresh_scenes(
     progress: bool = True,
 ) -> dict[str, float]:
     """
-    Mean IoU on fresh images that hold all combinations, among all names.
-
-    Args:
-        model: a model with the world's names stored.
-        processor: its processor.
-        num_images: how many images to draw.
-        seed: which world.
-        batch_size: images at once.
-        progress: whether to show a progress bar.
+    Mean IoU on `num_images` fresh images of the world `seed`, of a model with the world's names stored.
 
     Returns:
         `seen`, `never seen` and `backgrounds`: means over those classes.

@@ -8,9 +8,8 @@ that was written for the image.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,19 +20,21 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, get_cosine_schedule_with_warmup
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from drawn_world.captions import caption_scene
 from drawn_world.tokenizer import build_tokenizer
 from drawn_world.world import (
     BACKGROUNDS,
     CLASS_NAMES,
     COMBINATIONS,
-    Caption,
     Scene,
     draw_scene,
     draw_texture,
-    write_caption,
 )
 from modeling_san.attention_bias import recognize_regions
 from modeling_san.processing.device import pick_device_and_dtype
+
+_Content = tuple[tuple[str, ...], str | None]
+"""Names of an image's regions, and of its background if it has one."""
 
 IMAGE_SIZE = 128
 """Height and width of a drawn image, in pixels."""
@@ -48,42 +49,6 @@ GATE_SEED = 90_001
 """The world that the gates draw from; training never sees it."""
 
 GATE_TEMPLATES = ("a photo of {}", "a photo of a {}.", "there is a {} in the scene")
-
-
-@dataclass(frozen=True)
-class ScenePool:
-    """Images drawn in advance, as CLIP sees them.
-
-    Attributes:
-        images: `uint8` tensor `(images, 3, 64, 64)`.
-        regions: names of each image's regions.
-        backgrounds: name of each image's background, or `None`.
-    """
-
-    images: torch.Tensor
-    regions: list[tuple[str, ...]]
-    backgrounds: list[str | None]
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.regions)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A training step's input.
-
-    Attributes:
-        pixel_values: `(batch, 3, 64, 64)`, normalised.
-        input_ids: `(batch, tokens)`.
-        attention_mask: `(batch, tokens)`.
-        is_true: `(batch, batch)`, whether the caption of the column is true of the image of the row.
-    """
-
-    pixel_values: torch.Tensor
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    is_true: torch.Tensor
 
 
 def demo_clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
@@ -117,7 +82,9 @@ def demo_clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
     )
 
 
-def draw_pool(num_images: int, seed: int = TRAINING_SEED, *, workers: int = 2, progress: bool = True) -> ScenePool:
+def draw_pool(
+    num_images: int, seed: int = TRAINING_SEED, *, workers: int = 2, progress: bool = True
+) -> tuple[torch.Tensor, list[_Content]]:
     """Draw the images of CLIP's pre-training: an exact function of `seed` and `num_images`.
 
     A third shows one texture only, so that a patch alone says what it is; the others one to three regions.
@@ -125,8 +92,11 @@ def draw_pool(num_images: int, seed: int = TRAINING_SEED, *, workers: int = 2, p
     Args:
         num_images: number of images; each takes 12 kB of memory.
         seed: which world.
-        workers: number of processes that draw; 0 draws in this one.
+        workers: processes that draw; 0 draws in this one.
         progress: whether to show a progress bar.
+
+    Returns:
+        `uint8` tensor `(images, 3, 64, 64)`, and the names of each image's regions and background.
     """
     draw = partial(_draw_for_clip, seed)
     bar = partial(tqdm, total=num_images, desc="drawing images", unit="image", disable=not progress)
@@ -135,28 +105,41 @@ def draw_pool(num_images: int, seed: int = TRAINING_SEED, *, workers: int = 2, p
     else:
         with ProcessPoolExecutor(workers) as executor:
             drawn = list(bar(executor.map(draw, range(num_images), chunksize=64)))
-    images, regions, backgrounds = zip(*drawn, strict=True)
-    return ScenePool(torch.from_numpy(np.stack(images)), list(regions), list(backgrounds))
+    images, contents = zip(*drawn, strict=True)
+    return torch.from_numpy(np.stack(images)), list(contents)
+
+
+def _draw_for_clip(seed: int, index: int) -> tuple[np.ndarray, _Content]:
+    scene = draw_texture(seed, index) if index % 3 == 0 else draw_scene(seed, index)
+    # Half the size, bilinear and without antialias, is the mean of two by two pixels.
+    image = scene.image.astype(np.float32).reshape(IMAGE_SIZE // 2, 2, IMAGE_SIZE // 2, 2, 3).mean((1, 3))
+    return np.rint(image).astype(np.uint8).transpose(2, 0, 1), (scene.regions, scene.background)
 
 
 def make_batch(
-    pool: ScenePool, positions: np.ndarray, tokenizer: CLIPTokenizer, rng: np.random.Generator, device: torch.device
-) -> Batch:
-    """Put images of the pool, half of them mirrored, together with freshly written captions."""
-    images = pool.images[torch.from_numpy(positions)]
-    mirrored = torch.from_numpy(rng.random(len(positions)) < 0.5)
-    images = torch.where(mirrored[:, None, None, None], images.flip(-1), images).to(device)
-    captions = [_draw_caption(rng, pool.regions[position], pool.backgrounds[position]) for position in positions]
-    tokens = tokenizer([caption.text for caption in captions], padding=True, return_tensors="pt").to(device)
-    present = _multi_hot([{*pool.regions[position], pool.backgrounds[position]} for position in positions])
+    images: torch.Tensor, contents: Sequence[_Content], tokenizer: CLIPTokenizer, rng: np.random.Generator
+) -> dict[str, torch.Tensor]:
+    """Images of the pool, half of them mirrored, with freshly written captions.
+
+    Returns:
+        `pixel_values` `(batch, 3, 64, 64)`, `input_ids` and `attention_mask` `(batch, tokens)`, and `is_true`
+        `(batch, batch)`: whether the caption of the column is true of the image of the row.
+    """
+    mirrored = torch.from_numpy(rng.random(len(images)) < 0.5)
+    images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    captions = [caption_scene(rng, regions, background) for regions, background in contents]
+    present = _multi_hot([{*regions, background} for regions, background in contents])
     mentioned = _multi_hot([caption.names for caption in captions])
-    return Batch(
-        pixel_values=normalize(images.float() / 255),
-        input_ids=tokens["input_ids"],
-        attention_mask=tokens["attention_mask"],
+    return {
+        "pixel_values": normalize(images.float() / 255),
+        **tokenizer([caption.text for caption in captions], padding=True, return_tensors="pt"),
         # A caption is true of an image if nothing that it mentions is absent there.
-        is_true=((1 - present) @ mentioned.T == 0).to(device),
-    )
+        "is_true": (1 - present) @ mentioned.T == 0,
+    }
+
+
+def _multi_hot(name_sets: Sequence[Collection[str | None]]) -> torch.Tensor:
+    return torch.tensor([[float(name in names) for name in CLASS_NAMES] for names in name_sets])
 
 
 def contrastive_loss(logits_per_image: torch.Tensor, is_true: torch.Tensor) -> torch.Tensor:
@@ -189,9 +172,9 @@ def pretrain_clip(
 
     Args:
         output_dir: folder for the result.
-        steps: number of optimisation steps.
+        steps: of optimisation.
         batch_size: images, and captions, a step.
-        num_images: size of the pool of drawn images.
+        num_images: of the pool that is drawn in advance.
         learning_rate: AdamW's, at the end of the warm-up.
         weight_decay: AdamW's, on matrices only.
         seed: of the weights, the order of images and the captions.
@@ -215,34 +198,37 @@ def pretrain_clip(
     # Not `model.to`: transformers' own wrapper of it hides its type.
     torch.nn.Module.to(model, device)
     model.train()
-    pool = draw_pool(num_images, workers=workers, progress=progress)
-    optimizer = torch.optim.AdamW(_parameter_groups(model, weight_decay), lr=learning_rate, betas=(0.9, 0.98))
+    images, contents = draw_pool(num_images, workers=workers, progress=progress)
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
 
     bar = tqdm(range(steps), desc="pre-training CLIP", unit="step", disable=not progress)
-    running_loss, running_accuracy = float("nan"), float("nan")
-    order = rng.permutation(len(pool))
+    order = rng.permutation(num_images)
     for _ in bar:
         if len(order) < batch_size:
-            order = rng.permutation(len(pool))
+            order = rng.permutation(num_images)
         positions, order = order[:batch_size], order[batch_size:]
-        batch = make_batch(pool, positions, tokenizer, rng, device)
+        batch = make_batch(images[positions], [contents[position] for position in positions], tokenizer, rng)
+        batch = {name: value.to(device) for name, value in batch.items()}
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            image_embeds = embed_images(model, batch.pixel_values)
-            text_embeds = embed_tokens(model, batch.input_ids, batch.attention_mask)
+            image_embeds = embed_images(model, batch["pixel_values"])
+            text_embeds = embed_tokens(model, batch["input_ids"], batch["attention_mask"])
         logits = model.logit_scale.exp() * image_embeds.float() @ text_embeds.float().T
-        loss = contrastive_loss(logits, batch.is_true)
+        loss = contrastive_loss(logits, batch["is_true"])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
-            hits = batch.is_true.gather(1, logits.argmax(1, keepdim=True)).float().mean()
-        running_loss = _running(running_loss, loss.item())
-        running_accuracy = _running(running_accuracy, hits.item())
-        bar.set_postfix(loss=f"{running_loss:.3f}", accuracy=f"{running_accuracy:.3f}", refresh=False)
+        hits = batch["is_true"].gather(1, logits.argmax(1, keepdim=True))
+        bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{hits.float().mean().item():.3f}", refresh=False)
 
     model.eval()
     model.save_pretrained(output_dir)
@@ -259,21 +245,18 @@ def zero_shot_accuracy(
 ) -> float:
     """Gate 1: the share of fresh one-region images whose combination, of all 32, CLIP names.
 
-    Args:
-        model: the pre-trained CLIP.
-        tokenizer: its tokenizer.
-        num_images: how many images, with every combination equally often up to one.
-        seed: which world to draw from.
+    Of `num_images` images of the world `seed`, every combination is in equally many, up to one.
     """
-    scenes = [
-        draw_scene(seed, index, combinations=[COMBINATIONS[index % len(COMBINATIONS)]], max_regions=1)
-        for index in range(num_images)
-    ]
     classes = embed_names(model, tokenizer, COMBINATIONS)
     hits = 0
-    for chunk in _chunks(scenes, 128):
-        predicted = (embed_images(model, _pixel_values(chunk, model.device)) @ classes.T).argmax(1).tolist()
-        hits += sum(COMBINATIONS[label] == scene.regions[0] for label, scene in zip(predicted, chunk, strict=True))
+    for start in range(0, num_images, 128):
+        wanted = [index % len(COMBINATIONS) for index in range(start, min(start + 128, num_images))]
+        scenes = [
+            draw_scene(seed, index, combinations=[COMBINATIONS[label]], max_regions=1)
+            for index, label in enumerate(wanted, start)
+        ]
+        found = (embed_images(model, _pixel_values(scenes, model.device)) @ classes.T).argmax(1).tolist()
+        hits += sum(one == label for one, label in zip(found, wanted, strict=True))
     return hits / num_images
 
 
@@ -298,36 +281,35 @@ def masked_recognition_accuracy(
         first_layer: number of layers before the copies start (SAN's K).
         min_coverage: see [`patches_of_regions`]. Patches on an outline show two textures; a learned bias can leave
             them out, so most of what they cost here is not lost to SAN.
-        num_images: how many images.
+        num_images: of the world `seed`.
         seed: which world to draw from.
 
     Returns:
         `regions` and `backgrounds`: share of them that are named right; `unmasked`: the share of regions that [CLS]
         itself, which attends to everything, names right.
     """
-    scenes = [draw_scene(seed, index, min_regions=2, max_regions=3) for index in range(num_images)]
     classes = embed_names(model, tokenizer, CLASS_NAMES)
     right: dict[str, list[bool]] = {"regions": [], "backgrounds": [], "unmasked": []}
-    for chunk in _chunks(scenes, 64):
-        labels = [[CLASS_NAMES.index(name) for name in scene.names] for scene in chunk]
-        longest = max(map(len, labels))
-        masks = torch.zeros(len(chunk), longest, IMAGE_SIZE, IMAGE_SIZE)
-        for position, (scene, present) in enumerate(zip(chunk, labels, strict=True)):
-            masks[position, : len(present)] = torch.from_numpy(
-                np.stack([scene.label_map == label for label in present])
-            )
-        pixel_values = _pixel_values(chunk, model.device)
+    for start in range(0, num_images, 64):
+        numbers = range(start, min(start + 64, num_images))
+        scenes = [draw_scene(seed, index, min_regions=2, max_regions=3) for index in numbers]
+        pixel_values = _pixel_values(scenes, model.device)
         side = pixel_values.shape[-1] // model.vision_model.embeddings.patch_size
+        longest = max(len(scene.names) for scene in scenes)
+        masks = torch.zeros(len(scenes), longest, IMAGE_SIZE, IMAGE_SIZE)
+        for mask, scene in zip(masks, scenes, strict=True):
+            for query, name in enumerate(scene.names):
+                mask[query] = torch.from_numpy(scene.label_map == CLASS_NAMES.index(name))
         patches = patches_of_regions(masks, side, min_coverage).to(model.device)
         embeds = embed_regions(model, pixel_values, patches, first_layer)
-        predicted = (embeds @ classes.T).argmax(-1).tolist()
+        found = (embeds @ classes.T).argmax(-1).tolist()
         unmasked = (embed_images(model, pixel_values) @ classes.T).argmax(-1).tolist()
-        for position, present in enumerate(labels):
-            for query, label in enumerate(present):
-                is_background = CLASS_NAMES[label] in BACKGROUNDS
-                right["backgrounds" if is_background else "regions"].append(predicted[position][query] == label)
-                if not is_background:
-                    right["unmasked"].append(unmasked[position] == label)
+        for scene, labels, whole in zip(scenes, found, unmasked, strict=True):
+            for name, label in zip(scene.names, labels, strict=False):
+                kind = "backgrounds" if name in BACKGROUNDS else "regions"
+                right[kind].append(CLASS_NAMES[label] == name)
+                if kind == "regions":
+                    right["unmasked"].append(CLASS_NAMES[whole] == name)
     return {kind: float(np.mean(hits)) for kind, hits in right.items()}
 
 
@@ -351,7 +333,7 @@ def patches_of_regions(masks: torch.Tensor, side: int, min_coverage: float = 0.0
 def embed_regions(
     model: CLIPModel, pixel_values: torch.Tensor, patches: torch.Tensor, first_layer: int
 ) -> torch.Tensor:
-    """Embed regions with one copy of [CLS] each that attends, after `first_layer`, to its region only.
+    """Embed regions with one copy of [CLS] each that attends, after `first_layer` layers, to its region only.
 
     Args:
         model: a CLIP.
@@ -383,9 +365,11 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     return (images - mean) / std
 
 
-def shrink(images: torch.Tensor) -> torch.Tensor:
-    """Shrink `(batch, 3, height, width)` as SAN does before its CLIP."""
-    return F.interpolate(images, scale_factor=CLIP_RESIZE_FACTOR, mode="bilinear", align_corners=False)
+def _pixel_values(scenes: Sequence[Scene], device: torch.device) -> torch.Tensor:
+    """Scenes as CLIP sees them inside SAN."""
+    images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).to(device)
+    pixels = normalize(images.float() / 255)
+    return F.interpolate(pixels, scale_factor=CLIP_RESIZE_FACTOR, mode="bilinear", align_corners=False)
 
 
 def embed_images(model: CLIPModel, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -407,51 +391,3 @@ def embed_names(
     tokens = tokenizer(sentences, padding=True, truncation=True, return_tensors="pt").to(model.device)
     embeds = embed_tokens(model, tokens["input_ids"], tokens["attention_mask"])
     return F.normalize(embeds.unflatten(0, (len(names), len(templates))).mean(1), dim=-1)
-
-
-# ----------------------------------------------------------------------------------------------------------- helpers
-
-
-def _draw_for_clip(seed: int, index: int) -> tuple[np.ndarray, tuple[str, ...], str | None]:
-    """Image number `index` as CLIP sees it, `uint8` `(3, 64, 64)`, with its regions and background."""
-    scene = draw_texture(seed, index) if index % 3 == 0 else draw_scene(seed, index)
-    # Half the size, bilinear and without antialias, is the mean of two by two pixels.
-    image = scene.image.astype(np.float32).reshape(IMAGE_SIZE // 2, 2, IMAGE_SIZE // 2, 2, 3).mean((1, 3))
-    return np.rint(image).astype(np.uint8).transpose(2, 0, 1), scene.regions, scene.background
-
-
-def _draw_caption(rng: np.random.Generator, regions: Sequence[str], background: str | None) -> Caption:
-    """A caption that names everything, only the regions, or one thing, each a third of the time."""
-    if background is None or not regions:
-        return write_caption(rng, regions, background)
-    kind = int(rng.integers(3))
-    if kind == 0:
-        return write_caption(rng, regions, background)
-    if kind == 1:
-        return write_caption(rng, regions, None)
-    names = [*regions, background]
-    single = names[int(rng.integers(len(names)))]
-    return write_caption(rng, [single] if single in regions else [], background if single == background else None)
-
-
-def _multi_hot(name_sets: Sequence[set[str | None] | frozenset[str]]) -> torch.Tensor:
-    return torch.tensor([[float(name in names) for name in CLASS_NAMES] for names in name_sets])
-
-
-def _parameter_groups(model: CLIPModel, weight_decay: float) -> list[dict]:
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def _pixel_values(scenes: Sequence[Scene], device: torch.device) -> torch.Tensor:
-    images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).to(device)
-    return shrink(normalize(images.float() / 255))
-
-
-def _chunks(items: Sequence, size: int) -> list:
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _running(average: float, value: float) -> float:
-    return value if math.isnan(average) else 0.95 * average + 0.05 * value

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import CLIPTokenizer
 
-from drawn_world.world import CLASS_NAMES, ON_BACKGROUND_TEMPLATES, SEVERAL_TEMPLATES, SINGLE_TEMPLATES
+from drawn_world.captions import ON_BACKGROUND_TEMPLATES, SEVERAL_TEMPLATES, SINGLE_TEMPLATES
+from drawn_world.world import CLASS_NAMES
 from modeling_san.processing import load_vocabulary, prompt_templates, vocabulary_names
 
 BOS_TOKEN = "<|startoftext|>"
@@ -25,7 +26,7 @@ def build_tokenizer(vocab_size: int = 3000, model_max_length: int = 48) -> CLIPT
 
     Args:
         vocab_size: number of tokens with the 512 byte tokens and the 2 special ones, which come first and last.
-        model_max_length: number of tokens at which `truncation=True` cuts, start and end token included.
+        model_max_length: of sentences in tokens, start and end token included.
 
     Raises:
         ValueError: if `vocab_size` leaves no room beside byte and special tokens.

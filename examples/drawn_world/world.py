@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 
 COLOURS: dict[str, tuple[float, float, float]] = {
@@ -43,45 +43,8 @@ NEVER_SEEN_COMBINATIONS: tuple[str, ...] = tuple(
 )
 SEEN_COMBINATIONS: tuple[str, ...] = tuple(name for name in COMBINATIONS if name not in NEVER_SEEN_COMBINATIONS)
 
-SINGLE_TEMPLATES: tuple[str, ...] = (
-    "{}",
-    "{}",
-    "a photo of {}",
-    "a photo of {}.",
-    "a photo of a {}.",
-    "an image of {}",
-    "an image of a {} patch",
-    "a close-up photo of {}.",
-    "something {}",
-    "this is a photo of a {}",
-    "there is a {} in the scene",
-    "there is the {} in the scene",
-    "a photo of a {} in the scene",
-    "a photo of a small {}.",
-    "a photo of a medium {}.",
-    "a photo of a large {}.",
-    "there is a large {} in the scene.",
-)
-ON_BACKGROUND_TEMPLATES: tuple[str, ...] = (
-    "{} on {}",
-    "a photo of {} on {}",
-    "a photo of a {} patch on {}.",
-    "{} surrounded by {}",
-    "an image with {} and {}",
-    "{} in front of {}",
-)
-SEVERAL_TEMPLATES: tuple[str, ...] = ("{}", "a photo of {}", "an image with {}", "{} side by side", "there are {}")
-
 MIN_REGION_SHARE = 0.06
 """The least visible share of the image that a region covers."""
-
-
-@dataclass(frozen=True)
-class Caption:
-    """A sentence about an image and the class names it mentions."""
-
-    text: str
-    names: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -94,14 +57,12 @@ class Scene:
         regions: names of the regions, from the first drawn to the one on top; each covers at least
             [`MIN_REGION_SHARE`] of the image.
         background: name of the background, or `None` where a region fills the whole image.
-        captions: three true sentences: one that names everything, one that names a part, one that names one thing.
     """
 
     image: np.ndarray
     label_map: np.ndarray
     regions: tuple[str, ...]
     background: str | None
-    captions: tuple[Caption, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -114,8 +75,8 @@ def draw_scene(
     index: int,
     *,
     size: int | tuple[int, int] = 128,
-    combinations: Sequence[str] | None = None,
-    backgrounds: Sequence[str] | None = None,
+    combinations: Sequence[str] = COMBINATIONS,
+    backgrounds: Sequence[str] = BACKGROUNDS,
     min_regions: int = 1,
     max_regions: int = 3,
 ) -> Scene:
@@ -128,16 +89,17 @@ def draw_scene(
         seed: which world; a non-negative integer.
         index: which image of it; a non-negative integer.
         size: height and width in pixels, or one number for both.
-        combinations: names that regions may have; all of [`COMBINATIONS`] by default.
-        backgrounds: names that the background may have; all of [`BACKGROUNDS`] by default.
+        combinations: names that regions may have.
+        backgrounds: names that the background may have.
         min_regions: the fewest regions; 0 allows a background alone.
         max_regions: the most regions; fewer are drawn where there is no room.
 
     Raises:
         ValueError: if a name is unknown, or the numbers of regions make no sense.
     """
-    combinations = _checked_names(combinations, COMBINATIONS, "combinations")
-    backgrounds = _checked_names(backgrounds, BACKGROUNDS, "backgrounds")
+    for names, known in ((combinations, COMBINATIONS), (backgrounds, BACKGROUNDS)):
+        if not names or not set(names) <= set(known):
+            raise ValueError(f"{list(names)}: expected some of {list(known)}.")
     if not 0 <= min_regions <= max_regions:
         raise ValueError(f"min_regions={min_regions}, max_regions={max_regions}: expected 0 <= min <= max.")
     height, width = (size, size) if isinstance(size, int) else size
@@ -155,68 +117,22 @@ def draw_scene(
         if distance is not None:
             _paint(image, label_map, distance, name, rng)
             regions.append(name)
-    return Scene(
-        image=_finish(image, rng),
-        label_map=label_map,
-        regions=tuple(regions),
-        background=background,
-        captions=_write_captions(rng, regions, background),
-    )
+    return Scene(_finish(image, rng), label_map, tuple(regions), background)
 
 
-def draw_texture(
-    seed: int, index: int, *, size: int | tuple[int, int] = 128, names: Sequence[str] | None = None
-) -> Scene:
-    """Draw an image that one texture fills: a close-up of a region, or a background alone.
-
-    Args:
-        seed: which world; a non-negative integer.
-        index: which image of it; a non-negative integer.
-        size: height and width in pixels, or one number for both.
-        names: what may fill it; all of [`CLASS_NAMES`] by default.
-
-    Raises:
-        ValueError: if a name is unknown.
-    """
-    names = _checked_names(names, CLASS_NAMES, "names")
-    height, width = (size, size) if isinstance(size, int) else size
+def draw_texture(seed: int, index: int, *, size: int = 128, names: Sequence[str] = CLASS_NAMES) -> Scene:
+    """Draw a square that one texture fills, one of `names`: a close-up of a region, or a background alone."""
     rng = np.random.default_rng((seed, index))
     name = str(rng.choice(names))
-    image = _draw_texture(name, rng, height, width)
-    is_background = name in BACKGROUNDS
-    regions = [] if is_background else [name]
-    background = name if is_background else None
-    return Scene(
-        image=_finish(image, rng),
-        label_map=np.full((height, width), CLASS_NAMES.index(name), dtype=np.uint8),
-        regions=tuple(regions),
-        background=background,
-        captions=_write_captions(rng, regions, background),
-    )
-
-
-def write_caption(rng: np.random.Generator, regions: Sequence[str], background: str | None) -> Caption:
-    """Write a sentence that mentions exactly the names given.
-
-    Raises:
-        ValueError: if there is nothing to mention.
-    """
-    names = frozenset(regions) | (frozenset() if background is None else {background})
-    if not names:
-        raise ValueError("write_caption got no names: pass at least one region or a background.")
-    if len(names) == 1:
-        return Caption(_pick(rng, SINGLE_TEMPLATES).format(*names), names)
-    shuffled = [regions[position] for position in rng.permutation(len(regions))]
-    listed = shuffled[0] if len(shuffled) == 1 else ", ".join(shuffled[:-1]) + f" and {shuffled[-1]}"
-    if background is None:
-        return Caption(_pick(rng, SEVERAL_TEMPLATES).format(listed), names)
-    return Caption(_pick(rng, ON_BACKGROUND_TEMPLATES).format(listed, background), names)
+    image = _finish(_draw_texture(name, rng, size, size), rng)
+    label_map = np.full((size, size), CLASS_NAMES.index(name), dtype=np.uint8)
+    return Scene(image, label_map, (), name) if name in BACKGROUNDS else Scene(image, label_map, (name,), None)
 
 
 def world_dataset(
     num_images: int, seed: int = 0, *, start: int = 0, names: Sequence[str] = CLASS_NAMES, **scene_options
 ) -> Dataset:
-    """Draw `num_images` images as a `datasets.Dataset` held in memory.
+    """Draw `num_images` images, from number `start` on, as a `datasets.Dataset` held in memory.
 
     Args:
         num_images: number of images.
@@ -227,47 +143,15 @@ def world_dataset(
         scene_options: options of [`draw_scene`], such as `size` and `combinations`.
 
     Returns:
-        A dataset with the features `image` (RGB image), `annotation` (label map, one channel) and `caption`
-        (a sentence that names everything in the image).
+        A dataset with the features `image` (RGB image) and `annotation` (label map, one channel).
     """
-    values = np.full(len(CLASS_NAMES), IGNORE_INDEX, np.uint8)
-    for value, name in enumerate(names):
-        values[CLASS_NAMES.index(name)] = value
-    columns: dict[str, list] = {"image": [], "annotation": [], "caption": []}
-    for index in range(start, start + num_images):
-        scene = draw_scene(seed, index, **scene_options)
-        columns["image"].append(PILImage.fromarray(scene.image))
-        columns["annotation"].append(PILImage.fromarray(values[scene.label_map]))
-        columns["caption"].append(scene.captions[0].text)
-    features = Features(image=Image(), annotation=Image(), caption=Value("string"))
-    return Dataset.from_dict(columns, features=features)
-
-
-# ---------------------------------------------------------------------------------------------------- names
-
-
-def _checked_names(names: Sequence[str] | None, known: Sequence[str], argument: str) -> Sequence[str]:
-    if names is None:
-        return known
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise ValueError(f"{argument}={list(names)}: expected some of {list(known)}; unknown: {unknown}.")
-    return names
-
-
-def _pick(rng: np.random.Generator, choices: Sequence[str]) -> str:
-    return choices[int(rng.integers(len(choices)))]
-
-
-def _write_captions(rng: np.random.Generator, regions: Sequence[str], background: str | None) -> tuple[Caption, ...]:
-    names = [*regions, *([] if background is None else [background])]
-    single = str(rng.choice(names))
-    part = [names[position] for position in rng.permutation(len(names))[: int(rng.integers(1, len(names) + 1))]]
-    return (
-        write_caption(rng, regions, background),
-        write_caption(rng, [name for name in regions if name in part], background if background in part else None),
-        write_caption(rng, [single] if single in regions else [], background if single == background else None),
-    )
+    values = np.array([names.index(name) if name in names else IGNORE_INDEX for name in CLASS_NAMES], np.uint8)
+    scenes = [draw_scene(seed, index, **scene_options) for index in range(start, start + num_images)]
+    columns = {
+        "image": [PILImage.fromarray(scene.image) for scene in scenes],
+        "annotation": [PILImage.fromarray(values[scene.label_map]) for scene in scenes],
+    }
+    return Dataset.from_dict(columns, features=Features(image=Image(), annotation=Image()))
 
 
 # ------------------------------------------------------------------------------------------------------------ shapes

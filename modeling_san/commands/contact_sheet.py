@@ -9,7 +9,7 @@ from typing import Any
 
 from .datasets import add_dataset_options, open_dataset
 from .errors import CommandError, say
-from .parser import positive_integer
+from .parser import integer_between
 
 _DESCRIPTION = """\
 Look at a data set before training on it: one PNG with random views of its images as training sees them (scale, crop,
@@ -20,8 +20,6 @@ example:
   san contact-sheet --dataset train.parquet --labels classes.json
   san contact-sheet --dataset ./coco --labels coco_stuff_171 --split validation --count 24 --output coco.png
 """
-_MAX_COUNT = 256
-_MAX_CROP = 4096
 
 
 def add_parser(subparsers: Any) -> None:
@@ -31,7 +29,11 @@ def add_parser(subparsers: Any) -> None:
     )
     add_dataset_options(parser, split="train")
     parser.add_argument(
-        "--crop-size", type=positive_integer, default=640, metavar="PIXELS", help="of the views (default: %(default)s)"
+        "--crop-size",
+        type=integer_between(1, 4096),
+        default=640,
+        metavar="PIXELS",
+        help="of the views (default: %(default)s)",
     )
     parser.add_argument(
         "--short-sides",
@@ -39,35 +41,25 @@ def add_parser(subparsers: Any) -> None:
         metavar="PIXELS,...",
         help="lengths one of which is drawn for the short side (default: 320,384,...,960)",
     )
+    # Nobody looks at more
+    parser.add_argument("--count", type=integer_between(1, 256), default=16, help="views (default: %(default)s)")
     parser.add_argument(
-        "--count", type=positive_integer, default=16, help=f"views, at most {_MAX_COUNT} (default: %(default)s)"
+        "--seed", type=integer_between(0), default=0, help="of all random choices (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of all random choices (default: %(default)s)")
     parser.add_argument(
         "--output", default="contact_sheet.png", metavar="FILE", help="PNG to write (default: %(default)s)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """
-    Draw the sheet.
-
-    Returns:
-        exit code.
-    """
+    """Draw the sheet."""
     from modeling_san.processing.files import replacing_file
     from modeling_san.training.augmentation import Augmentation
     from modeling_san.training.contact_sheet import draw_contact_sheet
 
     output = Path(args.output)
-    if args.crop_size > _MAX_CROP:
-        raise CommandError(f"--crop-size {args.crop_size}: take at most {_MAX_CROP}")
-    if args.seed < 0:
-        raise CommandError(f"--seed {args.seed}: pass a whole number from 0 on")
     if output.suffix.lower() != ".png":
         raise CommandError(f"--output {output}: the sheet is a PNG, let the name end in .png")
-    if args.count > _MAX_COUNT:
-        raise CommandError(f"--count {args.count}: nobody looks at so many, take at most {_MAX_COUNT}")
     images, label_set = open_dataset(args)
     augmentation = Augmentation(crop_size=(args.crop_size, args.crop_size))
     if args.short_sides is not None:

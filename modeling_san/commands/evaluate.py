@@ -13,6 +13,7 @@ from .parser import (
     add_model_option,
     add_output_option,
     add_templates_option,
+    integer_between,
     make_folder,
     positive_integer,
 )
@@ -60,7 +61,7 @@ def add_parser(subparsers: Any) -> None:
     add_output_option(parser, default="evaluation")
     parser.add_argument(
         "--overlays",
-        type=int,
+        type=integer_between(0),
         default=4,
         metavar="N",
         help="how many of the best and of the worst images to draw (default: %(default)s)",
@@ -70,12 +71,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """
-    Evaluate, on one process or on those that `accelerate launch` started; the first one prints and writes.
-
-    Returns:
-        exit code.
-    """
+    """Evaluate, on one process or on those that `accelerate launch` started; the first one prints and writes."""
     from accelerate import Accelerator
 
     from modeling_san.processing.device import pick_device
@@ -84,8 +80,6 @@ def run(args: argparse.Namespace) -> int:
     from .models import load_model, quiet_libraries
 
     quiet_libraries()
-    if args.overlays < 0:
-        raise CommandError(f"--overlays is {args.overlays}: pass 0 or more")
     templates = read_templates(args.templates)
     images, label_set = open_dataset(args)
     subsets = _read_subsets(args.subset)

@@ -46,25 +46,22 @@ def run(args: argparse.Namespace) -> int:
     """
     from accelerate import PartialState
 
+    from modeling_san.training.evaluate import format_table
     from modeling_san.training.train import train
 
     from .datasets import quiet_datasets
     from .models import quiet_libraries
 
-    options = _parse(args.others)
-    if options.plot is not None:
-        return _plot(options.plot)
-    recipe = _make_recipe(options)
+    recipe, folder = parse_recipe(args.others)
+    if folder is not None:
+        return _plot(folder)
     quiet_libraries()
     quiet_datasets()
     results = train(recipe)
     if not PartialState().is_main_process:
         return 0
-    for label, iou in results.get("per_class_iou", {}).items():
-        say(f"{label:<24}{'-' if iou is None else format(iou, '.3f'):>8}")
     if "mean_iou" in results:
-        say(f"{'mean IoU':<24}{results['mean_iou']:>8.3f}")
-        say(f"{'pixel accuracy':<24}{results['overall_accuracy']:>8.3f}")
+        say(format_table(results))
     if results["finished"]:
         say(
             f"{results['steps']} steps, {results['minutes']:.1f} minutes, "
@@ -75,9 +72,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_recipe(arguments: list[str]) -> Any:
+def parse_recipe(arguments: list[str]) -> tuple[Any, Path | None]:
     """
-    The recipe that a file and options make.
+    The recipe that a file and options make, and the folder of `--plot`.
 
     Args:
         arguments: those of `san train`. A file's values are put in front of them, so that both are read alike and the
@@ -87,10 +84,6 @@ def parse_recipe(arguments: list[str]) -> Any:
         ValueError: for a recipe that cannot be read or makes no sense.
         SystemExit: for options that cannot be read, after a line that says why.
     """
-    return _make_recipe(_parse(arguments))
-
-
-def _parse(arguments: list[str]) -> argparse.Namespace:
     from transformers import HfArgumentParser
 
     from modeling_san.training.recipe import Recipe, as_arguments, read_recipe, recipe_names
@@ -101,27 +94,23 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         """Options from the fields of a dataclass, with the errors of our commands."""
 
     config_parser = CommandParser(prog="san train", add_help=False)
-    config_parser.add_argument("--config")
+    config_parser.add_argument("--config", metavar="RECIPE", help=f"YAML file, or one of: {', '.join(recipe_names())}")
     config, options = config_parser.parse_known_args(arguments)
     parser = RecipeParser(
         dataclass_types=Recipe,
+        parents=[config_parser],
         prog="san train",
         usage="san train --config RECIPE [--resume auto] [options]",
         description=_DESCRIPTION,
         epilog=_EXAMPLE,
     )
-    parser.add_argument("--config", metavar="RECIPE", help=f"YAML file, or one of: {', '.join(recipe_names())}")
     parser.add_argument(
         "--plot", metavar="DIR", type=Path, help="train nothing; draw how the run in DIR goes as DIR/curves.png"
     )
     from_file = as_arguments(read_recipe(config.config)) if config.config else []
-    return parser.parse_args([*from_file, *options])
-
-
-def _make_recipe(options: argparse.Namespace) -> Any:
-    from modeling_san.training.recipe import Recipe
-
-    return Recipe(**{name: value for name, value in vars(options).items() if name not in ("config", "plot")})
+    values = vars(parser.parse_args([*from_file, *options]))
+    folder, _ = values.pop("plot"), values.pop("config")
+    return Recipe(**values), folder
 
 
 def _plot(folder: Path) -> int:
@@ -133,6 +122,3 @@ def _plot(folder: Path) -> int:
     except ImportError as error:
         raise CommandError(str(error)) from error
     return 0
-
-
-__all__ = ["add_parser", "parse_recipe", "run"]

@@ -1,0 +1,354 @@
+"""A training run: the parts that it is made of, what it keeps in its folder, and how it goes on from there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+
+from modeling_san.modeling_san import SANForOpenVocabSegmentation
+from modeling_san.processing import SANProcessor
+from modeling_san.processing.files import new_folder, remove_unfinished, write_json, write_text
+from modeling_san.processing.wording_san import one_line
+from modeling_san.training.build import (
+    load_model,
+    make_accelerator,
+    make_batches,
+    make_optimizer,
+    make_schedule,
+    prepare_model,
+)
+from modeling_san.training.callbacks import JsonLinesTracker, say, warn
+from modeling_san.training.data import check_first_images, load_images
+from modeling_san.training.label_sets import LabelSet, load_label_set
+from modeling_san.training.recipe import Recipe
+
+RECIPE_FILE = "recipe.yaml"
+CHECKPOINTS = "checkpoints"
+PROGRESS_FILE = "progress.json"
+
+_CHECKPOINT = re.compile(r"step-(\d+)")
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint holds, as JSON, beside the state that Accelerate saves."""
+
+    step: int = 0
+    best_step: int | None = None
+    best_mean_iou: float = -1.0
+    processes: int = 1
+    results: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """
+    A training run.
+
+    Attributes:
+        recipe: what to do.
+        accelerator: devices and processes.
+        model: as Accelerate wraps it.
+        processor: of the model.
+        label_set: the classes, and what label maps mean.
+        validation: labelled images, or None.
+        optimizer: of the parameters that train.
+        schedule: of the learning rate.
+        batches: of this process, without end, from where the run stands.
+        progress: where it stands.
+        scalars: names of parameters that are vectors of one number while FSDP spreads them.
+    """
+
+    recipe: Recipe
+    accelerator: Accelerator
+    model: Any
+    processor: SANProcessor
+    label_set: LabelSet
+    validation: Any
+    optimizer: Any
+    schedule: Any
+    batches: Iterator[dict[str, Tensor]]
+    progress: Progress
+    scalars: list[str]
+
+    @property
+    def folder(self) -> Path:
+        """What the run leaves lies here."""
+        return Path(str(self.recipe.output_dir))
+
+    @property
+    def san(self) -> SANForOpenVocabSegmentation:
+        """The model itself."""
+        return self.accelerator.unwrap_model(self.model)
+
+
+def prepare_run(recipe: Recipe) -> Run:
+    """
+    Make or resume all that a run needs.
+
+    Raises:
+        ValueError: where recipe, data and model do not fit together; the sentence says what to change.
+    """
+    for name in ("output_dir", "dataset"):
+        if not getattr(recipe, name):
+            raise ValueError(f"{name} is missing: a run needs it.")
+    folder = Path(str(recipe.output_dir))
+    checkpoint = _find_checkpoint(recipe, folder)
+    progress = Progress() if checkpoint is None else _read_progress(checkpoint)
+    if progress.step > recipe.steps:
+        raise ValueError(f"{checkpoint} has {progress.step} steps already: give more than these {recipe.steps}.")
+    accelerator = make_accelerator(recipe, JsonLinesTracker(folder, progress.step))
+    model, processor = load_model(recipe, checkpoint)
+    images = _load_images(recipe, str(recipe.dataset), recipe.split)
+    label_set = load_label_set(
+        recipe.labels,
+        dataset=images,
+        source=recipe.dataset,
+        ignore_index=recipe.ignore_index,
+        reduce_labels=recipe.reduce_labels,
+    )
+    check_first_images(images, label_set, recipe.dataset)
+    validation = None
+    if recipe.validation is not None:
+        validation = _load_images(recipe, recipe.validation, recipe.validation_split)
+        check_first_images(validation, label_set, recipe.validation)
+    else:
+        progress.results = {}
+    prepare_model(recipe, model, processor, label_set)
+    batches = make_batches(recipe, accelerator, images, label_set, model, processor, progress.step)
+    scalars = _make_vectors_of_scalars(model) if accelerator.is_fsdp2 else []
+    optimizer = make_optimizer(model.to(accelerator.device), recipe)
+    schedule = make_schedule(optimizer, recipe, progress.step)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    parts = (recipe, accelerator, wrapped, processor, label_set, validation, optimizer, schedule, batches)
+    run = Run(*parts, progress, scalars)
+    # Weights are written as `from_pretrained` reads them, and are loaded already
+    accelerator.register_save_state_pre_hook(lambda models, weights, path: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, path: models.clear())
+    if checkpoint is not None:
+        _restore(run, checkpoint)
+    progress.processes = accelerator.num_processes
+    if accelerator.is_main_process:
+        _prepare_folder(run)
+    accelerator.wait_for_everyone()
+    # Trackers accept plain values
+    plain = {name: value if isinstance(value, (int, float)) else str(value) for name, value in vars(recipe).items()}
+    accelerator.init_trackers("san", plain)
+    return run
+
+
+def _load_images(recipe: Recipe, source: str, split: str) -> Any:
+    columns = {"image_column": recipe.image_column, "label_column": recipe.label_column}
+    return load_images(source, split, streaming=recipe.streaming, **columns)
+
+
+def _make_vectors_of_scalars(model: SANForOpenVocabSegmentation) -> list[str]:
+    """FSDP cuts parameters along their first dimension, which scalars lack; returns the names of those changed."""
+    names = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        scalar = model.get_parameter(name)
+        vector = Parameter(scalar.detach().reshape(1), requires_grad=scalar.requires_grad)
+        setattr(model.get_submodule(parent), last, vector)
+    return names
+
+
+def _prepare_folder(run: Run) -> None:
+    """Leave what belongs to another course of the run behind, and say what begins."""
+    recipe, step, accelerator = run.recipe, run.progress.step, run.accelerator
+    remove_unfinished(run.folder)
+    remove_unfinished(run.folder / CHECKPOINTS)
+    for path in _checkpoints(run.folder):
+        if _step_of(path) > step:
+            target = path.with_name(f"abandoned-{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+            warn(f"the run begins anew at step {step}; a later checkpoint is now called {target}.")
+    if step and (changes := _changes(run.folder / RECIPE_FILE, recipe)):
+        warn(f"the run continues with another recipe: {'; '.join(changes)}")
+    write_text(run.folder / RECIPE_FILE, recipe.to_yaml())
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in run.san.parameters()]
+    trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+    processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
+    say(
+        f"training {trained / 1e6:.2f} of {total / 1e6:.2f} M parameters from step {step} to {recipe.steps}: "
+        f"{processes}, {accelerator.device.type}, mixed precision {accelerator.mixed_precision}"
+    )
+
+
+def _changes(path: Path, recipe: Recipe) -> list[str]:
+    """What differs from the recipe in a file that the run was started with."""
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return []
+    return [
+        f"{name} {before[name]} -> {value}"
+        for name, value in asdict(recipe).items()
+        if isinstance(before, dict) and before.get(name, value) != value and name != "resume"
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+def write_checkpoint(run: Run) -> str:
+    """
+    Accelerate's state of the run beside a model that loads, complete or not at all; says where it is.
+
+    All processes take part where FSDP spreads the parameters, otherwise the main one writes alone.
+    """
+    path = run.folder / CHECKPOINTS / f"step-{run.progress.step:08d}"
+    is_main, is_spread = run.accelerator.is_main_process, run.accelerator.distributed_type == DistributedType.FSDP
+    if not path.exists() and (is_main or is_spread):
+        # Other processes only send their part
+        with new_folder(path) if is_main else TemporaryDirectory() as beside:
+            run.accelerator.save_state(str(beside))
+            write_model(run, Path(beside))
+            write_json(Path(beside, PROGRESS_FILE), asdict(run.progress))
+        if is_main:
+            _remove_old_checkpoints(run)
+    return f"The state after step {run.progress.step} is in {path}."
+
+
+def write_model(run: Run, folder: Path) -> None:
+    """Write what `from_pretrained` loads; all processes take part where FSDP spreads the parameters."""
+    model = run.san
+    if model.trains_text_encoder():
+        with as_saved(model):
+            model.set_labels(run.label_set.names, run.processor)
+    weights = run.accelerator.get_state_dict(run.model)
+    weights = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in weights.items()}
+    weights.update({name: weights[name].reshape(()) for name in run.scalars if name in weights})
+    if run.accelerator.is_main_process:
+        model.save_pretrained(folder, state_dict=weights)
+        run.processor.save_pretrained(folder)
+        for file in folder.iterdir():
+            # Weights are written readable for their owner alone; the folder's other files follow the umask
+            shutil.copymode(folder / "config.json", file)
+
+
+@contextmanager
+def as_saved(model: SANForOpenVocabSegmentation) -> Iterator[None]:
+    """
+    The model as it will be loaded: what is measured is what is saved.
+
+    Without the autocast that Accelerate wraps around `forward`, and with all parameters where FSDP has spread them.
+    """
+    wrapped = model.__dict__.pop("forward", None)
+    spread = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in spread:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in spread:
+            module.set_reshard_after_forward(module is not model, recurse=False)
+            module.reshard()
+        if wrapped is not None:
+            model.forward = wrapped  # type: ignore[method-assign]
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the most steps of the run in `folder`."""
+    return max(_checkpoints(folder), key=_step_of, default=None)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = [path for path in (folder / CHECKPOINTS).glob("step-*") if _CHECKPOINT.fullmatch(path.name)]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _remove_old_checkpoints(run: Run) -> None:
+    """The latest stay, and the best."""
+    for path in _checkpoints(run.folder)[: -run.recipe.keep_checkpoints]:
+        if _step_of(path) != run.progress.best_step:
+            # Under another name first: a folder called step-... is never half deleted.
+            doomed = path.with_name(f"{path.name}.unfinished-old")
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _find_checkpoint(recipe: Recipe, folder: Path) -> Path | None:
+    if recipe.resume == "auto":
+        return latest_checkpoint(folder)
+    if recipe.resume != "never":
+        return Path(recipe.resume)
+    if any((folder / trace).exists() for trace in (CHECKPOINTS, "model.safetensors")):
+        raise ValueError(f"{folder} already holds a run: continue it with resume: auto, or choose another output_dir.")
+    return None
+
+
+def _read_progress(checkpoint: Path) -> Progress:
+    try:
+        progress = Progress(**json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8")))
+        progress.step = int(progress.step)
+    except (OSError, ValueError, TypeError) as error:
+        raise _cannot_be_resumed(checkpoint, error) from error
+    return progress
+
+
+def _restore(run: Run, checkpoint: Path) -> None:
+    """The optimizer's state from a checkpoint; rates and decay follow from the recipe, which may have changed."""
+    progress, processes = run.progress, run.accelerator.num_processes
+    if run.recipe.streaming and progress.step:
+        if run.accelerator.is_main_process:
+            say(f"reading past the images of {progress.step} steps: a stream has no other way to its middle")
+        if progress.processes != processes:
+            warn(
+                f"the stream was shared between {progress.processes} processes and is now between {processes}: some "
+                "images of this epoch come twice, others not at all."
+            )
+    groups = run.optimizer.param_groups
+    settings = [{name: group[name] for name in ("lr", "initial_lr", "weight_decay")} for group in groups]
+    try:
+        run.accelerator.load_state(str(checkpoint))
+    except Exception as error:
+        if "parameter group" in str(error):
+            raise ValueError(
+                f"{checkpoint} trained other parameters: resume with the `trainable` it was started with."
+            ) from error
+        # What loads it raises what its parts raise: unpickling, zip, end of file, ...
+        raise _cannot_be_resumed(checkpoint, error) from error
+    for group, own in zip(run.optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
+def _cannot_be_resumed(checkpoint: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{checkpoint} cannot be resumed from ({one_line(error)}): pass a checkpoint folder that training wrote, such "
+        f"as OUTPUT/{CHECKPOINTS}/step-00001000."
+    )
+
+
+__all__ = [
+    "CHECKPOINTS",
+    "RECIPE_FILE",
+    "Progress",
+    "Run",
+    "as_saved",
+    "latest_checkpoint",
+    "prepare_run",
+    "write_checkpoint",
+    "write_model",
+]

@@ -230,7 +230,9 @@ def make_page(
     handlers = _Handlers(Segmenter(model.eval(), processor), name)
     known = list(model.config.training_labels or ())
     is_builtin = is_drawn_world(known)
-    examples = [[one.image, list(one.labels)] for one in load_examples(enlargement=4)] if is_builtin else []
+    examples: list[list[Any]] = (
+        [[one.image, list(one.labels)] for one in load_examples(enlargement=4)] if is_builtin else []
+    )
     suggested = known or list(model.config.stored_labels or _FIRST_WORDS)
     first = examples[0][1] if examples else suggested[: len(_FIRST_WORDS)]
 

@@ -60,5 +60,6 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
 
 
-if Path(sys.argv[0]).stem != "san":
+# A script of the user's may be called san.py
+if Path(sys.argv[0]).name not in ("san", "san.exe"):
     register()

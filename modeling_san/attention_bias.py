@@ -10,12 +10,9 @@ the softmax tells it where to look. [CLS] and the patches never see a [SLS] toke
     patches   |    0        0      -inf
     [SLS]     |  -inf     bias      0 on the diagonal, -inf elsewhere
 
-So there are two streams of tokens, CLIP's and those that are steered, and a layer takes both: CLIP's tokens attend
-among themselves, then the steered ones attend to both. After the last layer only the steered ones are read, and CLIP's
-are left out there. Who sees whom is the caller's to say: `mask_regions` is the table above, and other models hand in
-other tables. Where a layer has to run as a whole (`can_run_in_parts`), it gets the table as the additive mask that
-CLIP's layers take with every call. Masks are arguments and nothing is registered on CLIP, so calls share no state:
-threads may use one model at once.
+So a layer takes two streams of tokens: CLIP's attend among themselves, then the steered ones attend to both. Who sees
+whom is handed in: `mask_regions` is the table above, and other models have others. Where a layer has to run as a whole
+(`can_run_in_parts`), it gets the table as its mask. Nothing is registered on CLIP, so that threads may share a model.
 """
 
 from collections.abc import Callable, Sequence
@@ -106,7 +103,9 @@ def recognize_regions(
             clip_tokens,
             sls_tokens,
             masks[index if len(masks) > 1 else 0],
-            prompts=None if prompts is None else prompts[index].to(sls_tokens.dtype).expand(len(sls_tokens), -1, -1),
+            prompts=None
+            if prompts is None
+            else prompts[index].to(sls_tokens.dtype).expand(sls_tokens.shape[0], -1, -1),
             last=index == len(layers) - 1,
         )
     return sls_tokens

@@ -1,6 +1,7 @@
 """Makes the models known to transformers' Auto classes and to `pipeline`."""
 
 import functools
+from typing import Any
 
 
 @functools.cache
@@ -19,6 +20,7 @@ def register() -> None:
     AutoModelForSemanticSegmentation.register(SANConfig, SANForSemanticSegmentation, exist_ok=True)
     AutoImageProcessor.register(SANConfig, image_processor_classes={"pil": SANImageProcessor}, exist_ok=True)
     AutoProcessor.register(SANConfig, SANProcessor, exist_ok=True)
+    entry: Any
     for task, entry in CUSTOM_PIPELINES.items():
         PIPELINE_REGISTRY.register_pipeline(
             task, pipeline_class=OpenVocabularySegmentationPipeline, pt_model=AutoModel, type=entry["type"]

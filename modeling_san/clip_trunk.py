@@ -28,20 +28,11 @@ class AnySizeVisionEmbeddings(CLIPVisionEmbeddings):
     """CLIP's patch embedding, which calls for its table of positions and resizes it where the grid is another."""
 
     def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
-        """
-        Positions for an image of any size.
-
-        Args:
-            embeddings: `(batch, 1 + patches, width)`, not read.
-            height: of the image, in pixels.
-            width: of the image, in pixels.
-
-        Returns:
-            `(1, 1 + patches, width)`.
-        """
+        """Positions `(1, 1 + patches, width)` for an image of `height` x `width` pixels; embeddings are not read."""
         positions = self.position_embedding(self.position_ids)
         side = math.isqrt(self.num_patches)
-        grid = (height // self.patch_size, width // self.patch_size)
+        patch_size: Any = self.patch_size
+        grid = (height // patch_size, width // patch_size)
         # An exported program takes any size: it may not depend on whether this one is the table's own
         if not is_torchdynamo_exporting() and grid == (side, side):
             return positions
@@ -152,15 +143,9 @@ def keys_and_values(layer: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def update(layer: Any, tokens: Tensor, attend_fn: Callable[[Tensor], Tensor]) -> Tensor:
     """
-    Take tokens through a layer.
+    Take tokens `(batch, tokens, width)` through a layer.
 
-    Args:
-        layer: a `CLIPEncoderLayer`.
-        tokens: `(batch, tokens, width)`.
-        attend_fn: takes their queries and returns what each gathers, both `(batch, tokens, width)`; see `attend`.
-
-    Returns:
-        `(batch, tokens, width)`.
+    `attend_fn` takes their queries and returns what each gathers, in the same shape; see `attend`.
     """
     query = layer.self_attn.q_proj(layer.layer_norm1(tokens))
     tokens = tokens + layer.self_attn.out_proj(attend_fn(query))
@@ -173,13 +158,9 @@ def attend(layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
 
     Args:
         layer: the `CLIPEncoderLayer` that attends.
-        query: `(batch, tokens, width)`.
-        key: `(batch, seen, width)`.
-        value: `(batch, seen, width)`.
+        query: `(batch, tokens, width)`, the shape of what is returned.
+        key, value: `(batch, seen, width)`.
         mask: added to the logits, `(batch or 1, heads or 1, tokens or 1, seen)`.
-
-    Returns:
-        `(batch, tokens, width)`.
     """
     attention = layer.self_attn
     implementation = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -199,16 +180,7 @@ def attend(layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
 
 
 def find_prompt_ends(text_model: Any, input_ids: Tensor) -> Tensor:
-    """
-    Where CLIP reads what a prompt says: at the first end-of-text token.
-
-    Args:
-        text_model: a `CLIPTextModel`.
-        input_ids: `(prompts, tokens)`.
-
-    Returns:
-        `(prompts,)`.
-    """
+    """Where CLIP reads what each of `(prompts, tokens)` says, at its first end-of-text token: `(prompts,)`."""
     # Configs of old checkpoints name token 2 where they mean the one with the highest number
     is_end = input_ids if text_model.eos_token_id == 2 else (input_ids == text_model.eos_token_id).int()
     return is_end.argmax(dim=-1)

@@ -1,6 +1,7 @@
 """Configuration of the Side Adapter Network."""
 
 import os
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -236,98 +237,87 @@ class SANConfig(PreTrainedConfig):
     @property
     def num_recognition_layers(self) -> int:
         """CLIP layers that [SLS] tokens pass through."""
-        return self.vision_config.num_hidden_layers - self.sls_start_layer
+        return self.num_clip_layers - self.sls_start_layer
 
     def validate_architecture(self) -> None:
         """Refuse combinations that cannot work; part of the validation of strict configs."""
-        self._validate_clip()
-        self._validate_side_adapter()
-        self._validate_attention_bias()
-        self._validate_loss()
+        for holds, message in self._requirements():
+            if not holds:
+                raise ValueError(message)
 
-    def _validate_clip(self) -> None:
-        layers = self.vision_config.num_hidden_layers
-        _require(
-            0 < self.sls_start_layer < layers,
-            f"sls_start_layer is {self.sls_start_layer}: choose a CLIP layer from 1 to {layers - 1}, so that at least "
-            f"one of the {layers} layers is left for recognition.",
+    def _requirements(self) -> Iterator[tuple[bool, str]]:
+        """What must hold, and what to say where it does not; each may rely on those before it."""
+        for name in (
+            *("projection_dim", "num_queries", "mask_dim", "train_num_points", "size_divisor"),
+            *("side_hidden_size", "side_num_layers", "side_num_heads", "side_image_size", "side_patch_size"),
+        ):
+            yield getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1."
+        for name, choices in (
+            ("sls_token_format", SLS_TOKEN_FORMATS),
+            ("attention_bias_pooling", ATTENTION_BIAS_POOLINGS),
+        ):
+            value, listed = getattr(self, name), ", ".join(map(repr, choices))
+            yield value in choices, f"{name} is {value!r}: choose one of {listed}."
+
+        layers, start = self.num_clip_layers, self.sls_start_layer
+        yield (
+            0 < start < layers,
+            f"sls_start_layer is {start}: choose a CLIP layer from 1 to {layers - 1}, so that at least one of the "
+            f"{layers} layers is left for recognition.",
         )
-        _require(
+        yield (
             0 < self.clip_input_scale <= 1,
             f"clip_input_scale is {self.clip_input_scale}: it must lie in (0, 1], as CLIP sees the same or a smaller "
             "image.",
         )
-        _require(
+        yield (
             self.num_clip_prompts >= 0,
             f"num_clip_prompts is {self.num_clip_prompts}: it must be 0, for no prompts, or more.",
         )
-        _require(self.projection_dim > 0, f"projection_dim is {self.projection_dim}: it must be at least 1.")
-        _require_choice("sls_token_format", self.sls_token_format, SLS_TOKEN_FORMATS)
 
-    def _validate_side_adapter(self) -> None:
-        for name in ("num_queries", "side_hidden_size", "side_num_layers", "mask_dim", "side_patch_size"):
-            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}: it must be at least 1.")
-        _require(
-            self.side_num_heads > 0 and self.side_hidden_size % self.side_num_heads == 0,
+        yield (
+            self.side_hidden_size % self.side_num_heads == 0,
             f"side_hidden_size {self.side_hidden_size} does not divide into {self.side_num_heads} heads: make it a "
             "multiple of side_num_heads.",
         )
-        _require(
-            self.side_image_size > 0 and self.side_image_size % self.side_patch_size == 0,
-            f"side_image_size {self.side_image_size} is not a multiple of side_patch_size {self.side_patch_size}.",
-        )
-        _require(
-            self.size_divisor > 0 and self.size_divisor % self.side_patch_size == 0,
-            f"size_divisor {self.size_divisor} is not a multiple of side_patch_size {self.side_patch_size}.",
-        )
-        self._validate_fusion_map()
-        last = self.side_num_layers
-        layers = self.deep_supervision_layers
-        _require(
-            bool(layers) and layers == sorted(set(layers)) and layers[0] >= 1 and layers[-1] == last,
-            f"deep_supervision_layers is {layers}: list side layers in ascending order, from 1 to {last}, ending with "
-            f"the final layer {last}.",
-        )
-
-    def _validate_fusion_map(self) -> None:
+        patch_size, last, supervised = self.side_patch_size, self.side_num_layers, self.deep_supervision_layers
+        for name in ("side_image_size", "size_divisor"):
+            size = getattr(self, name)
+            yield size % patch_size == 0, f"{name} {size} is not a multiple of side_patch_size {patch_size}."
         for pair in self.fusion_map:
-            _require(
-                len(pair) == 2 and 0 <= pair[0] <= self.sls_start_layer and 0 <= pair[1] <= self.side_num_layers,
+            yield (
+                len(pair) == 2 and 0 <= pair[0] <= start and 0 <= pair[1] <= last,
                 f"fusion_map holds {pair}: each entry is [clip_layer, side_layer] with clip_layer from 0 to "
-                f"sls_start_layer ({self.sls_start_layer}) and side_layer from 0 to side_num_layers "
-                f"({self.side_num_layers}).",
+                f"sls_start_layer ({start}) and side_layer from 0 to side_num_layers ({last}).",
             )
-        side_layers = [side_layer for _, side_layer in self.fusion_map]
-        _require(
-            len(side_layers) == len(set(side_layers)),
+        yield (
+            len({side_layer for _, side_layer in self.fusion_map}) == len(self.fusion_map),
             f"fusion_map {self.fusion_map} names a side layer twice: give each side layer at most one CLIP layer.",
         )
+        yield (
+            supervised == sorted({*supervised, last}) and supervised[0] >= 1,
+            f"deep_supervision_layers is {supervised}: list side layers in ascending order, from 1 to {last}, ending "
+            f"with the final layer {last}.",
+        )
 
-    def _validate_attention_bias(self) -> None:
-        heads, layers = self.vision_config.num_attention_heads, self.num_recognition_layers
-        _require(
+        heads, recognition_layers = self.vision_config.num_attention_heads, self.num_recognition_layers
+        yield (
             self.attention_bias_heads in (1, heads),
             f"attention_bias_heads is {self.attention_bias_heads}: use {heads} (one bias for each head of CLIP) or 1 "
             "(one for all heads).",
         )
-        _require(
-            self.attention_bias_layers in (1, layers),
-            f"attention_bias_layers is {self.attention_bias_layers}: use {layers} (one bias for each CLIP layer after "
-            f"sls_start_layer) or 1 (one for all of them).",
+        yield (
+            self.attention_bias_layers in (1, recognition_layers),
+            f"attention_bias_layers is {self.attention_bias_layers}: use {recognition_layers} (one bias for each CLIP "
+            "layer after sls_start_layer) or 1 (one for all of them).",
         )
-        _require_choice("attention_bias_pooling", self.attention_bias_pooling, ATTENTION_BIAS_POOLINGS)
 
-    def _validate_loss(self) -> None:
-        weights = ("class_weight", "mask_weight", "dice_weight", "no_object_weight")
-        for name in weights:
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: loss weights cannot be negative.")
-        _require(
-            any(getattr(self, name) > 0 for name in weights[:3]),
-            "class_weight, mask_weight and dice_weight are all 0: at least one must be positive for matching.",
-        )
-        _require(self.train_num_points > 0, f"train_num_points is {self.train_num_points}: it must be at least 1.")
-        _require(self.oversample_ratio >= 1, f"oversample_ratio is {self.oversample_ratio}: it must be at least 1.")
-        _require(
+        matching = {name: getattr(self, name) for name in ("class_weight", "mask_weight", "dice_weight")}
+        for name, weight in {**matching, "no_object_weight": self.no_object_weight}.items():
+            yield weight >= 0, f"{name} is {weight}: loss weights cannot be negative."
+        yield any(matching.values()), f"{', '.join(matching)} are all 0: at least one must be positive for matching."
+        yield self.oversample_ratio >= 1, f"oversample_ratio is {self.oversample_ratio}: it must be at least 1."
+        yield (
             0 <= self.importance_sample_ratio <= 1,
             f"importance_sample_ratio is {self.importance_sample_ratio}: it is a share, from 0 to 1.",
         )
@@ -335,23 +325,14 @@ class SANConfig(PreTrainedConfig):
 
 def _label_maps(id2label: Any, label2id: Any) -> tuple[dict[int, str] | None, dict[str, int] | None]:
     """Both maps, of whichever is given; `id2label` may be a list, and has the last word."""
+    if id2label is None and label2id is None:
+        return None, None
     if id2label is None:
-        id2label = None if label2id is None else {index: label for label, index in label2id.items()}
+        id2label = {index: label for label, index in label2id.items()}
     elif not isinstance(id2label, dict):
         id2label = dict(enumerate(id2label))
-    if id2label is None:
-        return None, None
     id2label = {int(index): label for index, label in id2label.items()}
     return id2label, {label: index for index, label in id2label.items()}
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{name} is {value!r}: choose one of {', '.join(map(repr, choices))}.")
 
 
 __all__ = ["SANConfig"]

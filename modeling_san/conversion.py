@@ -34,73 +34,91 @@ RELEASED_CONFIGS: dict[int, dict[str, Any]] = {
 _TINY_CLIP_HEADS = {"tinyclip": (4, 4)}
 _CLIP_HEAD_DIM = 64
 _UNUSED = (
-    r"criterion\.empty_weight",  # class weights of the loss, which follow from the config
-    r"ov_classifier\.attn_mask",  # the causal mask, which transformers makes itself
+    "criterion.empty_weight",  # class weights of the loss, which follow from the config
+    "ov_classifier.attn_mask",  # the causal mask, which transformers makes itself
 )
 
-# OpenMMLab's names, made the original's. Its converter renames layers only; see _OPENMMLAB_SHAPES for the rest.
-_OPENMMLAB_RULES = (
-    (r"image_encoder\.cls_token", r"clip_visual_extractor.class_embedding"),
-    (r"image_encoder\.pos_embed", r"clip_visual_extractor.positional_embedding"),
-    (r"image_encoder\.patch_embed\.projection\.weight", r"clip_visual_extractor.conv1.weight"),
-    (r"image_encoder\.ln_pre\.(\w+)", r"clip_visual_extractor.ln_pre.\1"),
-    (r"image_encoder\.layers\.(\d+)\.ln(\d)\.(\w+)", r"clip_visual_extractor.resblocks.\1.ln_\2.\3"),
-    (r"image_encoder\.layers\.(\d+)\.attn\.attn\.(.+)", r"clip_visual_extractor.resblocks.\1.attn.\2"),
-    (r"image_encoder\.layers\.(\d+)\.ffn\.layers\.0\.0\.(\w+)", r"clip_visual_extractor.resblocks.\1.mlp.c_fc.\2"),
-    (r"image_encoder\.layers\.(\d+)\.ffn\.layers\.1\.(\w+)", r"clip_visual_extractor.resblocks.\1.mlp.c_proj.\2"),
-    (r"decode_head\.side_adapter_network\.(query_embed|query_pos_embed)", r"side_adapter_network.\1"),
-    (r"decode_head\.side_adapter_network\.pos_embed", r"side_adapter_network.vit_model.pos_embed"),
+# Patterns in names and what replaces them, one after the other.
+_FROM_OPENMMLAB = (
+    (r"^image_encoder\.cls_token$", "clip_visual_extractor.class_embedding"),
+    (r"^image_encoder\.pos_embed$", "clip_visual_extractor.positional_embedding"),
+    (r"^image_encoder\.patch_embed\.projection\.", "clip_visual_extractor.conv1."),
+    (r"^image_encoder\.layers\.", "clip_visual_extractor.resblocks."),
+    (r"^image_encoder\.", "clip_visual_extractor."),
+    (r"^decode_head\.rec_with_attnbias\.proj\.weight$", "clip_rec_head.proj"),
+    (r"^decode_head\.rec_with_attnbias\.layers\.", "clip_rec_head.resblocks."),
+    (r"^decode_head\.rec_with_attnbias\.", "clip_rec_head."),
+    (r"^text_encoder\.transformer\.", "ov_classifier.transformer.resblocks."),
+    (r"^text_encoder\.", "ov_classifier."),
     (
-        r"decode_head\.side_adapter_network\.patch_embed\.projection\.(\w+)",
-        r"side_adapter_network.vit_model.patch_embed.proj.\1",
+        r"^decode_head\.side_adapter_network\.patch_embed\.projection\.",
+        "side_adapter_network.vit_model.patch_embed.proj.",
     ),
-    (
-        r"decode_head\.side_adapter_network\.encode_layers\.(\d+)\.ln(\d)\.(\w+)",
-        r"side_adapter_network.vit_model.blocks.\1.norm\2.\3",
-    ),
-    (
-        r"decode_head\.side_adapter_network\.encode_layers\.(\d+)\.attn\.attn\.in_proj_(\w+)",
-        r"side_adapter_network.vit_model.blocks.\1.attn.qkv.\2",
-    ),
-    (
-        r"decode_head\.side_adapter_network\.encode_layers\.(\d+)\.attn\.attn\.out_proj\.(\w+)",
-        r"side_adapter_network.vit_model.blocks.\1.attn.proj.\2",
-    ),
-    (
-        r"decode_head\.side_adapter_network\.encode_layers\.(\d+)\.ffn\.layers\.0\.0\.(\w+)",
-        r"side_adapter_network.vit_model.blocks.\1.mlp.fc1.\2",
-    ),
-    (
-        r"decode_head\.side_adapter_network\.encode_layers\.(\d+)\.ffn\.layers\.1\.(\w+)",
-        r"side_adapter_network.vit_model.blocks.\1.mlp.fc2.\2",
-    ),
-    (
-        r"decode_head\.side_adapter_network\.conv_clips\.(\d+)\.0\.(\w+)",
-        r"side_adapter_network.fusion_layers.layer_\1.input_proj.0.\2",
-    ),
-    (
-        r"decode_head\.side_adapter_network\.conv_clips\.(\d+)\.1\.conv\.(\w+)",
-        r"side_adapter_network.fusion_layers.layer_\1.input_proj.1.\2",
-    ),
-    (r"decode_head\.side_adapter_network\.mask_decoder\.(.+)", r"side_adapter_network.mask_decoder.\1"),
-    (r"decode_head\.rec_with_attnbias\.proj\.weight", r"clip_rec_head.proj"),
-    (r"decode_head\.rec_with_attnbias\.sos_token", r"clip_rec_head.sos_token"),
-    (r"decode_head\.rec_with_attnbias\.ln_post\.(\w+)", r"clip_rec_head.ln_post.\1"),
-    (r"decode_head\.rec_with_attnbias\.layers\.(\d+)\.(.+)", r"clip_rec_head.resblocks.\1.\2"),
-    (r"text_encoder\.transformer\.(\d+)\.(.+)", r"ov_classifier.transformer.resblocks.\1.\2"),
-    (r"text_encoder\.(.+)", r"ov_classifier.\1"),
+    (r"^decode_head\.side_adapter_network\.pos_embed$", "side_adapter_network.vit_model.pos_embed"),
+    (r"^decode_head\.side_adapter_network\.encode_layers\.", "side_adapter_network.vit_model.blocks."),
+    (r"^decode_head\.side_adapter_network\.conv_clips\.", "side_adapter_network.fusion_layers.layer_"),
+    (r"^decode_head\.side_adapter_network\.", "side_adapter_network."),
+    (r"(fusion_layers\.layer_\d+)\.0\.", r"\1.input_proj.0."),
+    (r"(fusion_layers\.layer_\d+)\.1\.conv\.", r"\1.input_proj.1."),
+    (r"\.ln([12])\.", r".ln_\1."),
+    (r"\.norms\.0\.", ".ln_1."),
+    (r"\.norms\.1\.", ".ln_2."),
+    (r"\.(attn|attentions\.0)\.attn\.", ".attn."),
+    (r"\.(ffn|ffns\.0)\.layers\.0\.0\.", ".mlp.c_fc."),
+    (r"\.(ffn|ffns\.0)\.layers\.1\.", ".mlp.c_proj."),
+    (r"(vit_model\.blocks\.\d+\.attn)\.in_proj_", r"\1.qkv."),
+    (r"(vit_model\.blocks\.\d+\.attn)\.out_proj\.", r"\1.proj."),
 )
-_OPENMMLAB_BLOCK_PARTS = {
-    "norms.0.": "ln_1.",
-    "norms.1.": "ln_2.",
-    "attentions.0.attn.": "attn.",
-    "ffns.0.layers.0.0.": "mlp.c_fc.",
-    "ffns.0.layers.1.": "mlp.c_proj.",
-}
+_FROM_ORIGINAL = (
+    (r"^clip_visual_extractor\.class_embedding$", "vision_model.embeddings.class_embedding"),
+    (r"^clip_visual_extractor\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
+    (r"^clip_visual_extractor\.conv1\.", "vision_model.embeddings.patch_embedding."),
+    (r"^clip_visual_extractor\.ln_pre\.", "vision_model.pre_layrnorm."),
+    (r"^clip_visual_extractor\.resblocks\.", "vision_model.encoder.layers."),
+    (r"^clip_rec_head\.ln_post\.", "vision_model.post_layernorm."),
+    (r"^clip_rec_head\.proj$", "visual_projection.weight"),
+    (r"^clip_rec_head\.sos_token$", "sls_embedding"),
+    (r"^ov_classifier\.transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"^ov_classifier\.positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^ov_classifier\.token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^ov_classifier\.ln_final\.", "text_model.final_layer_norm."),
+    (r"^ov_classifier\.text_projection$", "text_projection.weight"),
+    (r"^ov_classifier\.logit_scale$", "logit_scale"),
+    (r"^ov_classifier\.bg_embed$", "background_embedding"),
+    (r"^side_adapter_network\.query_embed$", "side_adapter.embeddings.query_embedding"),
+    (r"^side_adapter_network\.query_pos_embed$", "side_adapter.embeddings.query_position_embedding"),
+    (r"^side_adapter_network\.vit_model\.pos_embed$", "side_adapter.embeddings.position_embedding"),
+    (r"^side_adapter_network\.vit_model\.patch_embed\.proj\.", "side_adapter.embeddings.patch_embedding."),
+    (r"^side_adapter_network\.vit_model\.blocks\.", "side_adapter.layers."),
+    (r"^side_adapter_network\.fusion_layers\.layer_", "side_adapter.fusions."),
+    (r"^side_adapter_network\.mask_decoder\.", "side_adapter.mask_decoder."),
+    (r"\.(ln_|norm)([12])\.", r".layer_norm\2."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"\.attn\.(in_proj_|out_proj\.)", r".self_attn.\1"),
+    (r"\.attn\.qkv\.", ".attention.qkv."),
+    (r"\.attn\.proj\.", ".attention.projection."),
+    (r"\.input_proj\.0\.", ".layer_norm."),
+    (r"\.input_proj\.1\.", ".projection."),
+    (r"\.pix_mlp\.", ".mask_mlp."),
+    (r"\.attn_mlp\.", ".bias_mlp."),
+    (r"_mlp\.layers\.0\.", "_mlp.fc1."),
+    (r"_mlp\.layers\.1\.", "_mlp.fc2."),
+    (r"_mlp\.layers\.2\.", "_mlp.fc3."),
+)
+# What differs in shape too: by the original's names, and by this project's
 _OPENMMLAB_SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
     "clip_visual_extractor.class_embedding": torch.flatten,
     "clip_visual_extractor.positional_embedding": lambda tensor: tensor.flatten(0, -2),
     "clip_rec_head.proj": lambda tensor: tensor.T,
+}
+_ORIGINAL_SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "visual_projection.weight": lambda tensor: tensor.T,
+    "text_projection.weight": lambda tensor: tensor.T,
+    "sls_embedding": lambda tensor: tensor.transpose(0, 1),
+    "side_adapter.embeddings.position_embedding": lambda tensor: tensor.transpose(1, 2).unflatten(
+        -1, (math.isqrt(tensor.shape[1]), -1)
+    ),
 }
 
 
@@ -186,147 +204,63 @@ def convert_checkpoint(
             `reference_config` has no counterpart.
     """
     if any(name.startswith("image_encoder.") for name in state_dict):
-        state_dict = _from_openmmlab(state_dict)
+        state_dict = dict(_from_openmmlab(*item) for item in state_dict.items())
     config = _make_config(state_dict, reference_config)
-    converted, origins, unknown = _rename(state_dict, config)
-    model = SANForOpenVocabSegmentation(config)
-    expected = model.state_dict()
-    unknown |= {origins[name] for name in converted.keys() - expected.keys()}
+    with torch.device("meta"):
+        expected = SANForOpenVocabSegmentation(config).state_dict()
+    converted: dict[str, Tensor] = {}
+    unknown = []
+    for name, tensor in state_dict.items():
+        if name in _UNUSED:
+            continue
+        targets = _from_original(name, tensor, config.sls_start_layer)
+        if name in targets or targets.keys() - expected.keys() or targets.keys() & converted.keys():
+            unknown.append(name)
+        else:
+            converted |= targets
     problems = [f"unknown: {name}" for name in sorted(unknown)]
     problems += [f"missing: {name}" for name in sorted(expected.keys() - converted.keys())]
     problems += [
-        f"shape of {name}: {tuple(converted[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in sorted(expected.keys() & converted.keys())
-        if converted[name].shape != expected[name].shape
+        f"shape of {name}: {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
+        for name, tensor in sorted(converted.items())
+        if tensor.shape != expected[name].shape
     ]
     if problems:
         raise ValueError("the checkpoint does not fit the model:\n  " + "\n  ".join(problems))
-    model.load_state_dict({name: tensor.float() for name, tensor in converted.items()})
-    return model.eval()
+    return SANForOpenVocabSegmentation.from_pretrained(
+        None, config=config, state_dict={name: tensor.float() for name, tensor in converted.items()}
+    )
 
 
-def _from_openmmlab(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    renamed = {}
-    for name, tensor in state_dict.items():
-        new_name = _apply_rules(name, _OPENMMLAB_RULES) or name
-        for theirs, original in _OPENMMLAB_BLOCK_PARTS.items():
-            new_name = new_name.replace(theirs, original)
-        renamed[new_name] = _OPENMMLAB_SHAPES.get(new_name, lambda same: same)(tensor)
-    return renamed
-
-
-def _apply_rules(name: str, rules: Iterable[tuple[str, str]]) -> str | None:
+def _rename(name: str, rules: Iterable[tuple[str, str]]) -> str:
     for pattern, replacement in rules:
-        if match := re.fullmatch(pattern, name):
-            return match.expand(replacement)
-    return None
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
-def _rename(state_dict: Mapping[str, Tensor], config: SANConfig) -> tuple[dict[str, Tensor], dict[str, str], set[str]]:
-    """The original's tensors under this project's names, what each was called, and the names that no rule knows."""
-    converted: dict[str, Tensor] = {}
-    origins: dict[str, str] = {}
-    unknown: set[str] = set()
-    for name, tensor in state_dict.items():
-        if any(re.fullmatch(pattern, name) for pattern in _UNUSED):
-            continue
-        targets = _targets(name, tensor, config)
-        if not targets:
-            unknown.add(name)
-        converted.update(targets)
-        origins.update(dict.fromkeys(targets, name))
-    return converted, origins, unknown
+def _from_openmmlab(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    name = _rename(name, _FROM_OPENMMLAB)
+    return name, _OPENMMLAB_SHAPES[name](tensor) if name in _OPENMMLAB_SHAPES else tensor
 
 
-_CLIP_BLOCK_RULES = (
-    (r"ln_1\.(\w+)", r"layer_norm1.\1"),
-    (r"ln_2\.(\w+)", r"layer_norm2.\1"),
-    (r"attn\.out_proj\.(\w+)", r"self_attn.out_proj.\1"),
-    (r"mlp\.c_fc\.(\w+)", r"mlp.fc1.\1"),
-    (r"mlp\.c_proj\.(\w+)", r"mlp.fc2.\1"),
-)
-_PLAIN_RULES = (
-    (r"clip_visual_extractor\.class_embedding", r"vision_model.embeddings.class_embedding"),
-    (r"clip_visual_extractor\.positional_embedding", r"vision_model.embeddings.position_embedding.weight"),
-    (r"clip_visual_extractor\.conv1\.weight", r"vision_model.embeddings.patch_embedding.weight"),
-    (r"clip_visual_extractor\.ln_pre\.(\w+)", r"vision_model.pre_layrnorm.\1"),
-    (r"clip_rec_head\.ln_post\.(\w+)", r"vision_model.post_layernorm.\1"),
-    (r"ov_classifier\.positional_embedding", r"text_model.embeddings.position_embedding.weight"),
-    (r"ov_classifier\.token_embedding\.weight", r"text_model.embeddings.token_embedding.weight"),
-    (r"ov_classifier\.ln_final\.(\w+)", r"text_model.final_layer_norm.\1"),
-    (r"ov_classifier\.logit_scale", r"logit_scale"),
-    (r"ov_classifier\.bg_embed", r"background_embedding"),
-    (r"side_adapter_network\.query_embed", r"side_adapter.embeddings.query_embedding"),
-    (r"side_adapter_network\.query_pos_embed", r"side_adapter.embeddings.query_position_embedding"),
-    (r"side_adapter_network\.vit_model\.patch_embed\.proj\.(\w+)", r"side_adapter.embeddings.patch_embedding.\1"),
-    (
-        r"side_adapter_network\.vit_model\.blocks\.(\d+)\.norm([12])\.(\w+)",
-        r"side_adapter.layers.\1.layer_norm\2.\3",
-    ),
-    (r"side_adapter_network\.vit_model\.blocks\.(\d+)\.attn\.qkv\.(\w+)", r"side_adapter.layers.\1.attention.qkv.\2"),
-    (
-        r"side_adapter_network\.vit_model\.blocks\.(\d+)\.attn\.proj\.(\w+)",
-        r"side_adapter.layers.\1.attention.projection.\2",
-    ),
-    (r"side_adapter_network\.vit_model\.blocks\.(\d+)\.mlp\.(fc[12])\.(\w+)", r"side_adapter.layers.\1.mlp.\2.\3"),
-    (
-        r"side_adapter_network\.fusion_layers\.layer_(\d+)\.input_proj\.0\.(\w+)",
-        r"side_adapter.fusions.\1.layer_norm.\2",
-    ),
-    (r"side_adapter_network\.mask_decoder\.bias_scaling\.(\w+)", r"side_adapter.mask_decoder.bias_scaling.\1"),
-)
-_TRANSPOSED = {
-    "clip_rec_head.proj": "visual_projection.weight",
-    "ov_classifier.text_projection": "text_projection.weight",
-}
-_DECODER_MLPS = {"query_mlp": "query_mlp", "pix_mlp": "mask_mlp", "attn_mlp": "bias_mlp"}
-
-
-def _targets(name: str, tensor: Tensor, config: SANConfig) -> dict[str, Tensor]:
-    """What one of the original's tensors becomes; empty where the name is unknown."""
-    if new_name := _apply_rules(name, _PLAIN_RULES):
-        return {new_name: tensor}
-    if name in _TRANSPOSED:
-        return {_TRANSPOSED[name]: tensor.T.contiguous()}
-    if name == "clip_rec_head.sos_token":
-        return {"sls_embedding": tensor.transpose(0, 1).contiguous()}
-    if name == "side_adapter_network.vit_model.pos_embed":
-        side = math.isqrt(tensor.shape[1])
-        grid = tensor.transpose(1, 2).unflatten(-1, (side, -1)).contiguous()
-        return {"side_adapter.embeddings.position_embedding": grid}
-    if match := re.fullmatch(r"side_adapter_network\.fusion_layers\.layer_(\d+)\.input_proj\.1\.(\w+)", name):
-        side_layer, kind = match.groups()
-        return {f"side_adapter.fusions.{side_layer}.projection.{kind}": _without_kernel(tensor)}
-    if match := re.fullmatch(r"side_adapter_network\.mask_decoder\.(\w+_mlp)\.layers\.([012])\.(\w+)", name):
-        mlp, layer, kind = match.groups()
-        if mlp in _DECODER_MLPS:
-            new_name = f"side_adapter.mask_decoder.{_DECODER_MLPS[mlp]}.fc{int(layer) + 1}.{kind}"
-            return {new_name: _without_kernel(tensor)}
-    return _clip_block_targets(name, tensor, config)
-
-
-def _without_kernel(tensor: Tensor) -> Tensor:
-    """The weight of a 1 x 1 convolution as that of a linear layer."""
-    return tensor.flatten(1) if tensor.dim() == 4 else tensor
-
-
-def _clip_block_targets(name: str, tensor: Tensor, config: SANConfig) -> dict[str, Tensor]:
-    pattern = r"(clip_visual_extractor|clip_rec_head|ov_classifier\.transformer)\.resblocks\.(\d+)\.(.+)"
-    match = re.fullmatch(pattern, name)
-    if not match:
-        return {}
-    tower, index, rest = match[1], int(match[2]), match[3]
-    if tower == "clip_rec_head":
-        index += config.sls_start_layer
-    encoder = "text_model" if tower.startswith("ov_classifier") else "vision_model"
-    prefix = f"{encoder}.encoder.layers.{index}."
-    if match := re.fullmatch(r"attn\.in_proj_(\w+)", rest):
-        return {
-            f"{prefix}self_attn.{part}_proj.{match[1]}": chunk.contiguous()
-            for part, chunk in zip("qkv", tensor.chunk(3), strict=True)
-        }
-    new_name = _apply_rules(rest, _CLIP_BLOCK_RULES)
-    return {prefix + new_name: tensor} if new_name else {}
+def _from_original(name: str, tensor: Tensor, start_layer: int) -> dict[str, Tensor]:
+    """What one of the original's tensors becomes; where its name is unknown, under a name that the model has not."""
+    # The original counts CLIP's deep layers from 0 again
+    name = re.sub(
+        r"^clip_rec_head\.resblocks\.(\d+)",
+        lambda match: f"clip_visual_extractor.resblocks.{start_layer + int(match[1])}",
+        name,
+    )
+    name = _rename(name, _FROM_ORIGINAL)
+    if "self_attn.in_proj_" in name:
+        chunks = zip("qkv", tensor.chunk(3), strict=True)
+        return {name.replace("in_proj_", f"{part}_proj."): chunk.contiguous() for part, chunk in chunks}
+    if name in _ORIGINAL_SHAPES:
+        tensor = _ORIGINAL_SHAPES[name](tensor)
+    elif tensor.shape[2:] == (1, 1):
+        # A 1 x 1 convolution, which is a linear layer
+        tensor = tensor.flatten(1)
+    return {name: tensor.contiguous()}
 
 
 def _make_config(state_dict: Mapping[str, Tensor], reference_config: Mapping[str, Any] | None) -> SANConfig:
@@ -401,7 +335,7 @@ def _read_trainable(san: Mapping[str, Any], state_dict: Mapping[str, Tensor], co
             found = ["sls_embedding"] if entry == "sos_token" else []
             for name in state_dict:
                 if name.startswith(prefix) and (entry == "all" or entry in name.removeprefix(prefix)):
-                    found += _targets(name, state_dict[name], config)
+                    found += _from_original(name, state_dict[name], config.sls_start_layer)
             if not found:
                 raise ValueError(f"{field} is {list(san[field])!r}: no parameter of CLIP's is called {entry!r}.")
             modules = (re.sub(r"\.(weight|bias)$", "", name) for name in found if name != "sls_embedding")

@@ -1,8 +1,7 @@
 """SAN as one program for other runtimes: images in, label maps and scores out.
 
-[`SegmentationProgram`] puts everything between the bytes of an image and the labels of its pixels into one module:
-normalisation, padding, the network and the post-processing. It is written in operations whose shapes follow from those
-of the images, so that a program exported once takes every height, width and batch.
+[`SegmentationProgram`] puts all that happens between the bytes of an image and the labels of its pixels around the
+model's own `segment`, in operations whose shapes follow from those of the images: one program takes every size.
 """
 
 from __future__ import annotations
@@ -109,11 +108,7 @@ class SegmentationProgram(nn.Module):
         Args:
             mask_logits: `(batch, queries, h, w)` of the padded image.
             class_logits: `(batch, queries, classes + 1)`.
-            height: of the image.
-            width: of the image.
-
-        Returns:
-            see `forward`.
+            height, width: of the image.
         """
         stride = self.model.config.side_patch_size
         probabilities = class_logits.softmax(dim=-1)[..., :-1].transpose(1, 2)
@@ -131,12 +126,7 @@ class SegmentationProgram(nn.Module):
 
 
 def export_program(
-    model: SANForOpenVocabSegmentation,
-    class_embeds: Tensor | None = None,
-    *,
-    image_mean: Sequence[float] = OPENAI_CLIP_MEAN,
-    image_std: Sequence[float] = OPENAI_CLIP_STD,
-    all_scores: bool = False,
+    model: SANForOpenVocabSegmentation, class_embeds: Tensor | None = None, **options: Any
 ) -> torch.export.ExportedProgram:
     """
     Trace a model with `torch.export`, for any batch, height and width.
@@ -144,8 +134,7 @@ def export_program(
     Args:
         model: in evaluation mode.
         class_embeds: `(classes, projection_dim)`, to be part of the program; None makes them its second input.
-        image_mean, image_std: of the processor.
-        all_scores: whether the program returns the scores of all classes as well.
+        options: further ones of [`SegmentationProgram`].
 
     Returns:
         a program that takes `(batch, 3, height, width)` uint8 images, resized as the processor would, and returns
@@ -172,9 +161,7 @@ def export_program(
     """
     if not hasattr(torch.compiler, "is_exporting"):
         raise ValueError(f"PyTorch {torch.__version__} is too old to export this model: install torch>=2.8.")
-    module = SegmentationProgram(
-        model, class_embeds, image_mean=image_mean, image_std=image_std, all_scores=all_scores
-    ).eval()
+    module = SegmentationProgram(model, class_embeds, **options).eval()
     divisor = model.config.size_divisor
     images = torch.zeros(2, 3, 5 * divisor - 3, 7 * divisor - 5, dtype=torch.uint8, device=model.device)
     batch, height, width, classes = (torch.export.Dim(name, min=1) for name in ("batch", "height", "width", "classes"))
@@ -201,13 +188,10 @@ def write_onnx(
     Write a program of `export_program` as one ONNX file.
 
     Args:
-        program: the program.
-        path: of the file.
+        program: what to write.
+        path: where to.
         metadata: stored in the file, strings as they are and everything else as JSON.
-        opset: version of the operators; None takes PyTorch's choice.
-
-    Returns:
-        the version of the operators.
+        opset: version of the operators, which is returned; None takes PyTorch's choice.
 
     Raises:
         ValueError: the weights are too large for one file, or an operation is unknown to ONNX.
@@ -245,21 +229,21 @@ def quantize_onnx(source: str | Path, target: str | Path) -> None:
     Store the weights of a file's matrix products in 8 bits; activations are quantised as they come.
 
     What is saved is size. Labels change where two classes are close, and scores by a few thousandths on average; the
-    command measures both. Weights are unsigned, since processors without instructions for 8-bit products add signed
-    ones in pairs of 16 bits, which overflow: scores were then off by ten times as much.
+    command measures both. Weights are unsigned, since CPUs without instructions for 8-bit products add signed ones in
+    pairs of 16 bits, which overflow: scores were then off by ten times as much.
 
     Args:
         source: a file of `write_onnx`.
-        target: of the smaller file.
-
-    Raises:
-        OSError: a file cannot be read or written.
+        target: the smaller file.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with quiet():
+        # Weights that several products share are transposed in the graph, where quantisation would not find them
+        quant_pre_process(source, target, skip_symbolic_shape=True)
         quantize_dynamic(
-            source, target, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QUInt8
+            target, target, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QUInt8
         )
 
 
@@ -280,7 +264,7 @@ def quiet() -> Iterator[None]:
 
 
 def _name_free_sizes(graph: Any) -> None:
-    """Call the sizes of the images by their names, which the exporter numbers."""
+    """Give the free sizes their names again, which the exporter numbers."""
     wanted = {"images": ("batch", "", "height", "width"), "class_embeds": ("classes", "")}
     shapes = [value.type.tensor_type.shape.dim for value in [*graph.input, *graph.output, *graph.value_info]]
     names = {

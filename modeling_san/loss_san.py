@@ -60,17 +60,8 @@ class SANLoss(Mask2FormerLoss):
             "loss_mask": config.mask_weight,
             "loss_dice": config.dice_weight,
         }
-        # Mask2FormerConfig would do as well, but stands for a whole other model.
-        options: Any = SimpleNamespace(
-            num_labels=num_labels,
-            no_object_weight=config.no_object_weight,
-            train_num_points=config.train_num_points,
-            oversample_ratio=config.oversample_ratio,
-            importance_sample_ratio=config.importance_sample_ratio,
-            class_weight=config.class_weight,
-            mask_weight=config.mask_weight,
-            dice_weight=config.dice_weight,
-        )
+        # The fields of Mask2FormerConfig that the loss reads have the same names, and the vocabulary is the call's
+        options: Any = SimpleNamespace(**{**vars(config), "num_labels": num_labels})
         super().__init__(options, weights)
         self.side_patch_size = config.side_patch_size
 
@@ -126,17 +117,12 @@ class SANLoss(Mask2FormerLoss):
         }
         return {name: self.weight_dict[name] * term for name, term in terms.items()}
 
-    def get_num_masks(self, class_labels: Any, device: torch.device) -> Tensor:
-        """Number of masks in the batch, averaged over processes, at least 1."""
-        num_masks = torch.tensor(float(sum(map(len, class_labels))), device=device)
-        return _average_over_processes(num_masks).clamp(min=1)
-
     def _count_over_processes(self, class_labels: Sequence[Tensor], class_logits: Tensor) -> tuple[Any, Tensor]:
         """
-        What the mask terms and the classification term are divided by, the same in every process.
+        The number of masks and the sum of the queries' class weights, which the terms are divided by.
 
-        Then the average of the processes' gradients is the gradient of all their images in one batch, however
-        unevenly the masks are spread. Returns the number of masks and the sum of the queries' class weights.
+        They are the same in every process: then the average of the processes' gradients is the gradient of all their
+        images in one batch, however unevenly the masks are spread.
         """
         queries = class_logits.shape[1]
         masks = sum(map(len, class_labels))
@@ -144,7 +130,9 @@ class SANLoss(Mask2FormerLoss):
         matched = sum(min(len(classes), queries) for classes in class_labels)
         class_weight = matched + self.eos_coef * (labelled * queries - matched)
         counts = torch.tensor([float(masks), float(class_weight)], device=class_logits.device)
-        counts = _average_over_processes(counts)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+            counts = counts / torch.distributed.get_world_size()
         return counts[0].clamp(min=1), counts[1].clamp(min=1e-6)
 
     def _cross_entropy(
@@ -178,13 +166,6 @@ class SANLoss(Mask2FormerLoss):
         rows = true_masks.shape[-2] * size[0] // pred_masks.shape[-2]
         columns = true_masks.shape[-1] * size[1] // pred_masks.shape[-1]
         return true_masks[:, :rows, :columns].to(pred_masks.device, torch.float32)
-
-
-def _average_over_processes(counts: Tensor) -> Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(counts)
-        counts = counts / torch.distributed.get_world_size()
-    return counts
 
 
 __all__ = ["SANLoss", "masks_from_label_map"]

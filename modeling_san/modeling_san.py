@@ -142,9 +142,9 @@ class SANPreTrainedModel(OpenVocabularyModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
             init.normal_(module.visual_projection.weight, std=self.config.vision_config.hidden_size**-0.5)
             init.normal_(module.text_projection.weight, std=self.config.text_config.hidden_size**-0.5)
-            for embedding in (module.sls_embedding, module.prompt_embedding):
-                if embedding is not None:
-                    init.trunc_normal_(embedding, std=std)
+            for tokens in (module.sls_embedding, module.prompt_embedding):
+                if tokens is not None:
+                    init.trunc_normal_(tokens, std=std)
             if module.stored_class_embeds is not None:
                 init.zeros_(module.stored_class_embeds)
 
@@ -269,7 +269,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         refuse_unknown_arguments(type(self), kwargs)
         self._check_pixel_values(pixel_values)
         class_embeds = self.choose_class_embeds(input_ids, attention_mask, class_embeds)
-        batches = split_by_padded_size(pixel_values, image_sizes, self.config.size_divisor)
+        batches: Sequence[ImageBatch] = split_by_padded_size(pixel_values, image_sizes, self.config.size_divisor)
         if any(wish is not False for wish in wishes):
             _refuse_several_sizes(batches)
         elif not self.training:
@@ -399,7 +399,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         config, window = self.config, None
         if is_torchdynamo_exporting():
             scale = whole_scale(config.clip_input_scale if config.asymmetric_input else 1)
-            patch_size = config.vision_config.patch_size
+            patch_size: Any = config.vision_config.patch_size
             window = longest_window(scale, patch_size, config.side_patch_size, config.size_divisor)
         pooled = pool_attention_bias(attention_bias.flatten(1, 2), clip_grid, config.attention_bias_pooling, window)
         return pooled.unflatten(1, attention_bias.shape[1:3])
@@ -408,7 +408,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         if self.sls_embedding is None:
             return cls_token.expand(-1, self.config.num_queries, -1)
         if self.config.sls_token_format == "learnable_token":
-            return self.sls_embedding.expand(len(cls_token), -1, -1)
+            return self.sls_embedding.expand(cls_token.shape[0], -1, -1)
         return cls_token + self.sls_embedding
 
     def _check_pixel_values(self, pixel_values: Tensor) -> None:
@@ -430,14 +430,14 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         pixel_values: Tensor,
         num_labels: int,
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        batch, _, height, width = pixel_values.shape
+        """Masks and their classes for each image, checked; made of label maps where those are given."""
+        batch, _, *size = pixel_values.shape
         if labels is not None:
             if mask_labels is not None or class_labels is not None:
                 raise ValueError("both labels and mask_labels / class_labels were given: pass one kind.")
-            if tuple(labels.shape) != (batch, height, width):
+            if labels.shape != (batch, *size):
                 raise ValueError(
-                    f"labels have shape {tuple(labels.shape)}: expected {(batch, height, width)}, the size of "
-                    "pixel_values."
+                    f"labels have shape {tuple(labels.shape)}: expected {(batch, *size)}, the size of pixel_values."
                 )
             ignore_index = self.config.semantic_loss_ignore_index
             pairs = [masks_from_label_map(label_map, num_labels, ignore_index) for label_map in labels]
@@ -450,12 +450,12 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
                 "entry for each image."
             )
         for index, (masks, classes) in enumerate(zip(mask_labels, class_labels, strict=True)):
-            if tuple(masks.shape) != (len(classes), height, width):
+            if masks.shape != (len(classes), *size):
                 raise ValueError(
-                    f"mask_labels[{index}] has shape {tuple(masks.shape)}: expected {(len(classes), height, width)}, "
-                    "one mask for each of class_labels at the size of pixel_values."
+                    f"mask_labels[{index}] has shape {tuple(masks.shape)}: expected {(len(classes), *size)}, one mask "
+                    "for each of class_labels at the size of pixel_values."
                 )
-            if len(classes) and not bool(((classes >= 0) & (classes < num_labels)).all()):
+            if not ((classes >= 0) & (classes < num_labels)).all():
                 raise ValueError(
                     f"class_labels[{index}] holds {classes.tolist()}: expected values from 0 to {num_labels - 1}."
                 )
@@ -503,7 +503,8 @@ class SANForSemanticSegmentation(SANForOpenVocabSegmentation):
         if saved.has_stored_labels and config.has_stored_labels:
             return super()._labels_to_store(config, saved)
         # Nothing is stored, and calls bring no words
-        return None if are_placeholders(config.id2label) else named_labels(config.id2label)
+        names: Any = config.id2label
+        return None if are_placeholders(names) else named_labels(names)
 
     @can_return_tuple
     def forward(  # type: ignore[override]

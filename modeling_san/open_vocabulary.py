@@ -92,7 +92,8 @@ class OpenVocabularyModel(PreTrainedModel):
                 f"from_clip takes a CLIPModel and was given {type(clip).__name__}: load one with "
                 "CLIPModel.from_pretrained(...)."
             )
-        config = cls.config_class(
+        config_class: Any = cls.config_class
+        config = config_class(
             vision_config=clip.vision_model.config.to_dict(),
             text_config=clip.text_model.config.to_dict(),
             projection_dim=clip.visual_projection.out_features,
@@ -120,7 +121,7 @@ class OpenVocabularyModel(PreTrainedModel):
             if not isinstance(config, PreTrainedConfig):
                 # Not the dtype: a config takes its name only, and would look for one that is called "auto"
                 kept = places | {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
-                config, kwargs = cls.config_class.from_pretrained(
+                config, kwargs = cls.config_class.from_pretrained(  # type: ignore[union-attr]
                     config or source, return_unused_kwargs=True, **kwargs
                 )
                 kwargs.update(kept)
@@ -154,10 +155,10 @@ class OpenVocabularyModel(PreTrainedModel):
         if source is None:
             return None
         try:
-            saved, _ = cls.config_class.get_config_dict(source, **places)
+            saved, _ = cls.config_class.get_config_dict(source, **places)  # type: ignore[union-attr]
         except OSError:
             return None
-        return cls.config_class.from_dict(saved)
+        return cls.config_class.from_dict(saved)  # type: ignore[union-attr]
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
@@ -194,7 +195,7 @@ class OpenVocabularyModel(PreTrainedModel):
 
     def trains_text_encoder(self) -> bool:
         """Whether the text encoder trains: stored label embeddings grow stale then, and batches bring prompts."""
-        parts = (self.text_model, self.text_projection)
+        parts: tuple[Any, ...] = (self.text_model, self.text_projection)
         return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
     def train(self, mode: bool = True) -> Any:
@@ -205,14 +206,11 @@ class OpenVocabularyModel(PreTrainedModel):
         """
         super().train(mode)
         for name, module in self.named_modules():
-            if (
-                not name
-                or f"{name}.".startswith(self.own_parameters)
-                or isinstance(module, GradientCheckpointingLayer)
-            ):
+            follows = not name or f"{name}.".startswith(self.own_parameters)
+            if follows or isinstance(module, GradientCheckpointingLayer):
                 continue
-            own = list(module.parameters())
-            if own and not any(parameter.requires_grad for parameter in own):
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
                 module.training = False
         return self
 
@@ -252,7 +250,7 @@ class OpenVocabularyModel(PreTrainedModel):
 
     def encode_prompts(self, input_ids: Tensor) -> Tensor:
         """What the text encoder makes of `(prompts, tokens)`: `(prompts, projection_dim)`, of any length."""
-        return self.text_projection(encode_prompts(self.text_model, input_ids))
+        return self.text_projection(encode_prompts(self.text_model, input_ids))  # type: ignore[operator]
 
     @torch.no_grad()
     def set_labels(self, labels: Sequence[str], processor: LabelProcessor) -> None:

@@ -1,11 +1,9 @@
 """Many prompts through CLIP's text encoder at once, without computing anything twice.
 
-A vocabulary is put into templates, so its prompts begin alike: "There is a small " stands before every label. CLIP's
-text encoder is causal, and what it makes of a token depends on the tokens before it alone: prompts that begin alike
-have the same hidden states as far as they do. So they are merged into a tree, in which every beginning is one node,
-and all layers run on the nodes: 4.2 tokens a prompt for COCO-Stuff in 14 templates, where prompts padded to the
-longest have 13. Only attention needs whole prompts, and gathers them. The last layer runs on the ends of the prompts,
-which is all that is read of it. An encoder with gradients, hooks or wrappers runs as a whole instead.
+CLIP's text encoder is causal: prompts that begin alike, as those of one template do, have the same hidden states as
+far as they do. So they are merged into a tree in which every beginning is one node, and layers run on the nodes: 4.2
+tokens a prompt for COCO-Stuff in 14 templates, instead of 13. Attention alone gathers whole prompts, and the last
+layer runs on their ends. An encoder with gradients, hooks or wrappers runs as a whole instead.
 """
 
 import functools
@@ -39,13 +37,7 @@ class PromptTree:
 
 
 def make_prompt_tree(input_ids: Tensor, ends: Tensor) -> PromptTree:
-    """
-    Merge prompts.
-
-    Args:
-        input_ids: `(prompts, tokens)`.
-        ends: `(prompts,)`, position of the last token that counts.
-    """
+    """Merge prompts `(prompts, tokens)`; `ends` `(prompts,)` are the positions of their last tokens that count."""
     prompts = torch.arange(len(input_ids), device=input_ids.device)
     vocabulary = int(input_ids.max()) + 1
     longest = int(ends.max()) + 1
@@ -74,7 +66,7 @@ def encode_prompts(text_model: Any, input_ids: Tensor) -> Tensor:
         input_ids: `(prompts, tokens)`.
 
     Returns:
-        the hidden state of each prompt's end-of-text token, `(prompts, width)`.
+        `(prompts, width)`, the hidden state of each prompt's end-of-text token.
     """
     layers = text_layers_in_parts(text_model)
     if layers is None:

@@ -43,14 +43,7 @@ class SideAdapterEmbeddings(nn.Module):
         self.query_position_embedding = nn.Parameter(torch.zeros(1, config.num_queries, width))
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """
-        Args:
-            pixel_values: `(batch, channels, height, width)`.
-
-        Returns:
-            tokens `(batch, queries + patches, side width)`, their positions `(1, queries + patches, side width)`, and
-            the grid's height and width.
-        """
+        """Tokens `(batch, queries + patches, side width)`, positions of that shape for one image, and the grid."""
         patches = self.patch_embedding(pixel_values)
         height, width = patches.shape[-2:]
         positions: Tensor = self.position_embedding
@@ -124,15 +117,7 @@ class FeatureFusion(nn.Module):
         self.projection = nn.Linear(config.vision_config.hidden_size, config.side_hidden_size)
 
     def forward(self, clip_patches: Tensor, clip_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-        """
-        Args:
-            clip_patches: `(batch, clip patches, CLIP width)`.
-            clip_grid: height and width of CLIP's patch grid.
-            grid: height and width of the side adapter's grid.
-
-        Returns:
-            `(batch, patches, side width)`.
-        """
+        """Map `(batch, clip patches, CLIP width)` on CLIP's grid to `(batch, patches, side width)` on `grid`."""
         features = self.projection(self.layer_norm(clip_patches)).transpose(1, 2)
         features = features.reshape(*features.shape[:2], *clip_grid)
         features = nn.functional.interpolate(features, grid, mode="bilinear", align_corners=False)
@@ -172,14 +157,7 @@ class QueryProducts(nn.Module):
         self.bias = nn.Parameter(torch.zeros(products * dim))
 
     def forward(self, patches: Tensor, queries: Tensor) -> Tensor:
-        """
-        Args:
-            patches: `(batch, patches, input_dim)`.
-            queries: `(batch, queries, dim)`.
-
-        Returns:
-            `(batch, products, queries, patches)`.
-        """
+        """`(batch, products, queries, patches)` of `(batch, patches, input_dim)` and `(batch, queries, dim)`."""
         parts = (-1, queries.shape[-1])
         weight, bias = self.weight.unflatten(0, parts), self.bias.unflatten(0, parts)
         projected = (queries @ weight.transpose(0, 1).flatten(1)).unflatten(-1, (len(weight), -1)).transpose(1, 2)
@@ -214,12 +192,7 @@ class MaskDecoder(nn.Module):
         self.bias_scaling = BiasScaling() if config.rescale_attention_bias else None
 
     def forward(self, queries: Tensor, patches: Tensor, grid: tuple[int, int]) -> MaskProposals:
-        """
-        Args:
-            queries: `(batch, queries, side width)`.
-            patches: `(batch, patches, side width)`.
-            grid: height and width of the patch grid.
-        """
+        """Decode `(batch, queries, side width)` and `(batch, patches, side width)` on a grid."""
         queries = self.query_mlp(queries)
         mask_logits = self.mask_mlp(patches, queries)[:, 0]
         bias = self.bias_mlp(patches, queries).unflatten(1, self.bias_shape)

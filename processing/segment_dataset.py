@@ -403,19 +403,18 @@ def _wait(futures: Iterable[Future[None]]) -> None:
 def _result_features(features: Mapping[str, Any] | None, options: Options) -> Features:
     """Columns of the part files; `features` are those of the data set."""
     segment = {"label": Value("string"), "index": Value("int32"), "area": Value("float32"), "score": Value("float32")}
-    # Images were not to be decoded here, but whoever loads the result wants them
     kept = {name: (features or {})[name] for name in options.keep_columns}
-    return Features(
-        {
-            "row": Value("int64"),
-            **{name: ImageFeature() if isinstance(kind, ImageFeature) else kind for name, kind in kept.items()},
-            **({"image": ImageFeature()} if options.with_images else {}),
-            "annotation": ImageFeature(),
-            **({"scores": ImageFeature()} if options.with_scores else {}),
-            "segments": [segment],
-            "error": Value("string"),
-        }
-    )
+    columns: Any = {
+        "row": Value("int64"),
+        # Images were not to be decoded here, but whoever loads the result wants them
+        **{name: ImageFeature() if isinstance(kind, ImageFeature) else kind for name, kind in kept.items()},
+        **({"image": ImageFeature()} if options.with_images else {}),
+        "annotation": ImageFeature(),
+        **({"scores": ImageFeature()} if options.with_scores else {}),
+        "segments": [segment],
+        "error": Value("string"),
+    }
+    return Features(columns)
 
 
 def _png(pixels: np.ndarray) -> dict[str, Any]:
@@ -455,7 +454,8 @@ class _Actor:
         try:
             if self.labeler is None:
                 self.rows = _encoded(open_rows(), options)
-                self.labeler = _ShardLabeler(*load(None), self.rows.features, output, options)
+                made: Any = load(None)
+                self.labeler = _ShardLabeler(made[0], made[1], self.rows.features, output, options)
             number = int(batch["number"][0])
             if "rows" in batch:
                 shard = number, pq.read_table(io.BytesIO(batch["rows"][0])).to_pylist()
@@ -473,6 +473,7 @@ def _run_actors(actor: _Actor, rows: Any, actors: int | None) -> Iterator[int]:
     import ray
     import ray.data
 
+    shards: Any
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     actors = actors or gpus or len(nodes)
@@ -485,12 +486,13 @@ def _run_actors(actor: _Actor, rows: Any, actors: int | None) -> Iterator[int]:
     else:
         # One reader, which needs no CPU of its own: with the needs of an actor Ray would let that one read
         shards = ray.data.range(1).map_batches(actor.read_stream, num_cpus=0)
+    needs: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": max(1, int(cpus))}
     labelled = shards.map_batches(
         _Actor,
         fn_constructor_args=actor.arguments,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
-        **({"num_gpus": 1} if gpus else {"num_cpus": max(1, int(cpus))}),
+        **needs,
     )
     labelled.context.enable_progress_bars = False
     # One shard is one block, which goes to whichever actor is free

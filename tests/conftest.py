@@ -48,6 +48,11 @@ TINY = {
 }
 
 
+def trained_names(model):
+    """Names of the parameters that train."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def pytest_configure(config):
     # Small tensors gain nothing from many threads, and lose when other work shares the cores.
     torch.set_num_threads(min(2, torch.get_num_threads()))

@@ -268,15 +268,6 @@ def test_sls_tokens_start_as_configured(make_model, token_format):
     assert torch.equal(before, after) == (token_format == "learnable_token")
 
 
-@pytest.mark.parametrize("heads", [1, 4])
-@pytest.mark.parametrize("layers", [1, 2])
-def test_predicted_biases_have_the_configured_heads_and_layers(make_model, class_embeds, heads, layers):
-    model = make_model(attention_bias_heads=heads, attention_bias_layers=layers)
-    outputs = model(torch.randn(2, 3, 64, 96), class_embeds=class_embeds)
-    assert outputs.attention_bias.shape == (2, layers, heads, 6, 4, 6)
-    assert outputs.class_queries_logits.shape == (2, 6, 6)
-
-
 def test_bias_channels_are_ordered_layer_then_head(make_model):
     model = make_model(attention_bias_layers=2, rescale_attention_bias=False)
     decoder = model.side_adapter.mask_decoder
@@ -355,22 +346,21 @@ def test_half_precision_says_nearly_the_same(make_model, class_embeds, dtype, im
     assert cosine.min() > 0.98
     agree = (rough.class_queries_logits.argmax(-1) == exact.class_queries_logits.argmax(-1)).float().mean()
     assert agree > 0.9
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_has_finite_gradients(make_model, class_embeds, dtype):
-    model = make_model().to(dtype).train()
-    labels = torch.randint(0, 5, (1, 64, 64))
-    model(torch.randn(1, 3, 64, 64), class_embeds=class_embeds, labels=labels).loss.backward()
+    with torch.enable_grad():
+        model.train()(image, class_embeds=class_embeds, labels=torch.randint(0, 5, (2, 96, 128))).loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
 @torch.no_grad()
 def test_threads_that_share_a_model_get_what_each_gets_alone(model, class_embeds):
-    # Different sizes and vocabularies, so that anything the calls shared would not even fit.
+    # Different sizes, vocabularies and wishes, so that anything the calls shared would not even fit.
     calls = [
-        {"pixel_values": torch.randn(1, 3, 64 + 32 * index, 96), "class_embeds": class_embeds[: 2 + index]}
+        {
+            "pixel_values": torch.randn(1, 3, 64 + 32 * index, 96),
+            "class_embeds": class_embeds[: 2 + index],
+            "output_hidden_states": index == 1,
+        }
         for index in range(3)
     ]
     alone = [model(**call) for call in calls]
@@ -389,6 +379,7 @@ def test_threads_that_share_a_model_get_what_each_gets_alone(model, class_embeds
         for outputs in results[index]:
             assert_close(outputs.class_queries_logits, expected.class_queries_logits, atol=1e-5, rtol=1e-5)
             assert_close(outputs.masks_queries_logits, expected.masks_queries_logits, atol=1e-5, rtol=1e-5)
+            assert len(outputs.hidden_states or ()) == (5 if index == 1 else 0)
 
 
 # Gradient checkpointing
@@ -428,19 +419,10 @@ def test_checkpointing_recomputes_layers_and_keeps_the_gradients(make_model, cla
     checkpointed = gradients_of(model, image, class_embeds, labels)
     # Twice each layer, the frozen ones of CLIP too, which run as a whole
     assert counts == {"clip": 5 + 8, "side": 3 + 6}
+    model.eval()(image, class_embeds=class_embeds)
+    assert counts == {"clip": 13 + 5, "side": 9 + 3}
     for name, gradient in plain.items():
         assert_close(checkpointed[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
-
-
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
-@torch.no_grad()
-def test_checkpointing_does_nothing_in_evaluation(model, class_embeds, monkeypatch):
-    image = torch.randn(1, 3, 64, 64)
-    expected = model(image, class_embeds=class_embeds).class_queries_logits
-    model.gradient_checkpointing_enable()
-    counts = count_layer_calls(model, monkeypatch)
-    assert torch.equal(model(image, class_embeds=class_embeds).class_queries_logits, expected)
-    assert counts == {"clip": 4 + 1, "side": 3}
 
 
 # torch.compile
@@ -456,27 +438,11 @@ SHALLOW = {
 
 
 @pytest.fixture
-def shallow_model(make_model, request):
+def shallow_model(make_model):
     """One layer of each kind on each side of every choice: compiling takes its time layer by layer."""
     torch.compiler.reset()
-    yield make_model(**{**SHALLOW, **getattr(request, "param", {})})
+    yield make_model(**SHALLOW)
     torch.compiler.reset()
-
-
-L14_GEOMETRY = {
-    "clip_input_scale": 0.7,
-    "vision_config": {**TINY_VISION, "num_hidden_layers": 2, "patch_size": 14, "image_size": 56},
-}
-
-
-@pytest.mark.parametrize("shallow_model", [{}, L14_GEOMETRY], ids=["vit_b_16", "vit_l_14"], indirect=True)
-@torch.no_grad()
-def test_it_compiles_without_graph_breaks(shallow_model, class_embeds):
-    compiled = torch.compile(copy.deepcopy(shallow_model), fullgraph=True, backend="eager")
-    image = torch.randn(2, 3, 96, 128)
-    ours, expected = (each(image, class_embeds=class_embeds) for each in (compiled, shallow_model))
-    assert_close(ours.class_queries_logits, expected.class_queries_logits, atol=1e-4, rtol=1e-4)
-    assert_close(ours.masks_queries_logits, expected.masks_queries_logits, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -486,6 +452,7 @@ def test_it_compiles_with_what_the_processor_makes_for_images_of_one_size(shallo
     compiled = torch.compile(copy.deepcopy(shallow_model), fullgraph=True, backend="eager")
     ours, expected = compiled(**inputs), shallow_model(**inputs)
     assert_close(ours.class_queries_logits, expected.class_queries_logits, atol=1e-4, rtol=1e-4)
+    assert_close(ours.masks_queries_logits, expected.masks_queries_logits, atol=1e-4, rtol=1e-4)
     assert torch.equal(ours.image_sizes, inputs["image_sizes"])
     # The graph cannot branch on sizes: other ones are refused rather than answered wrongly.
     inputs["image_sizes"] = torch.tensor([[90, 120], [32, 96]])

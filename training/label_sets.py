@@ -187,7 +187,7 @@ def _facts(labels: str | os.PathLike | Iterable[str] | LabelSet) -> dict[str, An
             f"{os.fspath(labels)!r} is neither a label set ({', '.join(vocabulary_names())}) nor a file: pass one of "
             f"those names, or a file with {FILE_FORMS}."
         )
-    facts = read_label_file(labels)
+    facts = read_label_file(os.fspath(labels))
     return {"names": facts.pop("classes"), **facts}
 
 

@@ -183,7 +183,7 @@ def evaluate_on_fresh_scenes(
         scenes = [draw_scene(seed, index) for index in range(start, min(start + batch_size, num_images))]
         found = segmenter([scene.image for scene in scenes], vocabulary)
         for scene, segmentation in zip(scenes, found, strict=True):
-            confusion.update(segmentation.label_map, torch.from_numpy(scene.label_map))
+            confusion.update(segmentation.label_map, scene.label_map)
     groups = {"seen": SEEN_COMBINATIONS, "never seen": NEVER_SEEN_COMBINATIONS, "backgrounds": BACKGROUNDS}
     return {group: confusion.mean_iou([CLASS_NAMES.index(name) for name in names]) for group, names in groups.items()}
 

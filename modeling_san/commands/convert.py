@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modeling_san.processing.label_files import read_json_or_lines
 from modeling_san.processing.wording_san import one_line
 
 from .errors import CommandError, say
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
-
     from modeling_san import SANForOpenVocabSegmentation, SANProcessor
 
 _HUB_PREFIX = "hub:"
 _DEFAULT_TOKENIZER = "openai/clip-vit-base-patch16"
+_CONFIG_SECTIONS = ("MODEL.SAN", "MODEL.SIDE_ADAPTER")
+_CONFIG_FORM = f"a JSON object with the sections {' and '.join(_CONFIG_SECTIONS)}"
 
 _DESCRIPTION = """\
 Convert a checkpoint of SAN's original implementation, or OpenMMLab's edition of one, into a folder that `--model` and
@@ -59,94 +58,50 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """
-    Convert one checkpoint.
+    """Convert one checkpoint."""
+    from transformers import CLIPTokenizer
 
-    Returns:
-        exit code.
-    """
-    from modeling_san.conversion import convert_checkpoint, load_checkpoint
-    from modeling_san.processing import DEFAULT_TEMPLATES
+    from modeling_san.conversion import convert_checkpoint, download_checkpoint, load_checkpoint
+    from modeling_san.processing import DEFAULT_TEMPLATES, SANImageProcessor, SANProcessor
 
-    from .models import quiet_libraries
+    from .models import check_tokenizer, quiet_libraries
 
     quiet_libraries()
     output = Path(args.output)
     _check_output(output, args.overwrite)
-    reference_config = _read_config(args.config)
-    state_dict = load_checkpoint(_find_checkpoint(args.checkpoint))
+    reference_config = None if args.config is None else _read_config(args.config)
+    is_released = args.checkpoint.startswith(_HUB_PREFIX)
+    path = download_checkpoint(args.checkpoint.removeprefix(_HUB_PREFIX)) if is_released else args.checkpoint
+    state_dict = load_checkpoint(path)
     # Before the conversion, which takes longer than to find out that there is no tokenizer
-    tokenizer = _load_tokenizer(args.tokenizer)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(args.tokenizer)
+    except Exception as error:
+        # Damaged files and missing networks raise many kinds
+        raise CommandError(
+            f"no tokenizer in {args.tokenizer} ({one_line(error)}): connect to the network, or pass a folder with "
+            "CLIP's tokenizer with --tokenizer"
+        ) from error
     try:
         model = convert_checkpoint(state_dict, reference_config)
     except ValueError as error:
         raise CommandError(f"{args.checkpoint}: {one_line(error)}") from error
+    config = model.config
+    check_tokenizer(tokenizer, config, f"pass a folder with CLIP's own with --tokenizer, not {args.tokenizer}")
+    image_processor = SANImageProcessor(size_divisor=config.size_divisor, mask_stride=config.side_patch_size)
     templates = (reference_config or {}).get("MODEL.SAN", {}).get("CLIP_TEMPLATE_SET", DEFAULT_TEMPLATES)
-    _save(model, make_processor(model, tokenizer, templates), output)
+    _save(model, SANProcessor(image_processor, tokenizer, templates), output)
     say(f"wrote {output}: {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters")
     say(f'try:  san segment IMAGE --model {output} --labels "sky, road"')
     return 0
 
 
-def make_processor(model: SANForOpenVocabSegmentation, tokenizer: CLIPTokenizer, templates: str) -> SANProcessor:
-    """
-    The processor that belongs to a converted model.
-
-    Raises:
-        CommandError: the tokenizer is another model's.
-    """
-    from modeling_san.processing import SANImageProcessor, SANProcessor
-
-    config, tokens = model.config, model.text_model.config.vocab_size
-    if len(tokenizer) != tokens:
-        raise CommandError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model {tokens}: pass CLIP's own with --tokenizer"
-        )
-    image_processor = SANImageProcessor(size_divisor=config.size_divisor, mask_stride=config.side_patch_size)
-    return SANProcessor(image_processor, tokenizer, templates)
-
-
-def _find_checkpoint(checkpoint: str) -> Path:
-    """A file, downloaded where the user asks for one of the Hub."""
-    from modeling_san.conversion import download_checkpoint
-
-    if checkpoint.startswith(_HUB_PREFIX):
-        return download_checkpoint(checkpoint.removeprefix(_HUB_PREFIX))
-    return Path(checkpoint)
-
-
-def _read_config(path: str | None) -> dict[str, Any] | None:
+def _read_config(path: str) -> dict[str, Any]:
     """The original's configuration, checked for its form; `convert_checkpoint` checks the content."""
-    if path is None:
-        return None
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CommandError(f"--config {path} cannot be read ({error.strerror or error}): check the path") from error
-    except ValueError as error:
-        raise CommandError(f"--config {path} is not valid JSON: {one_line(error)}") from error
-    sections = ("MODEL.SAN", "MODEL.SIDE_ADAPTER")
-    if not isinstance(config, dict) or not all(isinstance(config.get(key), Mapping) for key in sections):
-        raise CommandError(f"--config {path}: expected a JSON object with the sections {' and '.join(sections)}")
+    config = read_json_or_lines(path, "--config", _CONFIG_FORM)
+    if not isinstance(config, dict) or not all(isinstance(config.get(key), dict) for key in _CONFIG_SECTIONS):
+        raise CommandError(f"--config {path}: expected {_CONFIG_FORM}")
     return config
-
-
-def _load_tokenizer(source: str) -> CLIPTokenizer:
-    """CLIP's tokenizer; the library makes an empty one, silently, where it finds no files."""
-    from transformers import CLIPTokenizer
-
-    tokenizer, reason = None, ""
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(source)
-    except Exception as error:
-        # Damaged files and missing networks raise many kinds
-        reason = f" ({one_line(error)})"
-    if tokenizer is None or len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise CommandError(
-            f"no tokenizer in {source}: it is neither a folder with CLIP's tokenizer, nor in the local cache of the "
-            f"Hub, nor to be fetched{reason}: connect to the network, or pass a folder with --tokenizer"
-        )
-    return tokenizer
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

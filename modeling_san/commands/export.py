@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from modeling_san.processing.wording_san import one_line
 
 from .errors import CommandError, say
 from .labels import add_label_options, read_labels, read_templates
-from .parser import add_templates_option, positive_integer
+from .parser import add_templates_option, integer_between, make_folder, positive_integer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +48,7 @@ TOLERANCE = 1e-3
 """Scores may differ by this much, and labels where two scores are as close."""
 
 _ENDING = ".onnx"
-_LOWEST_OPSET, _HIGHEST_OPSET = 18, 25
+_OPSETS = (18, 25)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -58,10 +57,7 @@ def add_parser(subparsers: Any) -> None:
         "export", help="write a model as an ONNX file", description=_DESCRIPTION, epilog=_EXAMPLE
     )
     parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help=f"folder that `san convert`, `san train` or save_pretrained wrote, name of a Hub repository, or "
-        f"{BUILT_IN}",
+        "model", metavar="MODEL", help=f"folder of a model, or name of a Hub repository, or {BUILT_IN}"
     )
     parser.add_argument("output", metavar="OUT.onnx", help="file to write; an existing one is replaced")
     add_label_options(parser)
@@ -81,24 +77,25 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--opset",
-        type=_opset,
+        type=integer_between(*_OPSETS),
         metavar="N",
-        help=f"version of ONNX's operators, {_LOWEST_OPSET} ... {_HIGHEST_OPSET} (default: PyTorch's choice)",
+        help="version of ONNX's operators, {} ... {} (default: PyTorch's choice)".format(*_OPSETS),
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """
-    Export, check, and put the file in place.
-
-    Returns:
-        exit code.
-    """
-    output = _output_file(args.output)
+    """Export, check, and put the file in place."""
+    output = Path(args.output)
+    if output.suffix != _ENDING:
+        raise CommandError(f"output {output}: the file's name has to end with {_ENDING}")
+    if output.is_dir():
+        raise CommandError(f"output {output} is a folder: pass a file")
     if args.class_embeds_input and (args.labels or args.labels_file):
         raise CommandError("--class-embeds-input takes the labels with each image: leave --labels out")
+    make_folder(output.parent, "pass another OUT.onnx")
     _check_libraries()
     import torch
+    from tqdm import tqdm
 
     from modeling_san.export import export_program, quantize_onnx, write_onnx
     from modeling_san.processing.files import replacing_file
@@ -109,49 +106,52 @@ def run(args: argparse.Namespace) -> int:
     labels, templates = read_labels(args), read_templates(args.templates)
     loaded = load_model(None if args.model == BUILT_IN else args.model, torch.device("cpu"))
     processor = loaded.processor.image_processor
-    vocabulary = _any_vocabulary(loaded) if args.class_embeds_input else loaded.vocabulary(labels, templates=templates)
+    if args.class_embeds_input:
+        vocabulary, embeds, what = _any_vocabulary(loaded), None, "labels as an input"
+    else:
+        vocabulary = loaded.vocabulary(labels, templates=templates)
+        embeds, what = vocabulary.class_embeds.clone(), f"{len(vocabulary.labels)} labels"
     size = _recommended_size(processor, args.size)
 
     say(f"exporting {loaded.name}; this takes a minute or more")
     program = export_program(
         loaded.model,
-        None if args.class_embeds_input else vocabulary.class_embeds.clone(),
+        embeds,
         image_mean=processor.image_mean,
         image_std=processor.image_std,
         all_scores=args.all_scores,
     )
-    metadata: dict[str, Any] = {
+    metadata = {
         "model": loaded.name,
         "size": size,
         "input": "upright RGB images, uint8, resized to about `size` (bilinear, antialiased); nothing else",
+        **({} if embeds is None else {"labels": list(vocabulary.labels)}),
     }
-    if not args.class_embeds_input:
-        metadata["labels"] = list(vocabulary.labels)
-    check = _Check(loaded, vocabulary, args.class_embeds_input, args.all_scores)
     divisor = loaded.model.config.size_divisor
     short = size.get("shortest_edge") or min(size["height"], size["width"])
     # The size and batch that were traced, and the size that the model works at
     batches = [draw_batch(2, 5 * divisor - 3, 7 * divisor - 5), draw_batch(1, short, short * 4 // 3)]
+
+    def check(path: Path) -> list[Agreement]:
+        return [compare(path, images, loaded, vocabulary, args.class_embeds_input) for images in batches]
+
     with replacing_file(output) as partial:
         opset = write_onnx(program, partial, metadata, args.opset)
-        agreements = [check(partial, images) for images in batches]
+        agreements = check(partial)
         for agreement in agreements:
             agreement.require()
-        float_size = partial.stat().st_size
-    what = "labels as an input" if args.class_embeds_input else f"{len(vocabulary.labels)} labels"
     say(
-        f"wrote {output}: {_megabytes(float_size)}, opset {opset}, {what}; in onnxruntime, against PyTorch: "
-        f"{_join(agreements)}"
+        f"wrote {output}: {tqdm.format_sizeof(output.stat().st_size, 'B')}, opset {opset}, {what}; in onnxruntime, "
+        f"against PyTorch: {'; '.join(map(str, agreements))}"
     )
     if args.int8:
         smaller = output.with_suffix(f".int8{_ENDING}")
         with replacing_file(smaller) as partial:
             quantize_onnx(output, partial)
-        agreements = [check(smaller, images) for images in batches]
         int8_size = smaller.stat().st_size
         say(
-            f"wrote {smaller}: {_megabytes(int8_size)} ({int8_size / float_size:.0%}); against PyTorch in float: "
-            f"{_join(agreements)}"
+            f"wrote {smaller}: {tqdm.format_sizeof(int8_size, 'B')} ({int8_size / output.stat().st_size:.0%}); "
+            f"against PyTorch in float: {'; '.join(map(str, check(smaller)))}"
         )
     return 0
 
@@ -192,61 +192,59 @@ class Agreement:
         )
 
 
-@dataclass(frozen=True)
-class _Check:
-    """Runs files in onnxruntime beside the model.
+def compare(
+    path: Path, images: np.ndarray, loaded: LoadedModel, vocabulary: Vocabulary, embeds_are_input: bool
+) -> Agreement:
+    """
+    Run a file in onnxruntime beside the model.
 
-    Attributes:
+    Args:
+        path: of the file.
+        images: `(batch, 3, height, width)` uint8.
         loaded: the model.
         vocabulary: what to look for.
         embeds_are_input: whether the file takes its embeddings.
-        all_scores: whether the file returns the scores of all classes.
+
+    Raises:
+        CommandError: onnxruntime cannot run the file, or it returns no labels of the images' pixels.
     """
+    import onnxruntime
+    import torch
 
-    loaded: LoadedModel
-    vocabulary: Vocabulary
-    embeds_are_input: bool
-    all_scores: bool
-
-    def __call__(self, path: Path, images: np.ndarray) -> Agreement:
-        """Compare on `images` (batch, 3, height, width) uint8."""
-        import torch
-
-        feed = {"images": images}
-        if self.embeds_are_input:
-            feed["class_embeds"] = self.vocabulary.class_embeds.numpy()
-        labels, scores, *others = (torch.from_numpy(output) for output in _run_onnx(path, feed))
-        segmenter, classes = self.loaded.segmenter, len(self.vocabulary.labels)
-        prepared = segmenter.prepare(list(images.transpose(0, 2, 3, 1)), do_resize=False)
-        expected = segmenter.segment(prepared, self.vocabulary)
-        if labels.shape != scores.shape or labels.shape != (len(images), *images.shape[2:]):
-            raise CommandError(
-                f"the exported file returns labels of {tuple(labels.shape)} for images of {images.shape}: nothing was "
-                "written"
-            )
-        if labels.max() >= classes or labels.min() < 0:
-            raise CommandError(
-                f"the exported file does not do what the model does: it returns labels beyond the {classes} asked "
-                "for. Nothing was written"
-            )
-        differences = torch.stack([(ours - each.scores).abs() for ours, each in zip(scores, expected, strict=True)])
-        largest, shortfalls = [differences.max()], [torch.zeros(1)]
-        for index, segmentation in enumerate(expected):
-            wrong = labels[index] != segmentation.label_map
-            for label in range(classes) if self.all_scores else labels[index][wrong].unique().tolist():
-                heat = segmentation.heat_map(label)
-                pixels = wrong & (labels[index] == label)
-                # In the model's own scores, how much worse the file's label is than the best
-                shortfalls.append((segmentation.scores - heat)[pixels])
-                largest += [(others[0][index, label] - heat).abs().max()] if self.all_scores else []
-        equal = torch.stack([ours == each.label_map for ours, each in zip(labels, expected, strict=True)])
-        return Agreement(
-            images.shape,
-            largest=torch.stack(largest).max().item(),
-            mean=differences.mean().item(),
-            equal=equal.double().mean().item(),
-            worst=torch.cat(shortfalls).max().item(),
+    feed = {"images": images} | ({"class_embeds": vocabulary.class_embeds.numpy()} if embeds_are_input else {})
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        labels, scores, *all_scores = map(torch.from_numpy, session.run(None, feed))
+    except Exception as error:
+        # onnxruntime has many exceptions, and they share no base class of its own
+        raise CommandError(f"onnxruntime cannot run the exported file: {one_line(error)}") from error
+    segmenter, classes = loaded.segmenter, len(vocabulary.labels)
+    expected = segmenter.segment(segmenter.prepare(list(images.transpose(0, 2, 3, 1)), do_resize=False), vocabulary)
+    label_maps, best_scores = (
+        torch.stack([getattr(each, name) for each in expected]) for name in ("label_map", "scores")
+    )
+    if labels.shape != label_maps.shape or labels.max() >= classes or labels.min() < 0:
+        raise CommandError(
+            f"the exported file does not do what the model does: for images of {images.shape} and {classes} labels it "
+            f"returns labels from {labels.min()} to {labels.max()} of {tuple(labels.shape)}. Nothing was written"
         )
+    differences, wrong = (scores - best_scores).abs(), labels != label_maps
+    largest, shortfalls = [differences.max()], [torch.zeros(1)]
+    for index, segmentation in enumerate(expected):
+        for label in range(classes) if all_scores else labels[index][wrong[index]].unique().tolist():
+            heat = segmentation.heat_map(label)
+            # In the model's own scores, how much worse the file's label is than the best
+            shortfalls.append((segmentation.scores - heat)[wrong[index] & (labels[index] == label)])
+            largest += [(scores[index, label] - heat).abs().max() for scores in all_scores]
+    return Agreement(
+        images.shape,
+        largest=torch.stack(largest).max().item(),
+        mean=differences.mean().item(),
+        equal=1 - wrong.double().mean().item(),
+        worst=torch.cat(shortfalls).max().item(),
+    )
 
 
 def draw_batch(batch: int, height: int, width: int) -> np.ndarray:
@@ -256,23 +254,8 @@ def draw_batch(batch: int, height: int, width: int) -> np.ndarray:
     from modeling_san.builtin import load_examples
 
     examples = load_examples()
-    images = [examples[index % len(examples)].image.resize((width, height)) for index in range(batch)]
+    images: list[Any] = [examples[index % len(examples)].image.resize((width, height)) for index in range(batch)]
     return np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
-
-
-def _run_onnx(path: Path, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """What onnxruntime makes of a file."""
-    import numpy as np
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        return [np.asarray(value) for value in session.run(None, feed)]
-    except Exception as error:
-        # onnxruntime has many exceptions, and they share no base class of its own
-        raise CommandError(f"onnxruntime cannot run the exported file: {one_line(error)}") from error
 
 
 def _check_libraries() -> None:
@@ -286,59 +269,23 @@ def _check_libraries() -> None:
     onnxruntime.set_default_logger_severity(3)
 
 
-def _output_file(given: str) -> Path:
-    """Where to write, found out before the work is done."""
-    output = Path(given)
-    if output.suffix != _ENDING or not output.stem:
-        raise CommandError(f"output {given}: the file's name has to end with {_ENDING}")
-    if output.is_dir():
-        raise CommandError(f"output {given} is a folder: pass a file")
-    probe = output.with_name(f".{output.name}.{os.getpid()}.probe")
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise CommandError(f"output {given} cannot be written to ({error.strerror or error}): pass another") from error
-    return output
-
-
 def _any_vocabulary(loaded: LoadedModel) -> Vocabulary:
-    """Embeddings to check with: those stored in the model, or random directions."""
+    """Embeddings to check with: those stored in the model, or some directions."""
     import torch
 
     from modeling_san.processing import Vocabulary
 
     class_embeds = loaded.model.stored_class_embeds
     if class_embeds is None:
-        class_embeds = torch.randn(7, loaded.model.config.projection_dim, generator=torch.Generator().manual_seed(0))
-        class_embeds = torch.nn.functional.normalize(class_embeds, dim=-1)
+        class_embeds = torch.eye(7, loaded.model.config.projection_dim)
     names = tuple(f"class {index}" for index in range(len(class_embeds)))
     return Vocabulary(names, class_embeds.float(), len(names))
 
 
 def _recommended_size(processor: Any, short_side: int | None) -> dict[str, int]:
-    """The processor's size, as the metadata has it."""
+    """The processor's size, or another one of its form, as the metadata has it."""
     size = {name: int(value) for name, value in dict(processor.size).items() if value}
     if short_side is None:
         return size
     ratio = size["longest_edge"] / size["shortest_edge"] if {"longest_edge", "shortest_edge"} <= size.keys() else 4
     return {"shortest_edge": short_side, "longest_edge": math.ceil(short_side * ratio)}
-
-
-def _opset(text: str) -> int:
-    """A version of ONNX's operators, as an argument's type."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if not _LOWEST_OPSET <= value <= _HIGHEST_OPSET:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {_LOWEST_OPSET} to {_HIGHEST_OPSET}")
-    return value
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
-
-
-def _join(agreements: list[Agreement]) -> str:
-    return "; ".join(map(str, agreements))

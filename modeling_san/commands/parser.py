@@ -55,9 +55,9 @@ def add_output_option(parser: argparse.ArgumentParser, default: str | None = "ou
     )
 
 
-def make_folder(path: str | Path) -> Path:
+def make_folder(path: str | Path, remedy: str = "pass another --output") -> Path:
     """
-    Make the folder that results go to.
+    Make the folder that results go to; `remedy` is what an error says to do.
 
     Raises:
         CommandError: it cannot be made or written to.
@@ -70,7 +70,7 @@ def make_folder(path: str | Path) -> Path:
             pass
     except OSError as error:
         reason = error.strerror or error
-        raise CommandError(f"output folder {folder} cannot be written to ({reason}): pass another --output") from error
+        raise CommandError(f"output folder {folder} cannot be written to ({reason}): {remedy}") from error
     return folder
 
 

@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     )
     open_rows = partial(
         load_images,
-        _absolute(args.dataset),
+        str(_absolute(args.dataset)),
         args.split,
         streaming=args.streaming,
         image_column=args.image_column,
@@ -188,7 +188,7 @@ def _connect(address: str | None) -> Any:
         import ray
     except ImportError as error:
         raise CommandError('--ray needs Ray: pip install "modeling-san[ray]"') from error
-    ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     return ray
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from modeling_san.processing.files import replacing_file
-from modeling_san.training.metrics import ConfusionMatrix, PairCounts
+from modeling_san.training.metrics import ConfusionMatrix, count_pairs
 
 _DESCRIPTION = """
 Intersection over union (IoU) of a class: pixels that are the class both in prediction and reference, divided by the
@@ -51,7 +50,6 @@ _OPTIONS: dict[str, Any] = {
     "label_map": None,
     "reduce_labels": False,
 }
-_POLL_SECONDS = 0.05
 
 
 class MeanIoU(evaluate.Metric):
@@ -62,24 +60,19 @@ class MeanIoU(evaluate.Metric):
         kwargs: `num_labels`, `ignore_index`, `nan_to_num`, `label_map` and `reduce_labels` here are the defaults of
             `compute`; the others are those of every metric. With `num_process` and `process_id`, `compute` adds up
             the counts of all processes and returns the result in the first: through torch.distributed where that is
-            set up for as many processes, else through files in `cache_dir`, which all of them have to see;
-            evaluations at the same time then need an `experiment_id` each.
+            set up for as many processes, else as every metric does, through files in `cache_dir`, which all of them
+            have to see; evaluations at the same time then need an `experiment_id` each.
     """
 
     def __init__(self, config_name: str | None = None, **kwargs: Any) -> None:
         self.options = {name: kwargs.pop(name, default) for name, default in _OPTIONS.items()}
-        self._pairs = PairCounts()
-        self._round = 0
+        self._start_anew()
+        self._rounds = 0
         super().__init__(config_name, **kwargs)
-        self._started = time.time()
-        if self.num_process > 1:
-            # What a run that was killed has left would pass for this one's
-            for path in self._data_folder().glob(f"{self._prefix(self.process_id)}-*.npz"):
-                path.unlink(missing_ok=True)
 
     def __len__(self) -> int:
         """Label maps, or stacks of them, counted since the last result."""
-        return self._pairs.images
+        return self._images
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
         """
@@ -99,22 +92,22 @@ class MeanIoU(evaluate.Metric):
             raise ValueError("add_batch needs both predictions and references.")
         if _is_stack(predictions) and _is_stack(references):
             # One pass over many images; a single map is as good
-            self._pairs.add(predictions, references)
+            self._count(predictions, references)
             return
         if isinstance(predictions, Image.Image) or isinstance(references, Image.Image):
             raise ValueError("add_batch takes lists of images: pass [image], or use add.")
         if len(predictions) != len(references):
             raise ValueError(f"there are {len(predictions)} predictions and {len(references)} references.")
         for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
-            self._pairs.add(prediction, reference, f"image {index} of the batch:")
+            self._count(prediction, reference, f"image {index} of the batch:")
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """
-        Count one pair of label maps.
+        Count one pair of label maps of one size.
 
         Args:
             prediction: label map.
-            reference: label map of the same size.
+            reference: the true one.
             kwargs: `predictions` and `references` instead, which is what combined metrics pass.
         """
         prediction = kwargs.pop("predictions", prediction)
@@ -122,7 +115,7 @@ class MeanIoU(evaluate.Metric):
         _refuse(kwargs, "add takes prediction and reference")
         if prediction is None or reference is None:
             raise ValueError("add needs both prediction and reference.")
-        self._pairs.add(prediction, reference)
+        self._count(prediction, reference)
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any] | None:
         """
@@ -143,30 +136,57 @@ class MeanIoU(evaluate.Metric):
         _refuse(kwargs, f"the options of compute are {', '.join(_OPTIONS)}")
         if not isinstance(options["num_labels"], (int, np.integer)):
             raise ValueError("num_labels is missing: pass the number of classes, for example num_labels=150.")
-        if predictions is not None or references is not None:
-            self.add_batch(predictions=predictions, references=references)
-        if self.num_process == 1 and not self._pairs.images:
-            raise ValueError("nothing was added: call add or add_batch, or pass predictions and references.")
         if options["num_labels"] < 1:
             raise ValueError(f"num_labels is {options['num_labels']}: there has to be at least one class.")
-        self._gather()
-        nan_to_num = options.pop("nan_to_num")
-        results = None if self.process_id > 0 else _figures(self._pairs.fold(**options), nan_to_num)
-        self._pairs = PairCounts()
-        return results
+        if predictions is not None or references is not None:
+            self.add_batch(predictions=predictions, references=references)
+        if self.num_process == 1 and not self._images:
+            raise ValueError("nothing was added: call add or add_batch, or pass predictions and references.")
+        pairs = self._gather()
+        self._start_anew()
+        return None if self.process_id > 0 else _figures(pairs, **options)
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on counting."""
-        pairs = self._pairs
-        counts = None if pairs.counts is None else pairs.counts.cpu().clone()
-        return {"values": list(pairs.values), "counts": counts, "images": pairs.images}
+        return {"pairs": [(*pair, count) for pair, count in self._pairs.items()], "images": self._images}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
-        self._pairs = PairCounts()
-        if state["counts"] is not None:
-            self._pairs.merge(state["values"], state["counts"])
-        self._pairs.images = state["images"]
+        self._pairs = Counter({(true, predicted): count for true, predicted, count in state["pairs"]})
+        self._images = state["images"]
+
+    def _start_anew(self) -> None:
+        self._pairs = Counter[tuple[int, int]]()
+        self._images = 0
+
+    def _count(self, prediction: Any, reference: Any, name: str = "") -> None:
+        self._pairs.update(count_pairs(prediction, reference, name))
+        self._images += 1
+
+    def _gather(self) -> Mapping[tuple[int, int], int]:
+        """The counts of all processes, in the first."""
+        if self.num_process == 1:
+            return self._pairs
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() == self.num_process:
+            parts: list[Any] = [None] * self.num_process
+            dist.all_gather_object(parts, self._pairs)
+            return sum(parts, Counter())
+        # The library's own files, with counts in them. Each round has its own, or a process that is ahead would
+        # write into those that the first still waits to read.
+        experiment, self._rounds = self.experiment_id, self._rounds + 1
+        self._module_info.experiment_id = f"{experiment}-{self._rounds}"
+        try:
+            super().add_batch(predictions=[[*pair] for pair in self._pairs], references=list(self._pairs.values()))
+            return super().compute() or {}
+        finally:
+            self._module_info.experiment_id = experiment
+
+    def _compute(self, *, predictions: Any, references: Any) -> Counter[tuple[int, int]]:  # type: ignore[override]
+        """Pairs and counts from the files of all processes."""
+        pairs: Counter[tuple[int, int]] = Counter()
+        for pair, count in zip(predictions, references, strict=True):
+            pairs[tuple(pair)] += count
+        return pairs
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -176,65 +196,35 @@ class MeanIoU(evaluate.Metric):
             features=datasets.Features(predictions=datasets.Image(), references=datasets.Image()),
         )
 
+    def _infer_feature_from_batch(self, batch: Mapping[str, Any]) -> datasets.Features:
+        """Of what is written for other processes."""
+        value = datasets.Value("int64")
+        return datasets.Features(predictions=datasets.List(value), references=value)
+
     def _build_data_dir(self) -> str:
-        # Nothing is written where there is one process: the folder is made when it is needed
-        return str(Path(self._data_dir_root) / self.name / self.config_name)
-
-    def _compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """Figures of complete lists; `compute` does not need it."""
-        return MeanIoU(**self.options).compute(predictions=predictions, references=references, **kwargs) or {}
-
-    # Several processes
-
-    def _gather(self) -> None:
-        """Bring the counts of all processes to the first."""
-        if self.num_process == 1:
-            return
-        self._round += 1
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() == self.num_process:
-            self._pairs.all_reduce()
-        elif self.process_id > 0:
-            self._write_counts()
-        else:
-            for process_id in range(1, self.num_process):
-                self._read_counts(process_id)
-
-    def _write_counts(self) -> None:
-        pairs = self._pairs
-        counts = torch.zeros(0, 0, dtype=torch.int64) if pairs.counts is None else pairs.counts.cpu()
-        with replacing_file(self._counts_file(self.process_id)) as path, path.open("wb") as file:
-            values = pairs.values[: len(counts)]
-            np.savez(file, values=np.array(values, dtype=np.int64), counts=counts.numpy(), images=pairs.images)
-
-    def _read_counts(self, process_id: int) -> None:
-        path = self._counts_file(process_id)
-        end = time.monotonic() + self.timeout
-        # A file from long before this process began is another run's
-        while not path.is_file() or path.stat().st_mtime < self._started - self.timeout:
-            if time.monotonic() > end:
-                raise ValueError(
-                    f"process {process_id} of {self.num_process} has written no counts to {path} within "
-                    f"{self.timeout} seconds: call compute in every process, with the same experiment_id and "
-                    "cache_dir."
-                )
-            time.sleep(_POLL_SECONDS)
-        with np.load(path, allow_pickle=False) as saved:
-            if len(saved["values"]):
-                self._pairs.merge(saved["values"].tolist(), torch.from_numpy(saved["counts"]))
-            self._pairs.images += int(saved["images"])
-        path.unlink()
-
-    def _counts_file(self, process_id: int) -> Path:
-        return self._data_folder() / f"{self._prefix(process_id)}-{self._round}.npz"
-
-    def _prefix(self, process_id: int) -> str:
-        return f"{self.experiment_id}-{self.num_process}-{process_id}"
-
-    def _data_folder(self) -> Path:
-        return Path(self.data_dir)
+        # Where there is one process nothing is written
+        return super()._build_data_dir() if self.num_process > 1 else str(Path(self._data_dir_root))
 
 
-def _figures(confusion: ConfusionMatrix, nan_to_num: float | None) -> dict[str, Any]:
+def _figures(
+    pairs: Mapping[tuple[int, int], int],
+    num_labels: int,
+    ignore_index: int | None,
+    nan_to_num: float | None,
+    label_map: Mapping[int, int] | None,
+    reduce_labels: bool,
+) -> dict[str, Any]:
+    """What `compute` returns, from the counts of (true, predicted) pairs and its options."""
+    renamed = {int(old): int(new) for old, new in (label_map or {}).items()}
+    kept: Counter[tuple[int, int]] = Counter()
+    for (value, predicted), count in pairs.items():
+        true = renamed.get(value, value)
+        if reduce_labels:
+            true = 255 if true in (0, 255) else true - 1
+        if true != ignore_index:
+            kept[true, predicted] += count
+    confusion = ConfusionMatrix(num_labels)
+    confusion.add(kept)
     figures: dict[str, Any] = {
         "mean_iou": np.float64(confusion.mean_iou()),
         "mean_accuracy": np.float64(confusion.mean_accuracy()),

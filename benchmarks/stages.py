@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,9 +128,13 @@ def _full_scores(work: Workload) -> Run:
     return run
 
 
-def _python(*arguments: str) -> Callable[[Workload], Run]:
-    command = [sys.executable, *arguments]
+def _process(*command: str) -> Callable[[Workload], Run]:
     return lambda work: lambda: subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+
+
+def _importing(what: str) -> Stage:
+    """A new Python that imports something and ends."""
+    return Stage(f"start: {what}", _process(sys.executable, "-c", what), in_process=False)
 
 
 STAGES = {
@@ -144,14 +149,12 @@ STAGES = {
     "post_processing_large": Stage("post-processing, 847 classes, 1024 x 1024", _large_post_processing),
     "end_to_end": Stage("end to end, file to label map", _end_to_end),
     "full_scores": Stage("  the same with full-size scores", _full_scores),
-    "import_torch": Stage("start: import torch", _python("-c", "import torch"), in_process=False),
-    "import_san": Stage("start: import modeling_san", _python("-c", "import modeling_san"), in_process=False),
-    "import_model": Stage(
-        "start: import model and processor",
-        _python("-c", "from modeling_san import SANForOpenVocabSegmentation"),
-        in_process=False,
+    "import_torch": _importing("import torch"),
+    "import_san": _importing("import modeling_san"),
+    "import_model": _importing("from modeling_san import SANForOpenVocabSegmentation"),
+    "help": Stage(
+        "start: san --help", _process(str(Path(sys.executable).with_name("san")), "--help"), in_process=False
     ),
-    "help": Stage("start: san --help", _python("-m", "modeling_san.commands.main", "--help"), in_process=False),
 }
 """By the names that the command line knows, in the order they are measured."""
 

@@ -28,6 +28,9 @@ from modeling_san.processing.segment_dataset import Options, segment_dataset, se
 from modeling_san.training.label_sets import load_label_set
 from modeling_san.training.sources import load_images
 
+# Label maps and scores are compared bit for bit with those of other processes, which compute in one thread
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LABELS = ("sky", "road", "red truck")
 SIZES = ((90, 60), (60, 90), (70, 70), (90, 60))
 
@@ -203,13 +206,6 @@ def test_what_an_added_name_wins_becomes_other(san, tmp_path):
     assert any(segment["label"] == "other" and segment["index"] == 2 for row in rows for segment in row["segments"])
 
 
-def test_batches_of_one_and_of_many_agree(label, tmp_path):
-    label("one", batch_size=1)
-    label("many", batch_size=16)
-    for one, many in zip(loaded(tmp_path / "one"), loaded(tmp_path / "many"), strict=True):
-        assert np.mean(np.asarray(one["annotation"]) == np.asarray(many["annotation"])) > 0.999
-
-
 def test_a_batch_too_large_for_the_memory_is_run_image_by_image(label, segmenter, tmp_path):
     class Small(Segmenter):
         def segment(self, prepared, *arguments):
@@ -225,7 +221,6 @@ def test_a_batch_too_large_for_the_memory_is_run_image_by_image(label, segmenter
 # ------------------------------------------------------------------------------------------------- cuts and restarts
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_killed_run_goes_on_without_a_row_twice_or_missing(arguments, san, label, tmp_path):
     data = write_dataset(tmp_path / "many.parquet", [encoded(seed, SIZES[seed % 4]) for seed in range(40)])
     changes = {"dataset": data, "output": tmp_path / "cut", "shard-size": 2}
@@ -246,21 +241,21 @@ def test_a_killed_run_goes_on_without_a_row_twice_or_missing(arguments, san, lab
     assert not list((tmp_path / "cut").glob("*unfinished*"))
 
 
-def test_a_finished_run_does_nothing_more(label, tmp_path):
-    label()
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_finished_run_does_nothing_more_and_one_with_missing_or_damaged_files_makes_these_anew(
+    label, tmp_path, streaming
+):
+    label("uncut", keep_columns=("name",))
+    assert label(streaming=streaming, keep_columns=("name",)).images == 22
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    report = label()
+    report = label(streaming=streaming, keep_columns=("name",))
     assert (report.images, report.total, report.parts) == (0, 22, 5)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
-
-
-def test_a_damaged_part_file_is_made_anew(label, tmp_path):
-    label()
-    expected = stored(tmp_path / "out")
-    path = tmp_path / "out" / "part-000002.parquet"
+    (tmp_path / "out" / "part-000004.parquet").unlink()
+    path = tmp_path / "out" / "part-000001.parquet"
     path.write_bytes(path.read_bytes()[:-20])
-    assert label().images == 5
-    assert stored(tmp_path / "out") == expected
+    assert label(streaming=streaming, keep_columns=("name",)).images == 5 + 2
+    assert stored(tmp_path / "out") == stored(tmp_path / "uncut")
 
 
 def test_sigterm_leaves_whole_files_and_ends_with_143(san, label, tmp_path, monkeypatch):
@@ -328,25 +323,6 @@ def test_files_that_the_run_did_not_write_are_not_overwritten(label, tmp_path, n
     with pytest.raises(ValueError, match=name):
         label()
     assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["mine"]
-
-
-# ----------------------------------------------------------------------------------------------------------- streams
-
-
-def test_a_stream_gives_what_the_stored_data_set_gives(label, tmp_path):
-    label("stored", keep_columns=("name",))
-    label("streamed", streaming=True, keep_columns=("name",))
-    assert stored(tmp_path / "streamed") == stored(tmp_path / "stored")
-
-
-def test_a_finished_stream_does_nothing_more_and_a_cut_one_goes_on(label, tmp_path):
-    label(streaming=True)
-    expected = stored(tmp_path / "out")
-    assert label(streaming=True).images == 0
-    (tmp_path / "out" / "part-000001.parquet").unlink()
-    (tmp_path / "out" / "part-000004.parquet").unlink()
-    assert label(streaming=True).images == 7
-    assert stored(tmp_path / "out") == expected
 
 
 def test_a_stream_that_ends_with_a_shard_makes_no_empty_file(label, tmp_path):
@@ -475,7 +451,6 @@ def cluster():
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("one_thread")
 def test_a_cluster_writes_of_a_stream_what_one_process_writes(cluster, san, label, tmp_path):
     code, lines, _ = san("--keep-columns", "name", "--scores", "--streaming", "--ray-actors", 1, ray=cluster)
     assert code == 0
@@ -487,7 +462,6 @@ def test_a_cluster_writes_of_a_stream_what_one_process_writes(cluster, san, labe
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("one_thread")
 def test_a_killed_driver_and_a_killed_worker_cost_no_row_and_repeat_none(
     cluster, arguments, model_folder, label, tmp_path
 ):

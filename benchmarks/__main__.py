@@ -6,10 +6,10 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -50,7 +50,6 @@ Exit code 0, 1 if --compare finds a stage slower or larger, 2 for bad input.
 """
 
 _DEFAULT_OUTPUT = Path("outputs/benchmarks.json")
-_NO_STAGES = "none"
 _TITLES = {name: stage.title for name, stage in STAGES.items()}
 
 EXIT_REGRESSION, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -67,78 +66,46 @@ class _Parser(CommandParser):
 def make_parser() -> argparse.ArgumentParser:
     """The parser. Settings that are not given are None: `--compare` takes them from the older run."""
     parser = _Parser(prog="python -m benchmarks", description=_DESCRIPTION, epilog=_EXAMPLE)
-    default = Settings()
+    default, count = Settings(), {"type": positive_integer}
 
     what = parser.add_argument_group("what is measured").add_argument
     what("--model", metavar="NAME_OR_FOLDER", help=f"vit_b_16, vit_l_14 or a folder (default: {default.model})")
     what("--size", type=_side, help=f"side of the square image in pixels (default: {default.size})")
-    what("--batch", type=positive_integer, help="images at once (default: 1)")
-    what("--classes", type=positive_integer, help=f"labels (default: {default.classes})")
-    what(
-        "--target",
-        type=positive_integer,
-        nargs=2,
-        metavar=("HEIGHT", "WIDTH"),
-        help="size of the label maps (default: {} {})".format(*default.target),
-    )
-    what("--queries", type=positive_integer, help="masks per image (default: as the model has)")
+    what("--batch", **count, help="images at once (default: 1)")
+    what("--classes", **count, help=f"labels (default: {default.classes})")
+    target = "size of the label maps (default: {} {})".format(*default.target)
+    what("--target", **count, nargs=2, metavar=("HEIGHT", "WIDTH"), help=target)
+    what("--queries", **count, help="masks per image (default: as the model has)")
     what("--dtype", choices=DTYPES, help=f"(default: {default.dtype})")
     what("--compile", nargs="?", const="default", choices=COMPILE_MODES, help="torch.compile's mode (default: eager)")
-    what("--threads", type=positive_integer, help="of the CPU (default: as many as cores)")
+    what("--threads", **count, help="of the CPU (default: as many as cores)")
     what("--device", help=f'"cpu", "cuda" or "cuda:1" (default: {default.device})')
     what("--stages", nargs="+", metavar="STAGE", help=f"some of {', '.join(STAGES)}; or none (default: all)")
 
     how = parser.add_argument_group("how").add_argument
-    how("--rounds", type=positive_integer, default=5, help="runs that count, after a warm-up (default: 5)")
-    how(
-        "--budget",
-        type=positive_number,
-        default=60.0,
-        metavar="SECONDS",
-        help="no round begins after it (default: 60)",
-    )
+    how("--rounds", **count, default=5, help="runs that count, after a warm-up (default: 5)")
+    seconds = {"type": positive_number, "metavar": "SECONDS", "default": 60.0}
+    how("--budget", **seconds, help="no round begins after it (default: 60)")
 
     more = parser.add_argument_group("more").add_argument
     more("--flops", action="store_true", help="count floating-point operations")
     more("--profile", action="store_true", help="show operators by time, and write a trace of each stage")
     more("--scaling", nargs="*", metavar="AXIS[=N,N]", help=f"growth with some of {', '.join(AXES)} (default: all)")
-    more(
-        "--others",
-        nargs="*",
-        type=positive_integer,
-        metavar="LABELS",
-        help="CLIPSeg, EoMT-B and Mask2Former with these numbers of labels (default: 1 20 171)",
-    )
-    more(
-        "--agreement",
-        nargs="+",
-        type=Path,
-        metavar="IMAGE",
-        help="how many pixels get the label that they get in float32, eager; needs --model FOLDER",
-    )
-    more(
-        "--compare",
-        nargs="+",
-        type=Path,
-        metavar="JSON",
-        help="an earlier run's file to compare with; with a second file nothing is measured",
-    )
-    more(
-        "--tolerance",
-        type=positive_number,
-        default=0.15,
-        help="growth of cost or memory that is no regression, as a share (default: 0.15)",
-    )
+    others = "CLIPSeg, EoMT-B and Mask2Former with these numbers of labels (default: 1 20 171)"
+    more("--others", **count, nargs="*", metavar="LABELS", help=others)
+    same = "how many pixels get the label that they get in float32, eager; needs --model FOLDER"
+    more("--agreement", nargs="+", type=Path, metavar="IMAGE", help=same)
+    earlier = "an earlier run's file to compare with; with a second file nothing is measured"
+    more("--compare", nargs="+", type=Path, metavar="JSON", help=earlier)
+    growth = "growth of cost or memory that is no regression, as a share (default: 0.15)"
+    more("--tolerance", type=positive_number, default=0.15, help=growth)
     more("--output", type=Path, default=_DEFAULT_OUTPUT, metavar="JSON", help=f"(default: {_DEFAULT_OUTPUT})")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Run the benchmarks.
-
-    Args:
-        argv: arguments; those of the process by default.
+    Run the benchmarks; `argv` are the process's own arguments by default.
 
     Returns:
         exit code: 0, 1 for a regression, 2 for bad input, 130 after Ctrl-C.
@@ -167,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
         return _compare(old, newer[0], args.tolerance)
     settings, names, axes = choose_settings(args, old), _choose_stages(args.stages, old), _choose_axes(args.scaling)
     _check_output(args)
-    new = _Run(args, settings).measure(names, axes)
+    new = _measure(args, settings, names, axes)
     print(f"\nWritten to {args.output}\n")
     return _compare(old, new, args.tolerance) if old else 0
 
@@ -192,81 +159,63 @@ def choose_settings(args: argparse.Namespace, old: Report | None) -> Settings:
     return old.settings
 
 
-class _Run:
-    """
-    Everything that is measured in one process, into one report, whose file is written anew after each part.
+def _measure(
+    args: argparse.Namespace, settings: Settings, names: Sequence[str], axes: dict[str, Sequence[int]]
+) -> Report:
+    """Measure all that is asked for into one report, whose file is written anew after each part."""
+    quiet_libraries()
+    device = pick_device(settings.device)
+    torch.set_num_threads(settings.threads)
+    report = Report(settings, describe_machine(device))
+    # Compiled functions and the memory pools of GPUs settle over a few runs
+    warmups = 3 if settings.compile is not None or device.type == "cuda" else 1
+    meter = Meter(device, args.rounds, args.budget, warmups, rates=report.rates)
 
-    Args:
-        args: that say how.
-        settings: that say what.
-    """
-
-    def __init__(self, args: argparse.Namespace, settings: Settings) -> None:
-        quiet_libraries()
-        self.args, self.settings = args, settings
-        self.device = pick_device(settings.device)
-        torch.set_num_threads(settings.threads)
-        self.report = Report(settings, describe_machine(self.device))
-
-    def measure(self, names: Sequence[str], axes: dict[str, Sequence[int]]) -> Report:
-        """Measure stages and axes by name, and what else the arguments ask for."""
-        args, settings, report = self.args, self.settings, self.report
-        print(format_machine(report), flush=True)
-        with tempfile.TemporaryDirectory(prefix="san-benchmarks-") as name, torch.inference_mode():
-            folder = Path(name)
-            self._measure_stages(names, folder)
-            for axis, value, by_stage in measure_scaling(settings, axes, folder, self._meter):
-                report.scaling.setdefault(axis, {})[str(value)] = by_stage
-                self._done(f"{axis} {value}")
-            self._print(*(format_scaling(axis, points) for axis, points in report.scaling.items()))
-            if args.others is not None:
-                for title, count, measured in measure_others(settings, args.others or LABELS, folder, self._meter):
-                    report.others.setdefault(title, {})[str(count)] = measured
-                    self._done(f"{title}, {count} labels")
-                self._print(format_others(report.others, settings))
-            if args.agreement is not None:
-                for path, share in measure_agreement(settings, args.agreement, folder):
-                    report.agreement[str(path)] = share
-                    self._done(f"{path}: {share:.2%}")
-                self._print(format_agreement(report.agreement, settings))
-        self._print(format_rates(report))
-        return report
-
-    def _measure_stages(self, names: Sequence[str], folder: Path) -> None:
-        if not names:
-            return
-        work, tables = Workload(self.settings, folder), []
-        eager = Workload(replace(self.settings, compile=None), folder, model=work.model)
-        for name in names:
-            stage = STAGES[name]
-            prepared = stage.prepare(work)
-            measured = self._meter().measure(prepared, in_process=stage.in_process)
-            if self.args.flops and stage.is_network:
-                measured = replace(measured, flops=count_flops(stage.prepare(eager)))
-            self.report.stages[name] = measured
-            if self.args.profile and stage.in_process:
-                trace = self.args.output.with_name(f"{self.args.output.stem}_{name}.trace.json")
-                table = profile_stage(prepared, trace, self.device)
-                tables.append(f"{stage.title}\n{table}Trace written to {trace}")
-            self._done(stage.title.strip())
-        self._print(format_stages(self.report.stages, _TITLES), *tables)
-
-    def _meter(self) -> Meter:
-        # Compiled functions and the memory pools of GPUs settle over a few runs
-        warmups = 3 if self.settings.compile is not None or self.device.type == "cuda" else 1
-        meter = Meter(self.device, rounds=self.args.rounds, budget=self.args.budget, warmups=warmups)
-        meter.rates = self.report.rates
-        return meter
-
-    def _done(self, what: str) -> None:
-        self.report.load_average = load_average()
-        self.report.save(self.args.output)
+    def done(what: str) -> None:
+        report.load_average = load_average()
+        report.save(args.output)
         print(f"  measured: {what}", file=sys.stderr, flush=True)
 
-    def _print(self, *tables: str) -> None:
-        self.report.save(self.args.output)
+    def show(*tables: str) -> None:
+        report.save(args.output)
         for table in tables:
             print(f"\n{table}", flush=True)
+
+    print(format_machine(report), flush=True)
+    with tempfile.TemporaryDirectory(prefix="san-benchmarks-") as name, torch.inference_mode():
+        folder = Path(name)
+        work = Workload(settings, folder)
+        tables = []
+        for key in names:
+            stage = STAGES[key]
+            prepared = stage.prepare(work)
+            measured = meter.measure(prepared, in_process=stage.in_process)
+            if args.flops and stage.is_network:
+                eager = Workload(replace(settings, compile=None), folder, model=work.model)
+                measured = replace(measured, flops=count_flops(stage.prepare(eager)))
+            report.stages[key] = measured
+            if args.profile and stage.in_process:
+                trace = args.output.with_name(f"{args.output.stem}_{key}.trace.json")
+                tables.append(f"{stage.title}\n{profile_stage(prepared, trace, device)}Trace written to {trace}")
+            done(stage.title.strip())
+        if names:
+            show(format_stages(report.stages, _TITLES), *tables)
+        for axis, value, by_stage in measure_scaling(settings, axes, folder, meter):
+            report.scaling.setdefault(axis, {})[str(value)] = by_stage
+            done(f"{axis} {value}")
+        show(*(format_scaling(axis, points) for axis, points in report.scaling.items()))
+        if args.others is not None:
+            for title, count, measured in measure_others(settings, args.others or LABELS, folder, meter):
+                report.others.setdefault(title, {})[str(count)] = measured
+                done(f"{title}, {count} labels")
+            show(format_others(report.others, settings))
+        if args.agreement is not None:
+            for path, share in measure_agreement(settings, args.agreement, folder):
+                report.agreement[str(path)] = share
+                done(f"{path}: {share:.2%}")
+            show(format_agreement(report.agreement, settings))
+    show(format_rates(report))
+    return report
 
 
 def _compare(old: Report, new: Report, tolerance: float) -> int:
@@ -284,7 +233,7 @@ def _compare(old: Report, new: Report, tolerance: float) -> int:
 def _choose_stages(given: Sequence[str] | None, old: Report | None) -> list[str]:
     if given is None:
         return [name for name in STAGES if old is None or name in old.stages]
-    if given == [_NO_STAGES]:
+    if given == ["none"]:
         return []
     if unknown := [name for name in given if name not in STAGES]:
         raise ValueError(f"--stages {unknown[0]}: there is no such stage: choose of {', '.join(STAGES)}, or none")
@@ -297,9 +246,9 @@ def _choose_axes(given: Sequence[str] | None) -> dict[str, Sequence[int]]:
         axis, _, values = text.partition("=")
         if axis not in AXES:
             raise ValueError(f"--scaling {text}: there is no such axis: choose of {', '.join(AXES)}")
-        convert: Callable[[str], int] = _side if axis == "size" else positive_integer
+        convert = _side if axis == "size" else positive_integer
         try:
-            axes[axis] = [convert(value) for value in values.split(",")] if values else AXES[axis].values
+            axes[axis] = [convert(value) for value in values.split(",")] if values else AXES[axis][0]
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"--scaling {text}: {error}") from error
     return axes
@@ -328,7 +277,7 @@ def _side(text: str) -> int:
     return side
 
 
-def _report_error(message: Any) -> int:
+def _report_error(message: str) -> int:
     print(f"benchmarks: error: {one_line(message)}", file=sys.stderr)
     return EXIT_BAD_INPUT
 

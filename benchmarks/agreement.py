@@ -15,13 +15,10 @@ from .workload import Workload, make_labels
 
 def measure_agreement(settings: Settings, images: Sequence[Path], folder: Path) -> Iterator[tuple[Path, float]]:
     """
-    Label images as the settings say, and in float32, eager.
+    Label image files as the settings say, and in float32, eager.
 
-    Args:
-        settings: a model's folder, with its processor, the number format and whether to compile. The vocabulary is the
-            one stored with the model, or as many labels as the settings say.
-        images: files.
-        folder: for what a workload writes.
+    The model is a folder with its processor. The vocabulary is the one stored with the model, or as many labels as the
+    settings say.
 
     Yields:
         each file, and the share of its pixels that have the same label both ways.
@@ -46,8 +43,8 @@ def measure_agreement(settings: Settings, images: Sequence[Path], folder: Path) 
 def format_agreement(agreement: dict[str, float], settings: Settings) -> str:
     """The mean and the least of all images, a line."""
     lowest = min(agreement, key=lambda path: agreement[path])
-    how = settings.dtype if settings.compile is None else f"{settings.dtype}, compiled ({settings.compile})"
     return (
-        f"Pixels with the same label in {how} as in float32: {sum(agreement.values()) / len(agreement):.2%} of "
-        f"{len(agreement)} images, at least {agreement[lowest]:.2%} ({lowest})."
+        f"Pixels with the same label in {settings.dtype}, {settings.mode}, as in float32: "
+        f"{sum(agreement.values()) / len(agreement):.2%} of {len(agreement)} images, at least {agreement[lowest]:.2%} "
+        f"({lowest})."
     )

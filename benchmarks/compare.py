@@ -34,19 +34,14 @@ def judge(old: Measurement, new: Measurement | None, tolerance: float) -> str:
     What became of a stage: "ok", "SLOWER", "LARGER", both, or "not measured".
 
     Times are compared as cost, so that the machines may differ; on a GPU, which has no cost, as seconds. Memory is
-    what the stage adds to the process.
-
-    Args:
-        old: as it was.
-        new: as it is.
-        tolerance: growth that is not yet a regression, as a share.
+    what the stage adds to the process. `tolerance` is the growth that is not yet a regression, as a share.
     """
     if new is None:
         return "not measured"
-    slower = _time(new) > (1 + tolerance) * _time(old)
-    known = old.added_memory is not None and new.added_memory is not None
-    larger = known and new.added_memory > (1 + tolerance) * old.added_memory + MEMORY_SLACK  # type: ignore[operator]
-    return ", ".join(word for word, holds in (("SLOWER", slower), ("LARGER", larger)) if holds) or "ok"
+    words = ["SLOWER"] if _time(new) > (1 + tolerance) * _time(old) else []
+    if old.added_memory is not None and new.added_memory is not None:
+        words += ["LARGER"] if new.added_memory > (1 + tolerance) * old.added_memory + MEMORY_SLACK else []
+    return ", ".join(words) or "ok"
 
 
 def is_regression(verdict: str) -> bool:
@@ -55,15 +50,7 @@ def is_regression(verdict: str) -> bool:
 
 
 def format_comparison(old: Report, new: Report, verdicts: Mapping[str, str], titles: Mapping[str, str]) -> str:
-    """
-    A table with old, new and change of time and memory.
-
-    Args:
-        old: an earlier run.
-        new: a later run.
-        verdicts: of `judge`, by stage.
-        titles: of stages.
-    """
+    """A table with old, new and change of time and memory of each stage that has a verdict."""
     unit = "seconds" if all(measured.cost is None for measured in old.stages.values()) else "cost"
     headers = ["", f"{unit} before", "after", "change", "added MB before", "after", "change", ""]
     rows = []

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,6 @@ PRODUCT_SIDE = 2048
 """Rows and columns of the matrices whose product says how fast the machine is."""
 
 _PRODUCTS_AROUND = 3
-
-_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"
-_NUMBERS = ("gflops", "peak_memory", "added_memory", "flops")
-_NUMBER = int | float | None
 
 
 @dataclass(frozen=True)
@@ -75,11 +71,12 @@ class Measurement:
         Raises:
             ValueError: it is not of that form.
         """
-        seconds, numbers = saved.get("seconds"), {name: saved.get(name) for name in _NUMBERS}
-        are_times = isinstance(seconds, list) and all(isinstance(one, int | float) and one > 0 for one in seconds)
-        if not (seconds and are_times and all(isinstance(value, _NUMBER) for value in numbers.values())):
+        values = {field.name: saved.get(field.name) for field in fields(cls)}
+        seconds = values.pop("seconds")
+        are_times = isinstance(seconds, list) and all(isinstance(one, float) and one > 0 for one in seconds)
+        if not (seconds and are_times and all(isinstance(value, int | float | None) for value in values.values())):
             raise ValueError(f"a measurement holds {dict(saved)}: expected a list of seconds, rate and memory")
-        return cls(tuple(seconds), warmed_up=bool(saved.get("warmed_up")), **numbers)
+        return cls(tuple(seconds), **values)
 
 
 class PeakMemory:
@@ -97,9 +94,11 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
             return
-        _return_freed_memory()
+        if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+            # Freed memory that the C library keeps and uses again would not show as a peak
+            trim(0)
         try:
-            _CLEAR_REFS.write_text(_RESET_PEAK)
+            Path("/proc/self/clear_refs").write_text("5")
             self._before = _status_bytes("VmRSS")
         except OSError:
             # Other systems, and some containers, keep no mark that can be reset
@@ -114,33 +113,25 @@ class PeakMemory:
         return peak, max(0, peak - self._before)
 
 
+@dataclass
 class Meter:
     """
     Measures stages, with products of matrices in between that tell how fast the machine is at the time.
 
-    Args:
+    Attributes:
         device: where the stages compute.
         rounds: runs that count.
         budget: seconds after which no further round of a stage begins. A warm-up that takes longer counts as the only
             round.
         warmups: runs before the rounds.
-
-    Attributes:
         rates: of all products so far, in 10^9 operations per second; none on a GPU.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        *,
-        rounds: int = 5,
-        budget: float = 60.0,
-        warmups: int = 1,
-    ) -> None:
-        self.rates: list[float] = []
-        self._device = device
-        self._rounds, self._budget, self._warmups = rounds, budget, warmups
-        self._memory = PeakMemory(device)
+    device: torch.device
+    rounds: int = 5
+    budget: float = 60.0
+    warmups: int = 1
+    rates: list[float] = field(default_factory=list)
 
     def measure(self, run: Callable[[], Any], *, in_process: bool = True) -> Measurement:
         """
@@ -150,23 +141,24 @@ class Meter:
             run: the stage.
             in_process: False where it computes in another process, whose memory is not measured.
         """
+        memory = PeakMemory(self.device)
         rates = self._measure_rates(_PRODUCTS_AROUND)
-        self._memory.start()
+        memory.start()
         seconds, warmed_up = [self._time(run)], False
-        if seconds[0] <= self._budget or self._warmups > 1:
-            for _ in range(self._warmups - 1):
+        if seconds[0] <= self.budget or self.warmups > 1:
+            for _ in range(self.warmups - 1):
                 self._time(run)
-            self._memory.start()
+            memory.start()
             seconds, warmed_up = [self._time(run)], True
         # Before the next product, whose matrices would count
-        peak, added = self._memory.read() if in_process else (None, None)
-        while warmed_up and len(seconds) < self._rounds and sum(seconds) < self._budget:
+        peak, added = memory.read() if in_process else (None, None)
+        while warmed_up and len(seconds) < self.rounds and sum(seconds) < self.budget:
             # Other work on the machine comes and goes: what slows the rounds has to slow the products as well
             rates += self._measure_rates(1)
             seconds.append(self._time(run))
         rates += self._measure_rates(_PRODUCTS_AROUND)
-        gflops = statistics.median(rates) if rates else None
-        return Measurement(tuple(seconds), gflops, peak, added, warmed_up)
+        self.rates += rates
+        return Measurement(tuple(seconds), statistics.median(rates) if rates else None, peak, added, warmed_up)
 
     def _time(self, run: Callable[[], Any]) -> float:
         self._synchronize()
@@ -176,25 +168,15 @@ class Meter:
         return time.perf_counter() - start
 
     def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _measure_rates(self, count: int) -> list[float]:
-        if self._device.type != "cpu":
-            return []
-        rates = product_rates(count)
-        self.rates += rates
-        return rates
+        return product_rates(count) if self.device.type == "cpu" else []
 
 
 def product_rates(count: int, side: int = PRODUCT_SIDE) -> list[float]:
-    """
-    How fast the CPU multiplies float32 matrices, in 10^9 multiplications and additions per second.
-
-    Args:
-        count: products that are timed, each by itself.
-        side: rows and columns.
-    """
+    """How fast the CPU multiplies float32 matrices: 10^9 operations per second, of `count` products each by itself."""
     left, right = torch.rand(2, side, side)
     out = left @ right
     rates = []
@@ -205,18 +187,9 @@ def product_rates(count: int, side: int = PRODUCT_SIDE) -> list[float]:
     return rates
 
 
-def _status_bytes(field: str) -> int:
+def _status_bytes(name: str) -> int:
     """A size in the process's status."""
-    for line in _STATUS.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise OSError(f"{_STATUS} has no {field}")
-
-
-def _return_freed_memory() -> None:
-    """Have the C library give freed memory back to the system: what is used again would not show as a peak."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    status = Path("/proc/self/status").read_text()
+    if (found := re.search(rf"^{name}:\s*(\d+) kB$", status, re.MULTILINE)) is None:
+        raise OSError(f"the process's status has no {name}")
+    return int(found[1]) * 1024

@@ -47,58 +47,51 @@ MASK2FORMER_SIDE = 640
 
 
 def measure_others(
-    settings: Settings, labels: Sequence[int], folder: Path, make_meter: Callable[[], Meter]
+    settings: Settings, labels: Sequence[int], folder: Path, meter: Meter
 ) -> Iterator[tuple[str, int, Measurement]]:
     """
-    Measure networks for one image, SAN first.
-
-    Args:
-        settings: SAN's, and the number format and device of all.
-        labels: numbers of labels.
-        folder: for images.
-        make_meter: gives what measures.
+    Measure networks for one image, SAN first; all in the settings' number format and on their device.
 
     Yields:
         title, number of labels and measurement.
     """
     settings = replace(settings, batch=1)
+
+    def make_san(stage: str) -> Callable[[Settings, int], Run]:
+        return lambda settings, count: STAGES[stage].prepare(Workload(replace(settings, classes=count), folder))
+
     makers: dict[str, Callable[[Settings, int], Run]] = {
-        "SAN": lambda settings, count: _san("network", settings, count, folder),
-        "SAN's text, once": lambda settings, count: _san("text", settings, count, folder),
+        "SAN": make_san("network"),
+        "SAN's text, once": make_san("text"),
         "CLIPSeg": make_clipseg,
         "EoMT-B": make_eomt,
         "Mask2Former": make_mask2former,
     }
     for title, make in makers.items():
         for count in labels:
-            yield title, count, make_meter().measure(make(settings, count))
+            yield title, count, meter.measure(make(settings, count))
 
 
 def make_clipseg(settings: Settings, labels: int) -> Run:
     """CLIPSeg, which takes image and text once for each label."""
     tokens = clip_tokenizer()(make_labels(labels), padding=True, return_tensors="pt").to(settings.device)
-    pixels = _pixels(CLIPSEG["vision_config"]["image_size"], settings).expand(labels, -1, -1, -1)
-    model = _ready(CLIPSegForImageSegmentation(CLIPSegConfig(**CLIPSEG)), settings)
-    return lambda: model(pixel_values=pixels, **tokens)
+    model = CLIPSegForImageSegmentation(CLIPSegConfig(**CLIPSEG))
+    return _run(model, CLIPSEG["vision_config"]["image_size"], settings, labels, **tokens)
 
 
 def make_eomt(settings: Settings, labels: int) -> Run:
     """EoMT-B, which knows the labels it was trained on."""
-    model = _ready(EomtForUniversalSegmentation(EomtConfig(**EOMT, num_labels=labels)), settings)
-    pixels = _pixels(EOMT["image_size"], settings)
-    return lambda: model(pixel_values=pixels)
+    return _run(EomtForUniversalSegmentation(EomtConfig(**EOMT, num_labels=labels)), EOMT["image_size"], settings)
 
 
 def make_mask2former(settings: Settings, labels: int) -> Run:
     """Mask2Former, which knows the labels it was trained on."""
-    model = _ready(Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**MASK2FORMER, num_labels=labels)), settings)
-    pixels = _pixels(MASK2FORMER_SIDE, settings)
-    return lambda: model(pixel_values=pixels)
+    model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**MASK2FORMER, num_labels=labels))
+    return _run(model, MASK2FORMER_SIDE, settings)
 
 
 def format_others(others: Mapping[str, Mapping[str, Measurement]], settings: Settings) -> str:
     """A table with one row for each model and number of labels."""
-    headers = ["one image through the network", "labels", *COLUMNS]
     rows = [
         [title, count, *format_measurement(measured)]
         for title, measurements in others.items()
@@ -106,22 +99,18 @@ def format_others(others: Mapping[str, Mapping[str, Measurement]], settings: Set
     ]
     side = CLIPSEG["vision_config"]["image_size"]
     return (
-        f"{format_table(headers, rows)}\n\nSAN at {settings.size} x {settings.size} pixels with labels encoded "
-        f"beforehand, CLIPSeg at {side} x {side} and with its text in every call, EoMT-B at {EOMT['image_size']} and "
-        f"Mask2Former at {MASK2FORMER_SIDE}. The last two know a fixed list of labels; CLIPSeg's work grows with "
-        "each label."
+        f"{format_table(['one image through the network', 'labels', *COLUMNS], rows)}\n\n"
+        f"SAN at {settings.size} x {settings.size} pixels with labels encoded beforehand, CLIPSeg at {side} x {side} "
+        f"and with its text in every call, EoMT-B at {EOMT['image_size']} and Mask2Former at {MASK2FORMER_SIDE}. The "
+        "last two know a fixed list of labels; CLIPSeg's work grows with each label."
     )
 
 
-def _san(stage: str, settings: Settings, labels: int, folder: Path) -> Run:
-    return STAGES[stage].prepare(Workload(replace(settings, classes=labels), folder))
-
-
-def _ready(model: Any, settings: Settings) -> Callable[..., Any]:
-    ready = model.eval().to(settings.device, getattr(torch, settings.dtype))
-    return ready if settings.compile is None else torch.compile(ready, mode=settings.compile)
-
-
-def _pixels(side: int, settings: Settings) -> torch.Tensor:
-    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    return pixels.to(settings.device, getattr(torch, settings.dtype))
+def _run(model: Any, side: int, settings: Settings, times: int = 1, **inputs: Any) -> Run:
+    """A model on noise of a side in pixels, `times` over."""
+    dtype = getattr(torch, settings.dtype)
+    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(settings.device, dtype)
+    ready = model.eval().to(settings.device, dtype)
+    if settings.compile is not None:
+        ready = torch.compile(ready, mode=settings.compile)
+    return lambda: ready(pixel_values=pixels.expand(times, -1, -1, -1), **inputs)

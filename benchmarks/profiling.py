@@ -11,16 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-_OPERATORS = 25
-
 
 def count_flops(run: Callable[[], Any]) -> int:
-    """
-    Floating-point operations of matrix products and convolutions; a multiplication and an addition are two.
-
-    Args:
-        run: a stage in eager mode.
-    """
+    """Floating-point operations of the products and convolutions of a stage in eager mode; a multiply-add is two."""
     # The fused attention of CPUs is unknown to the counter; the plain one is made of products it counts
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run()
@@ -39,12 +32,10 @@ def profile_stage(run: Callable[[], Any], trace: Path, device: torch.device) -> 
     Returns:
         a table of the operators that take longest.
     """
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     run()
     with profile(activities=activities, profile_memory=True) as profiler:
         run()
     profiler.export_chrome_trace(str(trace))
-    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    return profiler.key_averages().table(sort_by=order, row_limit=_OPERATORS, max_name_column_width=50)
+    order = f"self_{device.type}_time_total"
+    return profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=50)

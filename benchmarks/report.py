@@ -74,7 +74,7 @@ class Report:
                     for axis, points in content["scaling"].items()
                 },
                 others={model: _measurements(labels) for model, labels in content["others"].items()},
-                agreement=dict(content.get("agreement", {})),
+                agreement=dict(content["agreement"]),
                 load_average=content["load_average"],
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -83,20 +83,18 @@ class Report:
 
 
 def format_machine(report: Report) -> str:
-    """Machine, versions, commit and the matrix product's rate, a few lines."""
+    """Machine, versions, commit and settings, a few lines."""
     machine, settings = report.machine, report.settings
     libraries = ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())
     memory = "" if machine["memory"] is None else f", {machine['memory'] / 2**30:.0f} GiB"
     place = machine["gpu"] or f"{machine['processor']} ({machine['instructions']}), {settings.threads} threads"
     height, width = settings.target
-    lines = [
-        f"{place}, {machine['cores']} cores{memory}, {machine['system']}",
-        f"Python {machine['python']}, {libraries}; commit {machine['commit']}; {machine['date']}",
+    return (
+        f"{place}, {machine['cores']} cores{memory}, {machine['system']}\n"
+        f"Python {machine['python']}, {libraries}; commit {machine['commit']}; {machine['date']}\n"
         f"{settings.model}, {settings.size} x {settings.size} pixels, batch {settings.batch}, {settings.classes} "
-        f"classes, label maps of {height} x {width}, {settings.dtype}, "
-        + ("eager" if settings.compile is None else f"compiled ({settings.compile})"),
-    ]
-    return "\n".join(lines)
+        f"classes, label maps of {height} x {width}, {settings.dtype}, {settings.mode}"
+    )
 
 
 def format_rates(report: Report) -> str:
@@ -107,24 +105,19 @@ def format_rates(report: Report) -> str:
     median, low, high = statistics.median(rates), min(rates), max(rates)
     loads = [report.machine["load_average"], report.load_average]
     load = "" if None in loads else f"; load average {loads[0]:.2f} at the start, {loads[1]:.2f} at the end"
-    text = f"Matrix product: {median:.1f} GFLOP/s, {low:.1f} to {high:.1f} over {len(rates)} products{load}."
-    if high - low > _BUSY * median:
-        text += " This machine was busy with other work: read the figures with care."
-    return text
+    busy = " This machine was busy with other work: read the figures with care." * (high - low > _BUSY * median)
+    return f"Matrix product: {median:.1f} GFLOP/s, {low:.1f} to {high:.1f} over {len(rates)} products{load}.{busy}"
 
 
 def format_stages(stages: Mapping[str, Measurement], titles: Mapping[str, str]) -> str:
-    """A table with one row per measurement."""
-    counted = any(measured.flops is not None for measured in stages.values())
-    headers = ["", *COLUMNS, *(["GFLOP", "GFLOP/s"] if counted else [])]
-    rows = []
-    for name, measured in stages.items():
-        row = [titles.get(name, name), *format_measurement(measured)]
-        if counted:
-            flops = measured.flops
-            row += ["", ""] if flops is None else [f"{flops / 1e9:.1f}", f"{flops / 1e9 / measured.median:.0f}"]
-        rows.append(row)
-    return format_table(headers, rows)
+    """A table with one row per measurement; operations are in it where some were counted."""
+    rows = [[titles.get(name, name), *format_measurement(measured)] for name, measured in stages.items()]
+    if not any(measured.flops for measured in stages.values()):
+        return format_table(["", *COLUMNS], rows)
+    for row, measured in zip(rows, stages.values(), strict=True):
+        giga = (measured.flops or 0) / 1e9
+        row.extend([f"{giga:.1f}", f"{giga / measured.median:.0f}"] if giga else ["", ""])
+    return format_table(["", *COLUMNS, "GFLOP", "GFLOP/s"], rows)
 
 
 def format_measurement(measured: Measurement) -> list[str]:
@@ -156,15 +149,13 @@ def format_memory(memory: int | None) -> str:
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown whose columns line up, the first to the left and the others to the right."""
-    first, *others = (max(map(len, column)) for column in zip(headers, *rows, strict=True))
-    rule = "-" * (first + 2) + "|" + "|".join("-" * (width + 1) + ":" for width in others)
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [
-        " | ".join(
-            [cells[0].ljust(first), *(cell.rjust(width) for cell, width in zip(cells[1:], others, strict=True))]
-        )
-        for cells in [headers, *rows]
+        [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
+        for cells in (headers, rule, *rows)
     ]
-    return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _to_json(tree: Any) -> Any:

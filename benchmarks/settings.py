@@ -44,17 +44,14 @@ class Settings:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Settings:
-        """
-        Settings from a dictionary; entries that are None and no longer exist are left out.
+        """Settings from a dictionary; KeyError, TypeError or ValueError where it holds something else."""
+        height, width = saved["target"]
+        return cls(**{**saved, "target": (height, width)})
 
-        Raises:
-            ValueError: it holds other names than the settings', or no target size.
-        """
-        names = {field.name for field in dataclasses.fields(cls)}
-        kept = {name: value for name, value in saved.items() if name in names or value is not None}
-        if set(kept) != names or len(kept["target"]) != 2:
-            raise ValueError(f"settings hold {', '.join(sorted(kept)) or 'nothing'}: expected {', '.join(names)}")
-        return cls(**{**kept, "target": tuple(kept["target"])})
+    @property
+    def mode(self) -> str:
+        """How the network runs, in words."""
+        return "eager" if self.compile is None else f"compiled ({self.compile})"
 
     def differences(self, other: Settings) -> list[str]:
         """Names of the settings that have another value in `other`."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +21,6 @@ from .workload import PHOTO_SIZE, Workload
 Run = Callable[[], Any]
 
 LARGE_CLASSES, LARGE_SIDE = 847, 1024
-
-_IMPORT_MODEL = "from modeling_san import SANForOpenVocabSegmentation, SANProcessor"
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,8 @@ def _encode(model: SANForOpenVocabSegmentation, pixels: Tensor) -> Any:
 
 
 def _network(work: Workload) -> Run:
-    model = work.compiled(work.model)
+    model, pixels = work.compiled(work.model), work.pixel_values
     inputs = {"class_embeds": work.vocabulary.class_embeds, "image_sizes": work.image_sizes}
-    pixels = work.pixel_values
     return lambda: model(pixels, **inputs)
 
 
@@ -130,13 +128,13 @@ def _full_scores(work: Workload) -> Run:
     return run
 
 
-def _python(*arguments: str) -> Callable[[Workload], Run]:
-    command = [sys.executable, *arguments]
+def _process(*command: str) -> Callable[[Workload], Run]:
+    return lambda work: lambda: subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
 
-    def prepare(_: Workload) -> Run:
-        return lambda: subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
 
-    return prepare
+def _importing(what: str) -> Stage:
+    """A new Python that imports something and ends."""
+    return Stage(f"start: {what}", _process(sys.executable, "-c", what), in_process=False)
 
 
 STAGES = {
@@ -151,10 +149,12 @@ STAGES = {
     "post_processing_large": Stage("post-processing, 847 classes, 1024 x 1024", _large_post_processing),
     "end_to_end": Stage("end to end, file to label map", _end_to_end),
     "full_scores": Stage("  the same with full-size scores", _full_scores),
-    "import_torch": Stage("start: import torch", _python("-c", "import torch"), in_process=False),
-    "import_san": Stage("start: import modeling_san", _python("-c", "import modeling_san"), in_process=False),
-    "import_model": Stage("start: import model and processor", _python("-c", _IMPORT_MODEL), in_process=False),
-    "help": Stage("start: san --help", _python("-m", "modeling_san.commands.main", "--help"), in_process=False),
+    "import_torch": _importing("import torch"),
+    "import_san": _importing("import modeling_san"),
+    "import_model": _importing("from modeling_san import SANForOpenVocabSegmentation"),
+    "help": Stage(
+        "start: san --help", _process(str(Path(sys.executable).with_name("san")), "--help"), in_process=False
+    ),
 }
 """By the names that the command line knows, in the order they are measured."""
 
@@ -165,22 +165,17 @@ def label_maps_from_full_scores(outputs: SANOutput, target: tuple[int, int]) -> 
     Post-processing written down as plainly as the paper has it, holding the scores of all classes at once.
 
     Args:
-        outputs: of the network, for images without padding.
+        outputs: of the network, with `image_sizes`, for images without padding.
         target: height and width of the label maps.
 
     Returns:
         maps `(height, width)` of class indices.
-
-    Raises:
-        ValueError: the outputs lack one of the parts.
     """
-    masks_of, classes_of, sizes = outputs.masks_queries_logits, outputs.class_queries_logits, outputs.image_sizes
-    if masks_of is None or classes_of is None or sizes is None:
-        raise ValueError("outputs lack masks, classes or sizes: pass those of a call with image_sizes.")
     label_maps = []
-    for masks, classes, size in zip(masks_of, classes_of, sizes.tolist(), strict=True):
+    parts: Any = (outputs.masks_queries_logits, outputs.class_queries_logits, outputs.image_sizes)
+    for masks, classes, size in zip(*parts, strict=True):
         resized = masks[None].float()
-        for wanted in (size, target):
+        for wanted in (size.tolist(), target):
             resized = nn.functional.interpolate(resized, wanted, mode="bilinear", align_corners=False)
         probabilities = classes.float().softmax(-1)[:, :-1]
         scores = torch.einsum("qc,qhw->chw", probabilities, resized[0].sigmoid())

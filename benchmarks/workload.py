@@ -21,14 +21,9 @@ from reference import clip_tokenizer
 from .settings import Settings
 
 TEMPLATES = "vild"
-FIRST_VOCABULARY = "coco_stuff_171"
 
 PHOTO_SIZE = (1080, 1920)
 """Height and width of the photograph that preprocessing starts from."""
-
-_LOGIT_SCALE = 100
-_BLOB_CELLS = 10
-_BLOB_LOGIT = 4.0
 
 _CLIP_L_14: dict[str, Any] = {
     "vision_config": {
@@ -54,9 +49,6 @@ class Workload:
         settings: what to measure.
         folder: where to put the images; it has to stay as long as the workload.
         model: the network, where another workload has it already.
-
-    Raises:
-        ValueError: the model cannot be loaded.
     """
 
     def __init__(self, settings: Settings, folder: Path, model: SANForOpenVocabSegmentation | None = None) -> None:
@@ -89,8 +81,8 @@ class Workload:
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
         """Labels with unit vectors `(classes, projection_dim)` in random directions."""
-        labels = make_labels(self.settings.classes)
-        return Vocabulary(tuple(labels), self._unit_vectors(len(labels)), len(labels))
+        count = self.settings.classes
+        return Vocabulary(tuple(make_labels(count)), self._unit_vectors(count), count)
 
     @functools.cached_property
     def segmenter(self) -> Segmenter:
@@ -100,8 +92,7 @@ class Workload:
     @functools.cached_property
     def pixel_values(self) -> Tensor:
         """`(batch, 3, size, size)`, noise."""
-        size = self.settings.size
-        return self._randn(self.settings.batch, 3, size, size)
+        return self._randn(self.settings.batch, 3, self.settings.size, self.settings.size)
 
     @functools.cached_property
     def image_sizes(self) -> Tensor:
@@ -110,10 +101,8 @@ class Workload:
 
     def prompts(self, templates: int | None = None) -> dict[str, Tensor]:
         """
-        The vocabulary as the text encoder takes it: `input_ids` and `attention_mask` `(classes, templates, tokens)`.
-
-        Args:
-            templates: how many of the templates to use; None takes all.
+        The vocabulary as the text encoder takes it, in all templates or the first few of them: `input_ids` and
+        `attention_mask` `(classes, templates, tokens)`.
         """
         patterns = prompt_templates(TEMPLATES)[:templates]
         inputs = self.processor(text=make_labels(self.settings.classes), templates=patterns, return_tensors="pt")
@@ -130,19 +119,15 @@ class Workload:
         """
         What post-processing gets, without a network: masks are smooth blobs, and class logits those of unit vectors in
         random directions. Every query then has classes it is fairly sure of: none can be left out.
-
-        Args:
-            classes: of the vocabulary.
-            size: side of the square image.
         """
         config, batch = self.model.config, self.settings.batch
         grid = size // config.side_patch_size
-        blobs = _BLOB_LOGIT * self._randn(batch, config.num_queries, _BLOB_CELLS, _BLOB_CELLS)
+        blobs = 4 * self._randn(batch, config.num_queries, 10, 10)
         masks = torch.nn.functional.interpolate(blobs, (grid, grid), mode="bicubic", align_corners=False)
         mask_embeds = self._unit_vectors(batch * config.num_queries).view(batch, config.num_queries, -1)
         return SANOutput(
             masks_queries_logits=masks.to(self.dtype),
-            class_queries_logits=_LOGIT_SCALE * mask_embeds @ self._unit_vectors(classes + 1, seed=1).T,
+            class_queries_logits=100 * mask_embeds @ self._unit_vectors(classes + 1, seed=1).T,
             image_sizes=torch.tensor([[size, size]] * batch),
         )
 
@@ -161,7 +146,7 @@ class Workload:
 @torch.inference_mode(False)
 def make_model(settings: Settings) -> SANForOpenVocabSegmentation:
     """
-    The network, with random weights unless the settings name a folder; on the processor, in evaluation mode.
+    The network, with random weights unless the settings name a folder; on the CPU, in evaluation mode.
 
     Raises:
         ValueError: the folder holds no SAN model.
@@ -184,13 +169,8 @@ def make_model(settings: Settings) -> SANForOpenVocabSegmentation:
 
 
 def make_labels(count: int) -> list[str]:
-    """
-    Names that go on where COCO-Stuff's 171 end: those of the other label sets, then pairs of names.
-
-    Args:
-        count: how many.
-    """
-    sets = sorted(vocabulary_names(), key=lambda name: (name != FIRST_VOCABULARY, name))
+    """So many names, which go on where COCO-Stuff's 171 end: those of the other label sets, then pairs of names."""
+    sets = sorted(vocabulary_names(), key=lambda name: (name != "coco_stuff_171", name))
     names = list(dict.fromkeys(label for name in sets for label in load_vocabulary(name).classes))
     pairs = (f"{first} {second}" for first, second in itertools.product(names, names))
     return list(itertools.islice(dict.fromkeys(itertools.chain(names, pairs)), count))

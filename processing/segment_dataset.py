@@ -1,22 +1,10 @@
 """
 Labels a whole data set: images in, parquet files with label maps out.
 
-The data set is cut into shards of `shard_size` consecutive rows. Shard 7 becomes the file `part-000007.parquet`, which
-appears complete or not at all, and a shard whose file is there is done: so a run that was killed at any moment goes on
-where it was. Images share a batch with others of their shard only: who labels a shard changes nothing in the result.
-
-One process labels the shards in turn, with what `datasets` opens:
-
-    segmenter = Segmenter(model, processor)
-    segment_dataset(segmenter, segmenter.vocabulary("sky, road"), rows, "labelled")
-
-Several GPUs or machines share them out with Ray Data. Every actor of a pool holds one model, opens the data set
-itself, and writes part files of its own, as the one process does. A shard whose actor died is labelled by another
-one, and when everything died, the same call goes on. All machines have to see images and output folder under the same
-path (or Hub id):
-
-    ray.init("auto")
-    segment_dataset_with_ray(load, open_rows, "/shared/labelled")
+The data set is cut into shards of `shard_size` consecutive rows. Shard 7 becomes `part-000007.parquet`, which appears
+complete or not at all, and a shard whose file is there is done: a run that was killed goes on where it was. Images
+share a batch with others of their shard only, so it does not matter who labels a shard: this process, or one of the
+actors that Ray Data spreads over GPUs and machines.
 
 The result is a data set: `datasets.load_dataset(folder)` reads it, and so do training and evaluation if the images
 are stored with it.
@@ -28,26 +16,26 @@ import hashlib
 import io
 import json
 import os
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Image as ImageFeature
+from datasets.table import embed_table_storage
 from PIL import Image
 from tqdm import tqdm
 
-from .files import replacing_file, write_json, write_text
+from .files import remove_unfinished, replacing_file, write_json, write_text
 from .images_san import load_image, open_image
 from .wording_san import one_line
 
@@ -57,12 +45,8 @@ if TYPE_CHECKING:
 RUN_FILE, LABELS_FILE, CARD_FILE = "run.json", "id2label.json", "README.md"
 """Beside the part files: what they hold the results of, their labels, and how `datasets` and the Hub read them."""
 
-ROW, IMAGE, ANNOTATION, SCORES, SEGMENTS, ERROR = "row", "image", "annotation", "scores", "segments", "error"
-"""Columns of the part files."""
-
-_PART = r"part-(\d{6,})\.parquet"
-_BYTE_LABELS = 255
-"""Up to so many labels a map has 8 bits; 255 stays free for "no label"."""
+COLUMNS = ("row", "image", "annotation", "scores", "segments", "error")
+"""Of the part files, beside those kept of the data set; `image` and `scores` are there if asked for."""
 
 _BATCHES_AT_ONCE = 4
 """Images of so many batches are sorted by their padded size."""
@@ -72,6 +56,7 @@ _VOLATILE = {"_name_or_path", "architectures", "auto_map", "custom_pipelines", "
 
 _Shard = tuple[int, Sequence[Mapping[str, Any]]]
 _Row = dict[str, Any]
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -87,6 +72,9 @@ class Options:
         batch_size: images that the model sees at once.
         strict: end at the first image that cannot be read.
         workers: threads that read and decode images and encode label maps; by default one for each core, 16 at most.
+        progress: whether to show a bar.
+        settings: what else decides the results, such as prompt templates: a folder begun with others is refused.
+        about: what else `run.json` should say, for people.
     """
 
     keep_columns: tuple[str, ...] = ()
@@ -96,13 +84,16 @@ class Options:
     batch_size: int = 8
     strict: bool = False
     workers: int | None = None
+    progress: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no sense, and columns that would sit on those of the result."""
         for name in ("shard_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: pass a whole number of at least 1")
-        if taken := {ROW, IMAGE, ANNOTATION, SCORES, SEGMENTS, ERROR}.intersection(self.keep_columns):
+        if taken := set(COLUMNS).intersection(self.keep_columns):
             raise ValueError(f"column {min(taken)!r} cannot be kept: the result has one of that name, rename it")
 
 
@@ -132,10 +123,6 @@ def segment_dataset(
     rows: Dataset | IterableDataset,
     output: str | os.PathLike,
     options: Options | None = None,
-    *,
-    settings: Mapping[str, Any] | None = None,
-    about: Mapping[str, Any] | None = None,
-    progress: bool = True,
 ) -> Report:
     """
     Label a data set in this process, or what of it is not labelled yet.
@@ -146,9 +133,6 @@ def segment_dataset(
         rows: a data set with the column `image`; of a stream two shards are in memory at most.
         output: folder for the part files; one that holds a part of the same run is continued.
         options: what to write.
-        settings: what else decides the results, such as prompt templates: a folder begun with others is refused.
-        about: what else `run.json` should say, for people.
-        progress: whether to show a bar.
 
     Raises:
         ValueError: the folder holds something else, there is no such column, or (strict) an image cannot be read.
@@ -156,9 +140,9 @@ def segment_dataset(
     """
     options, output = options or Options(), Path(output)
     rows = _encoded(rows, options)
-    _claim(output, vocabulary, _fingerprint(segmenter, vocabulary, rows, options, settings or {}), about or {})
+    _claim(output, segmenter, vocabulary, rows, options)
     labeler = _ShardLabeler(segmenter, vocabulary, rows.features, output, options)
-    return _follow(labeler.run(_shards(rows, output, options)), rows, output, options, progress)
+    return _follow(labeler.run(_shards(rows, output, options)), rows, output, options)
 
 
 def segment_dataset_with_ray(
@@ -168,21 +152,19 @@ def segment_dataset_with_ray(
     options: Options | None = None,
     *,
     actors: int | None = None,
-    settings: Mapping[str, Any] | None = None,
-    about: Mapping[str, Any] | None = None,
-    progress: bool = True,
 ) -> Report:
     """
     Label a data set with the GPUs of a Ray cluster, or its CPUs where it has none: the same files as without Ray.
 
-    The cluster is the one that `ray.init` was called for, else one of this machine.
+    The cluster is the one that `ray.init` was called for, else one of this machine. Every actor holds one model and
+    writes part files of its own; a shard whose actor died is labelled by another one.
 
     Args:
         load: makes the segmenter and its vocabulary on a device, None standing for the best there is. It is called
             with "cpu" here, and with None in every actor.
         open_rows: opens the data set, here and in every actor; a stream is read by one task for all of them.
-        output: folder for the part files, which all machines share.
-        options: as for `segment_dataset`, and so are `settings`, `about` and `progress`.
+        output: folder for the part files, which all machines see under this path, as they do the data set.
+        options: what to write.
         actors: how many models; by default one for each GPU, or one for each machine.
 
     Raises:
@@ -193,35 +175,31 @@ def segment_dataset_with_ray(
     import ray
 
     options, output = options or Options(), Path(output).absolute()
-    segmenter, vocabulary = load("cpu")
     rows = _encoded(open_rows(), options)
-    _claim(output, vocabulary, _fingerprint(segmenter, vocabulary, rows, options, settings or {}), about or {})
+    _claim(output, *load("cpu"), rows, options)
     if not ray.is_initialized():
         ray.init()
     labelled = _run_actors(_Actor(load, open_rows, output, options), rows, actors)
-    report = _follow(labelled, rows, output, options, progress)
-    if isinstance(rows, Dataset) and (missing := len(_unfinished(rows, output, options.shard_size))):
+    report = _follow(labelled, rows, output, options)
+    if isinstance(rows, Dataset) and (missing := len(_unfinished(rows, output, options))):
         raise OSError(f"{missing:,} part files are not in {output}: pass a folder that all machines share")
     return report
 
 
-def _follow(labelled: Iterable[int], rows: Any, output: Path, options: Options, progress: bool) -> Report:
+def _follow(labelled: Iterable[int], rows: Any, output: Path, options: Options) -> Report:
     """Show a bar of numbers of images as they come, and say at the end what there is."""
-    total = len(rows) if isinstance(rows, Dataset) else None
-    done = sum(map(len, _errors_by_part(output).values()))
-    images = 0
-    with tqdm(desc="segmenting", total=total, initial=done, unit="image", disable=not progress) as bar:
+    total, images = None, 0
+    if isinstance(rows, Dataset):
+        total = sum(_size(rows, number, options) for number in _unfinished(rows, output, options))
+    with tqdm(desc="segmenting", total=total, unit="image", disable=not options.progress) as bar:
         for more in labelled:
             images += more
             bar.update(more)
-    parts = _errors_by_part(output)
+    parts = [pq.read_table(path, columns=["row", "error"]) for path in sorted(output.glob("part-*.parquet"))]
     errors = [
-        f"row {part * options.shard_size + position}: {error}"
-        for part in sorted(parts)
-        for position, error in enumerate(parts[part])
-        if error is not None
+        f"row {row['row']}: {row['error']}" for part in parts for row in part.to_pylist() if row["error"] is not None
     ]
-    return Report(images, len(parts), sum(map(len, parts.values())), len(errors), errors[0] if errors else None)
+    return Report(images, len(parts), sum(map(len, parts)), len(errors), errors[0] if errors else None)
 
 
 # The data set
@@ -229,8 +207,8 @@ def _follow(labelled: Iterable[int], rows: Any, output: Path, options: Options, 
 
 def _encoded(rows: Any, options: Options) -> Any:
     """The columns that are needed, with images encoded, so that what is passed over costs nothing."""
-    columns = [IMAGE, *dict.fromkeys(options.keep_columns)]
-    if missing := [name for name in columns if name not in (rows.features or {IMAGE: None})]:
+    columns = ["image", *dict.fromkeys(options.keep_columns)]
+    if missing := [name for name in columns if name not in (rows.features or {"image": None})]:
         raise ValueError(f"the data set has no column {missing[0]!r}, but {', '.join(rows.features or [])}")
     if rows.features is None:
         return rows
@@ -241,27 +219,32 @@ def _encoded(rows: Any, options: Options) -> Any:
     return rows
 
 
-def _unfinished(rows: Dataset, output: Path, size: int) -> list[int]:
+def _size(rows: Dataset, number: int, options: Options) -> int:
+    """How many rows a shard has."""
+    return min(options.shard_size, len(rows) - number * options.shard_size)
+
+
+def _unfinished(rows: Dataset, output: Path, options: Options) -> list[int]:
     """The shards without a part file; a damaged one does not count."""
-    numbers = range(-(-len(rows) // size))
-    return [n for n in numbers if len(_errors(output, n)) != min(size, len(rows) - n * size)]
+    numbers = range(-(-len(rows) // options.shard_size))
+    return [number for number in numbers if _rows_done(output, number) != _size(rows, number, options)]
 
 
-def _read_shard(rows: Dataset, number: int, size: int) -> _Shard:
-    return number, rows.select(range(number * size, min((number + 1) * size, len(rows)))).to_list()
+def _read_shard(rows: Dataset, number: int, options: Options) -> _Shard:
+    first = number * options.shard_size
+    return number, rows.select(range(first, first + _size(rows, number, options))).to_list()
 
 
 def _shards(rows: Any, output: Path, options: Options) -> Iterator[_Shard]:
     """The shards without a part file, with their rows; of a stream the others pass by."""
-    size = options.shard_size
     if isinstance(rows, Dataset):
-        yield from (_read_shard(rows, number, size) for number in _unfinished(rows, output, size))
+        yield from (_read_shard(rows, number, options) for number in _unfinished(rows, output, options))
         return
     stream = iter(rows)
     for number in count():
-        if not (shard := list(islice(stream, size))):
+        if not (shard := list(islice(stream, options.shard_size))):
             return
-        if len(_errors(output, number)) != len(shard):
+        if _rows_done(output, number) != len(shard):
             yield number, shard
 
 
@@ -302,134 +285,136 @@ class _ShardLabeler:
         self.segmenter, self.vocabulary = segmenter, vocabulary
         self.output, self.options = output, options
         self.features = _result_features(features, options)
-        self.map_type = np.uint8 if len(vocabulary.shown_labels) <= _BYTE_LABELS else np.uint16
+        # 255 stays free for "no label"
+        self.map_type = np.uint8 if len(vocabulary.shown_labels) <= 255 else np.uint16
 
-    def run(self, shards: Iterable[_Shard]) -> Iterator[int]:
+    def run(self, shards: Iterator[_Shard]) -> Iterator[int]:
         """Label shards, and say how many images were; what is complete reaches the disk whatever ends the run."""
-        with ExitStack() as stack:
-            # They stop in the opposite order: the writer waits for rows that the pool encodes
-            pool = ThreadPoolExecutor(self.options.workers or min(16, os.cpu_count() or 1), "image")
-            stack.callback(pool.shutdown, cancel_futures=True)
-            writer = ThreadPoolExecutor(1, "writer")
-            stack.callback(writer.shutdown)
-            reader = ThreadPoolExecutor(1, "reader")
-            stack.callback(reader.shutdown, cancel_futures=True)
+        # Threads take tasks in turn: one that waits for others was submitted after them
+        with ThreadPoolExecutor(self.options.workers or min(16, os.cpu_count() or 1)) as pool:
+            writing: list[Future[None]] = []
+            for number, values in _one_ahead(shards, pool):
+                rows, encoding = yield from self._label_shard(number, values, pool)
+                _wait(writing)
+                writing = [pool.submit(self._write, number, rows, encoding)]
+            _wait(writing)
 
-            windows = self._begin_windows(shards, pool)
-            upcoming = reader.submit(next, windows, None)
-            rows: list[Future[_Row]] = []
-            written: Future[None] | None = None
-            while (window := upcoming.result()) is not None:
-                # The next images are read and decoded, and the last ones encoded, while the model computes
-                upcoming = reader.submit(next, windows, None)
-                shard, images, is_last = window
-                labelled = self._label([image.result() for image in images], pool)
-                wait(rows)
-                rows += labelled
-                if is_last:
-                    if written is not None:
-                        written.result()
-                    written, rows = writer.submit(self._write, shard, rows), []
-                yield len(labelled)
-            if written is not None:
-                written.result()
+    def _label_shard(
+        self, number: int, values: Sequence[Mapping[str, Any]], pool: ThreadPoolExecutor
+    ) -> Generator[int, None, tuple[list[_Row], list[Future[None]]]]:
+        """
+        The rows of a part file, and the tasks that complete the last of them.
 
-    def _begin_windows(
-        self, shards: Iterable[_Shard], pool: ThreadPoolExecutor
-    ) -> Iterator[tuple[int, list[Future[tuple[_Row, PreparedImages | None]]], bool]]:
-        """Begin to read the images of a few batches; the number of their shard, the images, and whether it ends."""
-        size = _BATCHES_AT_ONCE * self.options.batch_size
-        for shard, rows in shards:
-            for start in range(0, len(rows), size):
-                numbered = enumerate(rows[start : start + size], shard * self.options.shard_size + start)
-                yield shard, [pool.submit(self._read, *row) for row in numbered], start + size >= len(rows)
+        The next images are read and decoded, and the last ones encoded, while the model computes.
+        """
+        numbered = enumerate(values, number * self.options.shard_size)
+        at_once = _BATCHES_AT_ONCE * self.options.batch_size
+        windows = iter(lambda: [pool.submit(self._read, *row) for row in islice(numbered, at_once)], [])
+        rows: list[_Row] = []
+        encoding: list[Future[None]] = []
+        for window in _one_ahead(windows, pool):
+            images = [reading.result() for reading in window]
+            labelled = [pool.submit(self._complete, *one) for one in self._label(images)]
+            _wait(encoding)
+            encoding = labelled
+            rows += [row for row, _ in images]
+            yield len(images)
+        return rows, encoding
 
     def _read(self, number: int, values: Mapping[str, Any]) -> tuple[_Row, PreparedImages | None]:
         """A row as far as it is known before the image is labelled, and the image if it can be read."""
-        row: _Row = {ROW: number, IMAGE: None, ANNOTATION: None, SCORES: None, SEGMENTS: [], ERROR: None}
-        row |= {name: _without_path(values[name]) for name in self.options.keep_columns}
+        row: _Row = dict.fromkeys(self.features) | {"row": number, "segments": []}
+        row |= {name: values[name] for name in self.options.keep_columns}
         try:
-            encoded, image = _open(values.get(IMAGE))
+            encoded, image = _open(values.get("image"))
             prepared = self.segmenter.prepare(image)
         except Exception as error:
             # Decoders of damaged files raise what they please
-            return row | {ERROR: one_line(error)[:300]}, None
+            return row | {"error": one_line(error)[:300]}, None
         if self.options.with_images:
-            row[IMAGE] = _png(np.asarray(image)) if encoded is None else {"bytes": encoded, "path": None}
+            row["image"] = _png(np.asarray(image)) if encoded is None else {"bytes": encoded, "path": None}
         return row, prepared
 
-    def _label(
-        self, images: Sequence[tuple[_Row, PreparedImages | None]], pool: ThreadPoolExecutor
-    ) -> list[Future[_Row]]:
-        """Rows of the part file, on their way."""
-        finished: dict[int, Future[_Row]] = {}
+    def _label(self, images: Sequence[tuple[_Row, PreparedImages | None]]) -> Iterator[tuple[_Row, Segmentation]]:
+        """Label the images that could be read, those of one padded size together."""
         alike = defaultdict(list)
         for row, prepared in images:
             if prepared is not None:
                 alike[prepared.pixel_values.shape].append((row, prepared))
             elif self.options.strict:
-                raise ValueError(f"row {row[ROW]}: {row[ERROR]}")
-            else:
-                finished[row[ROW]] = pool.submit(self._finish, row, None)
+                raise ValueError(f"row {row['row']}: {row['error']}")
         for group in alike.values():
             for start in range(0, len(group), self.options.batch_size):
                 rows, batch = zip(*group[start : start + self.options.batch_size], strict=True)
-                for row, segmentation in zip(rows, self._segment(rows, batch), strict=True):
-                    finished[row[ROW]] = pool.submit(self._finish, row, segmentation)
-        return [finished[row[ROW]] for row, _ in images]
+                yield from zip(rows, self._segment(rows, batch), strict=True)
 
     def _segment(self, rows: Sequence[_Row], batch: Sequence[PreparedImages]) -> list[Segmentation]:
         """Label images of one padded size; one by one where the memory does not hold them all."""
         try:
             return self.segmenter.segment(batch, self.vocabulary)
-        except (MemoryError, RuntimeError) as error:
-            # On the CPU PyTorch has no type of its own for it
-            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
                 raise
             if len(batch) == 1:
                 raise ValueError(
-                    f"row {rows[0][ROW]}: the image does not fit into the memory of {self.segmenter.model.device}: "
+                    f"row {rows[0]['row']}: the image does not fit into the memory of {self.segmenter.model.device}: "
                     "free some of it, or compute on the CPU"
                 ) from error
         torch.cuda.empty_cache()
         return [self._segment([row], [image])[0] for row, image in zip(rows, batch, strict=True)]
 
-    def _finish(self, row: _Row, segmentation: Segmentation | None) -> _Row:
-        if segmentation is not None:
-            row[ANNOTATION] = _png(segmentation.label_map.numpy().astype(self.map_type))
-            row[SEGMENTS] = [
-                {"label": part.label, "index": part.index, "area": part.area, "mean_score": part.score}
-                for part in segmentation.segments()
-            ]
-            if self.options.with_scores:
-                # A score sums what all queries say of a pixel, and may be above 1
-                row[SCORES] = _png(np.rint(segmentation.scores.numpy() * 1000).clip(0, 65535).astype(np.uint16))
-        return {name: row[name] for name in self.features}
+    def _complete(self, row: _Row, segmentation: Segmentation) -> None:
+        row["annotation"] = _png(segmentation.label_map.numpy().astype(self.map_type))
+        row["segments"] = [
+            {"label": part.label, "index": part.index, "area": part.area, "score": part.score}
+            for part in segmentation.segments()
+        ]
+        if self.options.with_scores:
+            # A score sums what all masks say of a pixel, and may be above 1
+            row["scores"] = _png(np.rint(segmentation.scores.numpy() * 1000).clip(0, 65535).astype(np.uint16))
 
-    def _write(self, shard: int, rows: Sequence[Future[_Row]]) -> None:
+    def _write(self, shard: int, rows: Sequence[_Row], encoding: Iterable[Future[None]]) -> None:
+        _wait(encoding)
         path = _part_file(self.output, shard)
-        finished = [row.result() for row in rows]
         try:
             with replacing_file(path) as beside:
-                _write_rows(finished, self.features, beside)
+                _write_rows(rows, self.features, beside)
         except OSError as error:
-            # The reason may be a number only, or a sentence of pyarrow's that names the file beside
-            reason = os.strerror(error.errno) if error.errno else one_line(error)
             raise OSError(
-                f"{path} cannot be written ({reason}): what is done stays; make room or choose another disk, and run "
-                "the same command again to go on"
+                f"{path} cannot be written ({one_line(error)}): what is done stays; make room or choose another disk, "
+                "and run the same command again to go on"
             ) from error
+
+
+def _one_ahead(items: Iterator[_Item], pool: ThreadPoolExecutor) -> Iterator[_Item]:
+    """Items, none of which is None; a thread makes the next one while one is used."""
+    upcoming = pool.submit(next, items, None)
+    while (item := upcoming.result()) is not None:
+        upcoming = pool.submit(next, items, None)
+        yield item
+
+
+def _wait(futures: Iterable[Future[None]]) -> None:
+    """Wait for tasks, and raise what one of them raised."""
+    for future in futures:
+        future.result()
 
 
 def _result_features(features: Mapping[str, Any] | None, options: Options) -> Features:
     """Columns of the part files; `features` are those of the data set."""
-    segment = {"label": Value("string"), "index": Value("int32"), "area": Value("float32")}
-    columns: dict[str, Any] = {ROW: Value("int64"), **{name: (features or {})[name] for name in options.keep_columns}}
-    columns |= {IMAGE: ImageFeature()} if options.with_images else {}
-    columns |= {ANNOTATION: ImageFeature()} | ({SCORES: ImageFeature()} if options.with_scores else {})
-    columns |= {SEGMENTS: [segment | {"mean_score": Value("float32")}], ERROR: Value("string")}
-    decoded = {name: ImageFeature() if isinstance(kind, ImageFeature) else kind for name, kind in columns.items()}
-    return Features(decoded)  # type: ignore[arg-type]
+    segment = {"label": Value("string"), "index": Value("int32"), "area": Value("float32"), "score": Value("float32")}
+    kept = {name: (features or {})[name] for name in options.keep_columns}
+    columns: Any = {
+        "row": Value("int64"),
+        # Images were not to be decoded here, but whoever loads the result wants them
+        **{name: ImageFeature() if isinstance(kind, ImageFeature) else kind for name, kind in kept.items()},
+        **({"image": ImageFeature()} if options.with_images else {}),
+        "annotation": ImageFeature(),
+        **({"scores": ImageFeature()} if options.with_scores else {}),
+        "segments": [segment],
+        "error": Value("string"),
+    }
+    return Features(columns)
 
 
 def _png(pixels: np.ndarray) -> dict[str, Any]:
@@ -439,14 +424,10 @@ def _png(pixels: np.ndarray) -> dict[str, Any]:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def _without_path(value: Any) -> Any:
-    """An encoded file without its path, which `datasets` would store in place of the content."""
-    is_file = isinstance(value, Mapping) and set(value) == {"bytes", "path"} and value["bytes"] is not None
-    return value | {"path": None} if is_file else value
-
-
 def _write_rows(rows: Sequence[Mapping[str, Any]], features: Features | None, place: Any) -> None:
-    pq.write_table(Dataset.from_list([dict(row) for row in rows], features=features).data.table, place)
+    """Write a parquet file that holds its images itself, where `datasets` has kept paths."""
+    table = Dataset.from_list([dict(row) for row in rows], features=features).data.table
+    pq.write_table(embed_table_storage(table), place)
 
 
 # Ray
@@ -479,10 +460,10 @@ class _Actor:
             if "rows" in batch:
                 shard = number, pq.read_table(io.BytesIO(batch["rows"][0])).to_pylist()
             else:
-                shard = _read_shard(self.rows, number, options.shard_size)
+                shard = _read_shard(self.rows, number, options)
             # Ray asks again where an actor died before it could say that it was done
-            is_done = len(_errors(output, number)) == len(shard[1])
-            return {"images": [0 if is_done else sum(self.labeler.run([shard]))], "stopped": [""]}
+            is_done = _rows_done(output, number) == len(shard[1])
+            return {"images": [0 if is_done else sum(self.labeler.run(iter([shard])))], "stopped": [""]}
         except (OSError, ValueError) as error:
             return {"images": [0], "stopped": [str(error)]}
 
@@ -500,7 +481,7 @@ def _run_actors(actor: _Actor, rows: Any, actors: int | None) -> Iterator[int]:
     cpus = min(*(node["CPU"] for node in nodes), sum(node["CPU"] for node in nodes) // actors)
     if isinstance(rows, Dataset):
         _, _, output, options = actor.arguments
-        items = [{"number": number} for number in _unfinished(rows, output, options.shard_size)]
+        items = [{"number": number} for number in _unfinished(rows, output, options)]
         shards = ray.data.from_items(items, override_num_blocks=max(1, min(len(items), 10_000)))
     else:
         # One reader, which needs no CPU of its own: with the needs of an actor Ray would let that one read
@@ -529,23 +510,16 @@ def _part_file(output: Path, number: int) -> Path:
     return output / f"part-{number:06d}.parquet"
 
 
-def _errors(output: Path, number: int) -> list[str | None]:
-    """The errors of a part file, None for most of its rows; an empty list if it is not there, or damaged."""
+def _rows_done(output: Path, number: int) -> int:
+    """How many rows a part file holds; 0 if it is not there, or damaged."""
     try:
-        with pq.ParquetFile(_part_file(output, number)) as file:
-            return file.read(columns=[ERROR])[ERROR].to_pylist()
-    except (OSError, ValueError, KeyError):
+        return pq.read_metadata(_part_file(output, number)).num_rows
+    except (OSError, ValueError):
         # pyarrow's own errors are ValueErrors
-        return []
+        return 0
 
 
-def _errors_by_part(output: Path) -> dict[int, list[str | None]]:
-    matches = (re.fullmatch(_PART, path.name) for path in output.iterdir())
-    errors = {number: _errors(output, number) for number in (int(match[1]) for match in matches if match)}
-    return {number: rows for number, rows in errors.items() if rows}
-
-
-def _claim(output: Path, vocabulary: Vocabulary, run: Mapping[str, str], about: Mapping[str, Any]) -> None:
+def _claim(output: Path, segmenter: Segmenter, vocabulary: Vocabulary, rows: Any, options: Options) -> None:
     """
     Make a folder this run's own.
 
@@ -553,6 +527,7 @@ def _claim(output: Path, vocabulary: Vocabulary, run: Mapping[str, str], about: 
         ValueError: it is another run's, or holds files of unknown origin where this one would write.
     """
     path, labels = output / RUN_FILE, vocabulary.shown_labels
+    run = _fingerprint(segmenter, vocabulary, rows, options)
     if path.exists():
         try:
             found = dict(json.loads(path.read_text(encoding="utf-8"))["compared"])
@@ -563,16 +538,13 @@ def _claim(output: Path, vocabulary: Vocabulary, run: Mapping[str, str], about: 
                 f"{output} holds the results of another run (other {' and '.join(different)}): choose another folder, "
                 "or run it with the options that it was begun with"
             )
+        remove_unfinished(output)
     else:
         names = [*(file.name for file in output.glob("part-*.parquet")), LABELS_FILE, CARD_FILE]
         if taken := [name for name in names if (output / name).exists()]:
             raise ValueError(f"{output} holds {taken[0]} but no {RUN_FILE}, which says of what: choose another folder")
         # First: what is there besides is this run's own
-        write_json(path, {**about, "labels": list(labels), "compared": dict(run)})
-    ours = rf"({_PART}|{'|'.join(map(re.escape, (RUN_FILE, LABELS_FILE, CARD_FILE)))})\.unfinished-[0-9a-f]{{8}}"
-    for leftover in output.iterdir():
-        if re.fullmatch(ours, leftover.name):
-            leftover.unlink(missing_ok=True)
+        write_json(path, {**options.about, "labels": list(labels), "compared": run})
     if not (output / LABELS_FILE).exists():
         write_json(output / LABELS_FILE, {str(index): label for index, label in enumerate(labels)})
     if not (output / CARD_FILE).exists():
@@ -599,9 +571,7 @@ Labels, counted from 0:
 """
 
 
-def _fingerprint(
-    segmenter: Segmenter, vocabulary: Vocabulary, rows: Any, options: Options, settings: Mapping[str, Any]
-) -> dict[str, str]:
+def _fingerprint(segmenter: Segmenter, vocabulary: Vocabulary, rows: Any, options: Options) -> dict[str, str]:
     """
     What makes a run this one: two runs with the same entries write the same rows.
 
@@ -619,18 +589,18 @@ def _fingerprint(
         length, sample = len(rows), [rows[len(rows) * eighth // 8] for eighth in range(8 if len(rows) else 0)]
     else:
         length, sample = None, list(rows.take(2))
-    return {
-        "model": _digest([weights.hexdigest(), configs]),
-        "labels": _digest([vocabulary.labels, vocabulary.num_own, vocabulary.shown_labels]),
-        "dataset": _digest([length, [_describe(row.get(IMAGE)) for row in sample]]),
-        "shard_size": str(options.shard_size),
-        "columns": ", ".join(_result_features(rows.features, options)),
-        **{name: _digest(value) for name, value in settings.items()},
+    compared = {
+        "model": [weights.hexdigest(), configs],
+        "labels": [vocabulary.labels, vocabulary.num_own, vocabulary.shown_labels],
+        "dataset": [length, [_describe(row.get("image")) for row in sample]],
+        "shard_size": options.shard_size,
+        "columns": _result_features(rows.features, options),
+        **options.settings,
     }
-
-
-def _digest(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+    return {
+        name: hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+        for name, value in compared.items()
+    }
 
 
 def _describe(value: Any) -> Any:
@@ -640,4 +610,4 @@ def _describe(value: Any) -> Any:
     return value.get("bytes") or Path(value.get("path") or "").name
 
 
-__all__ = ["RUN_FILE", "Options", "Report", "segment_dataset", "segment_dataset_with_ray"]
+__all__ = ["COLUMNS", "RUN_FILE", "Options", "Report", "segment_dataset", "segment_dataset_with_ray"]

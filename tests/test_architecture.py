@@ -1,6 +1,7 @@
 """The arrows between the folders, and no circle between modules."""
 
 import ast
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def find_modules():
 MODULES = find_modules()
 
 
+@cache
 def imports_of(name):
     """The project's modules that a module imports, in functions too."""
     path = MODULES[name][1]

@@ -7,8 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -113,15 +112,16 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("--ray-actors says how --ray shares the work out: pass --ray as well")
     quiet_datasets()
     labels, templates = read_labels(args), read_templates(args.templates)
-    keep_columns = tuple(name.strip() for name in args.keep_columns.split(",") if name.strip())
     options = Options(
-        keep_columns=keep_columns,
+        keep_columns=tuple(name.strip() for name in args.keep_columns.split(",") if name.strip()),
         with_images=args.with_images,
         with_scores=args.scores,
         shard_size=args.shard_size,
         batch_size=args.batch_size,
         strict=args.strict,
         workers=args.workers,
+        settings={} if templates is None else {"templates": resolve_templates(templates)[1]},
+        about={"model": args.model or "built-in", "dataset": args.dataset, "split": args.split},
     )
     open_rows = partial(
         load_images,
@@ -130,27 +130,22 @@ def run(args: argparse.Namespace) -> int:
         streaming=args.streaming,
         image_column=args.image_column,
         labelled=False,
-        keep_columns=keep_columns,
+        keep_columns=options.keep_columns,
     )
     load = partial(load_segmenter, _absolute(args.model), labels, templates, args.extend_labels, args.device)
-    notes: dict[str, Any] = {
-        "settings": {} if templates is None else {"templates": resolve_templates(templates)[1]},
-        "about": {"model": args.model or "built-in", "dataset": args.dataset, "split": args.split},
-    }
-    previous = signal.getsignal(signal.SIGTERM)
     start = time.perf_counter()
-    try:
+    with ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        if args.ray is not None:
+            stack.callback(_connect(args.ray or None).shutdown)
+        # After Ray, which handles it in its own way
+        signal.signal(signal.SIGTERM, _terminate)
         if args.ray is None:
-            signal.signal(signal.SIGTERM, _terminate)
             rows = open_rows()
-            report = segment_dataset(*load(), rows, make_folder(args.output), options, **notes)
+            report = segment_dataset(*load(), rows, make_folder(args.output), options)
         else:
-            with _connected(args.ray or None):
-                signal.signal(signal.SIGTERM, _terminate)
-                folder = make_folder(args.output)
-                report = segment_dataset_with_ray(load, open_rows, folder, options, actors=args.ray_actors, **notes)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+            folder = make_folder(args.output)
+            report = segment_dataset_with_ray(load, open_rows, folder, options, actors=args.ray_actors)
     seconds = time.perf_counter() - start
 
     rate = f", {report.images / seconds:.1f} images a second" if report.images else ""
@@ -187,19 +182,15 @@ def load_segmenter(
     return segmenter, loaded.vocabulary(labels, templates=templates, extend=extend)
 
 
-@contextmanager
-def _connected(address: str | None) -> Iterator[None]:
-    """Ray, which is left again at the end."""
+def _connect(address: str | None) -> Any:
+    """Ray, as the driver of a cluster."""
     try:
         import ray
     except ImportError as error:
         raise CommandError('--ray needs Ray: pip install "modeling-san[ray]"') from error
     ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    return ray
 
 
 def _terminate(signal_number: int, frame: Any) -> None:

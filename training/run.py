@@ -153,8 +153,13 @@ def prepare_run(recipe: Recipe) -> Run:
 
 
 def _load_images(recipe: Recipe, source: str, split: str) -> Any:
-    columns = {"image_column": recipe.image_column, "label_column": recipe.label_column}
-    return load_images(source, split, streaming=recipe.streaming, **columns)
+    return load_images(
+        source,
+        split,
+        streaming=recipe.streaming,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+    )
 
 
 def _make_vectors_of_scalars(model: SANForOpenVocabSegmentation) -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
-import json
 import os
 import re
 import signal
@@ -30,6 +28,7 @@ from modeling_san import SANForOpenVocabSegmentation, SANProcessor
 from modeling_san.builtin import is_drawn_world, load_examples
 from modeling_san.processing import EXTENSIONS, normalize_labels
 from modeling_san.processing.images_san import open_image, read_byte_image, resize_image
+from modeling_san.processing.results import RESULT_ENDINGS, encode_result
 from modeling_san.processing.segmenter import Segmentation, Segmenter
 from modeling_san.processing.wording_san import listed
 
@@ -54,7 +53,6 @@ _SUGGESTED_WORDS = 200
 _FIRST_WORDS = ("sky", "tree", "road", "person", "building", "grass")
 _EXTENSION_NAMES = {"none": "only my words", "coco-stuff": "+ COCO stuff", "coco-all": "+ all of COCO"}
 _SET_OPACITY = "(percent) => document.documentElement.style.setProperty('--san-opacity', percent / 100)"
-_FILES = {"overlay": "_overlay.png", "labels": "_labels.png", "json": ".json"}
 
 # What the page may load and talk to: the server it came from. Gradio's own scripts need "unsafe-eval".
 _HEADERS = {
@@ -167,24 +165,15 @@ class Result:
 
     def file(self, kind: str, opacity: float, model: str) -> tuple[str, bytes]:
         """
-        Name and content of a file to download, "overlay", "labels" or "json", at the image's own size.
+        Name and content of a file to download, one of `RESULT_ENDINGS`, at the image's own size.
 
         The overlay's colours have an opacity of 0 ... 1; the JSON file names the model.
         """
         stem = re.sub(r"[^\w.-]+", "_", Path(self.source).stem)[:60].strip("._") or "image"
-        names = {one: stem + ending for one, ending in _FILES.items()}
         segmentation = self.shown.resized(self.size)
-        buffer = io.BytesIO()
-        if kind == "json":
-            files = {"overlay": names["overlay"], "label_map": names["labels"]}
-            summary = segmentation.summary(image=self.source, model=model) | files
-            text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
-            buffer.write(text.encode("utf-8", errors="replace"))
-        elif kind == "overlay":
-            segmentation.overlay(open_upload(self.content), opacity).save(buffer, format="PNG")
-        else:
-            segmentation.label_image().save(buffer, format="PNG")
-        return names[kind], buffer.getvalue()
+        image = open_upload(self.content) if kind == "overlay" else None
+        content = encode_result(kind, segmentation, image, stem, source=self.source, model=model, opacity=opacity)
+        return stem + RESULT_ENDINGS[kind], content
 
 
 def segment_upload(segmenter: Segmenter, content: bytes, labels: Sequence[str], extend: str, source: str) -> Result:
@@ -333,7 +322,7 @@ def _answer() -> Any:
         )
         buttons = {
             kind: gr.Button(f"\u2193 {title}", size="sm", min_width=80, elem_id=f"san-{kind}")
-            for kind, title in (("overlay", "Overlay"), ("labels", "Label map"), ("json", "JSON"))
+            for kind, title in (("overlay", "Overlay"), ("label_map", "Label map"), ("summary", "JSON"))
         }
     saved = gr.DownloadButton(visible="hidden", elem_id="san-saved")
     return SimpleNamespace(

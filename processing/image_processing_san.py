@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from threading import Lock
-from typing import Any, Literal, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,19 +123,9 @@ class SANImageProcessor(PilBackend):
         """
         return super().preprocess(images, segmentation_maps, **kwargs)
 
-    @overload
-    def post_process_semantic_segmentation(
-        self, outputs: Any, target_sizes: Any = None, return_segmentation_scores: Literal[False] = False
-    ) -> list[torch.Tensor]: ...
-
-    @overload
-    def post_process_semantic_segmentation(
-        self, outputs: Any, target_sizes: Any = None, *, return_segmentation_scores: Literal[True]
-    ) -> list[BatchFeature]: ...
-
     def post_process_semantic_segmentation(
         self, outputs: Any, target_sizes: Any = None, return_segmentation_scores: bool = False
-    ) -> list[torch.Tensor] | list[BatchFeature]:
+    ) -> Any:
         """Label every pixel with its best class (SAN paper, section 3).
 
         Memory stays small whatever the number of classes: 847 classes on 1024 x 1024 pixels take tens of megabytes

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -176,23 +176,9 @@ class SANProcessor(ProcessorMixin):
             return BatchFeature({name: array.tolist() for name, array in data.items()})
         return BatchFeature(data, tensor_type=return_tensors)
 
-    @overload
-    def post_process_semantic_segmentation(
-        self, outputs: Any, target_sizes: Any = None, return_segmentation_scores: Literal[False] = False
-    ) -> list[torch.Tensor]: ...
-
-    @overload
-    def post_process_semantic_segmentation(
-        self, outputs: Any, target_sizes: Any = None, *, return_segmentation_scores: Literal[True]
-    ) -> list[BatchFeature]: ...
-
-    def post_process_semantic_segmentation(
-        self, outputs: Any, target_sizes: Any = None, return_segmentation_scores: bool = False
-    ) -> list[torch.Tensor] | list[BatchFeature]:
+    def post_process_semantic_segmentation(self, outputs: Any, target_sizes: Any = None, **kwargs: Any) -> Any:
         """Label every pixel, see `SANImageProcessor.post_process_semantic_segmentation`."""
-        return self.image_processor.post_process_semantic_segmentation(
-            outputs, target_sizes, return_segmentation_scores=return_segmentation_scores
-        )
+        return self.image_processor.post_process_semantic_segmentation(outputs, target_sizes, **kwargs)
 
     def post_process_with_scores(
         self, outputs: Any, target_sizes: Any = None

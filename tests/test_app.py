@@ -129,13 +129,13 @@ def test_what_is_no_image_is_refused(content, image):
 def test_the_files_are_those_that_the_command_writes(result, image, words, tmp_path):
     arguments = ["segment", str(image), "--labels", ", ".join(words), "--output", str(tmp_path), "--opacity", "0.3"]
     assert main(arguments) == 0
-    for kind, ending in (("overlay", "_overlay.png"), ("labels", "_labels.png")):
+    for kind, ending in (("overlay", "_overlay.png"), ("label_map", "_labels.png")):
         name, content = result.file(kind, 0.3, "built-in")
         assert name == f"meadow{ending}"
         ours, theirs = Image.open(io.BytesIO(content)), Image.open(tmp_path / name)
         assert ours.mode == theirs.mode
         assert np.array_equal(np.asarray(ours), np.asarray(theirs))
-    ours = json.loads(result.file("json", 0.3, "built-in")[1])
+    ours = json.loads(result.file("summary", 0.3, "built-in")[1])
     theirs = json.loads((tmp_path / "meadow.json").read_text())
     assert (ours["labels"], ours["model"], ours["image"]) == (theirs["labels"], theirs["model"], "meadow.png")
     assert [one["area"] for one in ours["segments"]] == [one["area"] for one in theirs["segments"]]
@@ -147,7 +147,7 @@ def test_a_large_image_is_shown_smaller_and_saved_in_full(segmenter):
     wide = segment_upload(segmenter, buffer.getvalue(), ["grass", "sand"], "none", "../..//<b>.png")
     assert wide.image().shape == (51, 1024, 3)
     assert {mask.shape for mask, _ in wide.annotations()[0]} == {(51, 1024)}
-    name, content = wide.file("labels", 0.5, "built-in")
+    name, content = wide.file("label_map", 0.5, "built-in")
     assert re.fullmatch(r"[\w.-]+_labels\.png", name)
     assert Image.open(io.BytesIO(content)).size == (2000, 100)
 
@@ -515,10 +515,10 @@ def test_an_image_and_words_become_labels_heat_maps_and_files(visit, image, word
 
     page.locator("#san-opacity input[type=range]").fill("30")
     page.wait_for_function("getComputedStyle(document.querySelector('#san-painted .mask')).opacity === '0.3'")
-    for kind in ("overlay", "labels"):
+    for kind in ("overlay", "label_map"):
         assert saved(page, kind) == result.file(kind, 0.3, "")
     # The folder's name, and not where it lies on the server
-    assert saved(page, "json") == result.file("json", 0.3, BUILTIN_MODEL.name)
+    assert saved(page, "summary") == result.file("summary", 0.3, BUILTIN_MODEL.name)
 
     page.click(f"#san-painted .legend-item >> text={segments[1].label}")
     page.wait_for_selector(f"#san-heat >> text=score of {segments[1].label}")
@@ -567,7 +567,7 @@ def test_two_visitors_at_once_see_their_own_images_only(visit, image, words, tmp
     segment(first, image, ", ".join(words))
     segment(second, other, "snow, water")
     for page, name, size in ((first, "meadow.png", (192, 128)), (second, "snow.png", (150, 150))):
-        summary = json.loads(saved(page, "json")[1])
+        summary = json.loads(saved(page, "summary")[1])
         assert (summary["image"], summary["width"], summary["height"]) == (name, *size)
 
 

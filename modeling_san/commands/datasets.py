@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
-from .labels import add_label_options, parse_labels
+from .labels import add_label_options, find_labels
 
 
 def add_source_options(parser: argparse.ArgumentParser, split: str) -> None:
@@ -54,19 +53,13 @@ def open_dataset(args: argparse.Namespace) -> tuple[Any, Any]:
         label_column=args.label_column,
     )
     label_set = load_label_set(
-        _given_labels(args),
+        find_labels(args),
         dataset=images,
         source=args.dataset,
         ignore_index=args.ignore_index,
         reduce_labels=args.reduce_labels,
     )
     return images, label_set
-
-
-def _given_labels(args: argparse.Namespace) -> str | list[str] | None:
-    """Names where there are several; else a label set or a file, which also say how label maps store them."""
-    text = args.labels_file or args.labels
-    return parse_labels(text) if text and "," in text and not os.path.isfile(text) else text
 
 
 def quiet_datasets() -> None:

@@ -39,10 +39,11 @@ def run(args: argparse.Namespace) -> int:
 
     from modeling_san.builtin import format_results, load_examples, words
     from modeling_san.processing.device import pick_device
+    from modeling_san.processing.results import write_results
     from modeling_san.training.metrics import RESULTS_FILE
 
     from .models import load_model, quiet_libraries
-    from .segment import main_labels, write_results
+    from .segment import main_labels
 
     quiet_libraries()
     loaded = load_model(args.model, pick_device(args.device))
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
     vocabulary = loaded.vocabulary([*names, *(name for name in _DISTRACTORS if name not in names)])
     [segmentation] = loaded.segmenter(example.image, vocabulary)
-    overlay = write_results(segmentation, example.image, folder, "demo", source=image_path, model=loaded.name)
+    overlay = write_results(segmentation, example.image, folder, "demo", source=str(image_path), model=loaded.name)
     right = (segmentation.label_map.numpy() == np.asarray(example.label_map)).mean()
     say(f"image: {image_path}, drawn with {', '.join(names)}")
     say(f"labels:  {', '.join(segmentation.labels)}")

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 STANDARD_INPUT = "-"
-OVERLAY_ENDING, LABELS_ENDING, SUMMARY_ENDING = "_overlay.png", "_labels.png", ".json"
-"""What is put behind an image's name for the files that are written."""
 
 
 def list_images(arguments: Sequence[str]) -> list[Path]:
@@ -42,7 +40,9 @@ def output_names(paths: Sequence[Path], folder: Path) -> list[str]:
     A name for each image to write its results under: its own without the ending, and with a number behind where
     several have the same, or where a result in the folder would replace one of the images.
     """
-    endings = (OVERLAY_ENDING, LABELS_ENDING, SUMMARY_ENDING)
+    from modeling_san.processing.results import RESULT_ENDINGS
+
+    endings = RESULT_ENDINGS.values()
     images = {_place(path) for path in paths}
     # Compared in lower case, as some file systems do not tell upper from lower
     stems = {path.stem.casefold() for path in paths}

@@ -27,6 +27,17 @@ def add_label_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--labels-file", metavar="FILE", help=f"file with names: {FILE_FORMS}")
 
 
+def find_labels(args: argparse.Namespace) -> str | list[str] | None:
+    """
+    What `add_label_options` let the user give: the name of a label set or of a file, which also say how label maps
+    store the classes, or normalised names; None where neither option was used.
+
+    Raises:
+        ValueError, CommandError: the labels cannot be used.
+    """
+    return args.labels_file if args.labels is None else _recognise(args.labels)
+
+
 def read_labels(args: argparse.Namespace) -> list[str] | None:
     """
     The labels that `add_label_options` let the user give, normalised; None where neither option was used.
@@ -43,18 +54,26 @@ def parse_labels(text: str) -> list[str]:
     """
     Normalised labels from the name of a set that ships with the package, a label file, or names between commas.
 
-    A file is known by its ending or its folder: the label "sky" is not read from a file that happens to be called so.
-
     Raises:
         ValueError, CommandError: there are none, or they cannot be used.
     """
+    found = _recognise(text)
+    if not isinstance(found, str):
+        return found
+    return list(load_vocabulary(found).classes) if found in vocabulary_names() else read_labels_file(found)
+
+
+def _recognise(text: str) -> str | list[str]:
+    """
+    A label set or a file as it was named, or names between commas, normalised.
+
+    A file is known by its ending or its folder: the label "sky" is not read from a file that happens to be called so.
+    """
     if not text.strip():
         raise CommandError('--labels is empty: name what to look for, for example --labels "sky, road"')
-    if text in vocabulary_names():
-        return list(load_vocabulary(text).classes)
     # Unlike `Path.is_file`, this takes a text that is too long for a path
-    if (Path(text).suffix or os.path.dirname(text)) and os.path.isfile(text):
-        return read_labels_file(text)
+    if text in vocabulary_names() or ((Path(text).suffix or os.path.dirname(text)) and os.path.isfile(text)):
+        return text
     try:
         # Where the locale is not UTF-8 Python keeps the bytes of other letters aside; those are what was typed
         labels = normalize_labels(os.fsencode(text).decode("utf-8"))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import CommandError, report_error, say
-from .images import LABELS_ENDING, OVERLAY_ENDING, SUMMARY_ENDING, list_images, load_image, output_names
+from .images import list_images, load_image, output_names
 from .labels import add_label_options, read_labels, read_templates
 from .parser import (
     add_device_option,
@@ -102,51 +101,20 @@ def _segment_file(
     """Segment one file, write the results, and say so in a line."""
     import torch
 
+    from modeling_san.processing.results import write_results
+
     start = time.perf_counter()
     image = load_image(path)
     try:
         [segmentation] = loaded.segmenter(image, vocabulary, threshold=args.threshold)
         overlay = write_results(
-            segmentation, image, folder, name, source=path, model=loaded.name, opacity=args.opacity
+            segmentation, image, folder, name, source=str(path), model=loaded.name, opacity=args.opacity
         )
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise CommandError(f"{path} does not fit into memory: shrink it, or pass --device cpu") from error
     except OSError as error:
         raise CommandError(f"{path}: its results cannot be written to {folder}: {error.strerror or error}") from error
     return f"{path}: {main_labels(segmentation)} -> {overlay} ({time.perf_counter() - start:.1f} s)"
-
-
-def write_results(
-    segmentation: Segmentation, image: Any, folder: Path, name: str, *, source: Path, model: str, opacity: float = 0.5
-) -> Path:
-    """
-    Write the overlay, the indexed label image and the summary of one image, each complete or not at all.
-
-    Args:
-        segmentation: of the image.
-        image: `(height, width, 3)` bytes, or a PIL image.
-        folder: to write to.
-        name: that the files' names begin with.
-        source: where the image came from, for the summary, as is the model's name.
-
-    Returns:
-        path of the overlay.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
-    from modeling_san.processing.files import replacing_file, write_json
-
-    overlay, label_image = folder / (name + OVERLAY_ENDING), folder / (name + LABELS_ENDING)
-    for path, drawn in ((overlay, segmentation.overlay(image, opacity)), (label_image, segmentation.label_image())):
-        with replacing_file(path) as beside:
-            drawn.save(beside, format="png")
-    # Last, so that where there is a summary the images are complete
-    files = {"image": str(source), "overlay": overlay.name, "label_map": label_image.name}
-    # A name need not be text: its bytes may be anything
-    files = {what: os.fsencode(file).decode("utf-8", "replace") for what, file in files.items()}
-    write_json(folder / (name + SUMMARY_ENDING), segmentation.summary(**files, model=model))
-    return overlay
 
 
 def main_labels(segmentation: Segmentation) -> str:

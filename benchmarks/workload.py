@@ -72,7 +72,7 @@ class Workload:
         image_processor = SANImageProcessor(
             size={"shortest_edge": size, "longest_edge": 4 * size},
             size_divisor=config.size_divisor,
-            mask_stride=config.side_patch_size,
+            mask_stride=config.mask_stride,
         )
         released = self.settings.model in _CONFIGS
         tokenizer = clip_tokenizer() if released else SANProcessor.from_pretrained(self.settings.model).tokenizer
@@ -121,7 +121,7 @@ class Workload:
         random directions. Every query then has classes it is fairly sure of: none can be left out.
         """
         config, batch = self.model.config, self.settings.batch
-        grid = size // config.side_patch_size
+        grid = size // config.mask_stride
         blobs = 4 * self._randn(batch, config.num_queries, 10, 10)
         masks = torch.nn.functional.interpolate(blobs, (grid, grid), mode="bicubic", align_corners=False)
         mask_embeds = self._unit_vectors(batch * config.num_queries).view(batch, config.num_queries, -1)

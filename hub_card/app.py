@@ -24,9 +24,10 @@ from gradio.utils import get_upload_folder
 from PIL import Image, ImageOps
 from starlette.middleware import Middleware
 
-from modeling_san import SANForOpenVocabSegmentation, SANProcessor
+from modeling_san.auto import classes_of
 from modeling_san.builtin import is_drawn_world, load_examples
-from modeling_san.processing import EXTENSIONS, normalize_labels
+from modeling_san.open_vocabulary import OpenVocabularyModel
+from modeling_san.processing import EXTENSIONS, SANProcessor, normalize_labels
 from modeling_san.processing.images_san import open_image, read_byte_image, resize_image
 from modeling_san.processing.results import RESULT_ENDINGS, encode_result
 from modeling_san.processing.segmenter import Segmentation, Segmenter
@@ -191,7 +192,7 @@ def segment_upload(segmenter: Segmenter, content: bytes, labels: Sequence[str], 
 
 
 def make_page(
-    model: SANForOpenVocabSegmentation,
+    model: OpenVocabularyModel,
     processor: SANProcessor,
     *,
     name: str = "built-in",
@@ -332,7 +333,7 @@ def _answer() -> Any:
 
 
 def serve(
-    model: SANForOpenVocabSegmentation,
+    model: OpenVocabularyModel,
     processor: SANProcessor,
     *,
     name: str = "built-in",
@@ -403,9 +404,10 @@ def serve_model(model_id: str) -> None:
 
     No code of the model's repository is run, and its weights come from safetensors only.
     """
-    model = SANForOpenVocabSegmentation.from_pretrained(model_id, use_safetensors=True, trust_remote_code=False)
+    _, model_class, processor_class = classes_of(model_id)
+    model = model_class.from_pretrained(model_id, use_safetensors=True, trust_remote_code=False)
     # The host is Gradio's to choose: a Space sets GRADIO_SERVER_NAME
-    serve(model, SANProcessor.from_pretrained(model_id), name=model_id, host=None)
+    serve(model, processor_class.from_pretrained(model_id), name=model_id, host=None)
 
 
 class _Handlers:

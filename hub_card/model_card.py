@@ -19,10 +19,11 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from modeling_san.auto import classes_of_type
 from modeling_san.builtin import describe_groups, is_drawn_world, load_examples, words
+from modeling_san.configuration_open_vocabulary import OpenVocabularyConfig
 from modeling_san.configuration_san import SANConfig
 from modeling_san.conversion import RELEASED_CONFIGS
-from modeling_san.modeling_san import SANForOpenVocabSegmentation
 from modeling_san.processing.wording_san import listed, one_line
 from modeling_san.training.callbacks import METRICS_FILE, read_metrics
 from modeling_san.training.evaluate import MEASURES, model_index
@@ -40,7 +41,8 @@ _DRAWN_EXAMPLE = Path(__file__).parent / "assets" / "demo.png"
 _HUB_EXAMPLE = "https://huggingface.co/datasets/mishig/sample_images/resolve/main/tiger.jpg"
 _HUB_WORDS = ["tiger", "grass"]
 
-_TAGS = ["san", "open-vocabulary", "semantic-segmentation", "clip", "arxiv:2302.12242"]
+_TAGS = ["open-vocabulary", "semantic-segmentation", "clip"]
+_PAPERS = {"san": "arxiv:2302.12242"}
 _KEPT_METADATA = ("license", "license_name", "license_link", "base_model", "datasets", "language")
 """What a person may have written into the metadata of an older card, and what no other file says."""
 
@@ -92,7 +94,7 @@ def make_model_card(
         the card; `str(card)` is a README.md.
 
     Raises:
-        ValueError: where the folder holds no SAN model, or one of the files cannot be read.
+        ValueError: where the folder holds no model, or one of the files cannot be read.
     """
     folder = Path(folder)
     if repo_id is not None:
@@ -113,7 +115,7 @@ def make_model_card(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-segmentation",
-        tags=_TAGS,
+        tags=[config.model_type, *_TAGS, *filter(None, [_PAPERS.get(config.model_type)])],
         # Without results there is no model-index for the name to stand in
         model_name=name if entries else None,
         eval_results=entries or None,
@@ -140,9 +142,7 @@ def make_model_card(
         others=[measurement for measurement in measurements if measurement.other_model],
         published=_published(config),
         benchmarks=PUBLISHED_BENCHMARKS,
-        queries=config.num_queries,
-        patch=config.side_patch_size,
-        tokens=config.text_config.max_position_embeddings,
+        config=config,
         weights_license=_code(kept["license"]) if isinstance(kept.get("license"), str) else None,
     )
     # What the template's conditions leave of empty lines
@@ -164,16 +164,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_config(folder: Path) -> SANConfig:
-    """The configuration of a SAN model; a `ValueError` where there is none, it is another's, or makes no sense."""
+def read_config(folder: Path) -> OpenVocabularyConfig:
+    """The configuration of a model; a `ValueError` where there is none, it is another's, or makes no sense."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no model (config.json): pass a folder that save_pretrained wrote.")
     content = read_json(path)
-    if content.get("model_type") != SANConfig.model_type:
-        raise ValueError(f"{path} is not of a SAN model: pass a folder that save_pretrained wrote.")
     try:
-        return SANConfig.from_dict(content)
+        return classes_of_type(content.get("model_type")).config.from_dict(content)
     except Exception as error:
         # The strict classes and those of CLIP raise several kinds
         raise ValueError(f"{path} cannot be used: {one_line(error)}") from error
@@ -212,7 +210,7 @@ def weight_files(folder: Path) -> list[str]:
     return [*names, SAFE_WEIGHTS_INDEX_NAME]
 
 
-def find_example(folder: Path, config: SANConfig) -> Path | None:
+def find_example(folder: Path, config: OpenVocabularyConfig) -> Path | None:
     """The image that goes to the Hub for the widget: the folder's own, or a drawn one for a model of that world."""
     own = next((folder / name for name in EXAMPLE_FILES if (folder / name).is_file()), None)
     return _DRAWN_EXAMPLE if own is None and is_drawn_world(config.training_labels) else own
@@ -223,7 +221,7 @@ def example_name(image: Path) -> str:
     return f"{Path(EXAMPLE_FILES[0]).stem}{image.suffix}"
 
 
-def _make_widget(folder: Path, config: SANConfig, repo_id: str | None) -> dict[str, str]:
+def _make_widget(folder: Path, config: OpenVocabularyConfig, repo_id: str | None) -> dict[str, str]:
     """The entry under `widget` in the metadata: an image, published with the model or one of the Hub's, and words."""
     image = find_example(folder, config)
     # Words that can stand in Python, YAML and Markdown alike
@@ -241,7 +239,7 @@ def _make_widget(folder: Path, config: SANConfig, repo_id: str | None) -> dict[s
 # Facts
 
 
-def _facts(config: SANConfig, folder: Path) -> dict[str, str]:
+def _facts(config: Any, folder: Path) -> dict[str, str]:
     """What the configuration and the headers of the files say, as rows of a table."""
     types: set[str] = set()
     weights = [folder / name for name in weight_files(folder) if name != SAFE_WEIGHTS_INDEX_NAME]
@@ -253,7 +251,7 @@ def _facts(config: SANConfig, folder: Path) -> dict[str, str]:
             raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
     size = sum(path.stat().st_size for path in weights)
     with torch.device("meta"):
-        model = SANForOpenVocabSegmentation(config)
+        model = classes_of_type(config.model_type).model(config)
     trainable = model.num_parameters(only_trainable=True)
     patterns = ", ".join(map(_cell, config.trainable_clip_parameters))
     of_clip = f", and of CLIP what is named {patterns}" if patterns else "; all of CLIP is frozen"
@@ -263,10 +261,9 @@ def _facts(config: SANConfig, folder: Path) -> dict[str, str]:
         f"{vision.patch_size} x {vision.patch_size}",
         "CLIP's text encoder": f"{text.num_hidden_layers} layers, width {text.hidden_size}, "
         f"{text.max_position_embeddings} tokens",
-        "side adapter": f"{config.side_num_layers} layers, width {config.side_hidden_size}, "
-        f"{config.num_queries} mask proposals",
+        **_side_adapter(config),
         "parameters": f"{model.num_parameters() / 1e6:.2f} million",
-        "trainable in this configuration": f"{trainable / 1e6:.2f} million: the side adapter{of_clip}",
+        "trainable in this configuration": f"{trainable / 1e6:.2f} million: what is added to CLIP{of_clip}",
         "weights": f"{', '.join(sorted(_TYPES.get(one, one) for one in types))}, {size / 1e6:.1f} MB",
     }
     path = folder / "processor_config.json"
@@ -283,8 +280,17 @@ def _facts(config: SANConfig, folder: Path) -> dict[str, str]:
     return facts
 
 
-def _published(config: SANConfig) -> list[tuple[str, list[str]]]:
+def _side_adapter(config: Any) -> dict[str, str]:
+    if not hasattr(config, "side_num_layers"):
+        return {}
+    layers, width, queries = config.side_num_layers, config.side_hidden_size, config.num_queries
+    return {"side adapter": f"{layers} layers, width {width}, {queries} mask proposals"}
+
+
+def _published(config: Any) -> list[tuple[str, list[str]]]:
     """Rows of what the authors published for this architecture; none where it is another."""
+    if config.model_type != SANConfig.model_type:
+        return []
     width = config.vision_config.hidden_size
     released = vars(SANConfig()) | RELEASED_CONFIGS.get(width, {})
     shape = ("num_queries", "side_hidden_size", "side_num_layers", "sls_start_layer", "clip_input_scale", "fusion_map")
@@ -299,7 +305,7 @@ def _training_rows(recipe: Mapping[str, Any]) -> dict[str, str]:
     if not recipe:
         return {}
     start = recipe.get("clip") or recipe.get("model")
-    kind = "a new side adapter beside CLIP" if recipe.get("clip") else "SAN"
+    kind = "CLIP" if recipe.get("clip") else "the model"
     rows = {"started from": f"{kind} {_cell(public_name(start))}" if start else "the built-in model of the package"}
     for key in _RECIPE_FIELDS:
         value = recipe.get(key)

@@ -18,8 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from modeling_san import __version__
-from modeling_san.modeling_san import SANForOpenVocabSegmentation
-from modeling_san.processing import SANProcessor
+from modeling_san.auto import classes_of_type
 from modeling_san.processing.wording_san import one_line
 from modeling_san.training.metrics import RESULTS_FILE
 
@@ -126,7 +125,7 @@ def prepared_upload(
         what to publish; files that were made for it are deleted at the end of the block.
 
     Raises:
-        ValueError: where the folder holds no SAN model, or one of the files cannot be read.
+        ValueError: where the folder holds no model, or one of the files cannot be read.
     """
     check_repo_id(repo_id)
     folder = Path(folder)
@@ -192,11 +191,12 @@ def _own_code(folder: Path) -> dict[str, Path | bytes] | None:
 def _write_with_code(folder: Path, scratch: Path) -> dict[str, Path | bytes]:
     """Configuration, processor and code as saving the model writes them today, without its weights."""
     config = read_config(folder)
+    _, model_class, processor_class = classes_of_type(config.model_type)
     with torch.device("meta"):
-        model: Any = SANForOpenVocabSegmentation(config)
+        model = model_class(config)
     dtype = getattr(torch, str(config.dtype).removeprefix("torch."), None)
     model.to(dtype=dtype).save_pretrained(scratch, state_dict={})
-    SANProcessor.from_pretrained(folder).save_pretrained(scratch)
+    processor_class.from_pretrained(folder).save_pretrained(scratch)
     return {path.name: path for path in scratch.iterdir() if path.is_file() and path.suffix != ".safetensors"}
 
 

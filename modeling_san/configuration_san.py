@@ -1,50 +1,24 @@
 """Configuration of the Side Adapter Network."""
 
-import os
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
+
+from .configuration_open_vocabulary import OpenVocabularyConfig
 
 SLS_TOKEN_FORMATS = ("cls_token", "learnable_token", "pos_embedding")
 ATTENTION_BIAS_POOLINGS = ("max", "avg", "bilinear", "bicubic", "nearest")
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_san.SANConfig",
-    "AutoModel": "modeling_san.SANForOpenVocabSegmentation",
-    "AutoModelForSemanticSegmentation": "modeling_san.SANForSemanticSegmentation",
-}
-"""Where a saved folder's own copy of the code has the classes, for those who load it without the package."""
-
-CUSTOM_PIPELINES: dict[str, dict[str, Any]] = {
-    "open-vocabulary-segmentation": {
-        "impl": "pipeline_san.OpenVocabularySegmentationPipeline",
-        "pt": ["AutoModel"],
-        "type": "multimodal",
-    }
-}
-"""The same for the pipeline, whose code is saved with the processor."""
-
-# Whether this is a folder's own copy of the code. The package's configs do not name the pipeline: transformers would
-# prefer a folder's code to the pipeline that the package registers.
-_CARRIED = __name__.startswith("transformers_modules.")
-
 
 @strict
-class SANConfig(PreTrainedConfig):
+class SANConfig(OpenVocabularyConfig):
     r"""
     Everything that shapes a [`SANForOpenVocabSegmentation`]. The defaults are the released ViT-B/16 model.
 
+    CLIP itself, labels and what trains are fields of [`OpenVocabularyConfig`].
+
     Args:
-        vision_config (`dict` or `CLIPVisionConfig`, *optional*):
-            CLIP's image encoder; ViT-B/16 when omitted.
-        text_config (`dict` or `CLIPTextConfig`, *optional*):
-            CLIP's text encoder; the one of ViT-B/16 when omitted.
-        projection_dim (`int`, defaults to 512):
-            Width D of the joint embedding of images and words.
-        logit_scale_init_value (`float`, defaults to 4.6052):
-            Logarithm of the factor between cosine similarities and class logits; 4.6052 is ln 100, CLIP's own.
         asymmetric_input (`bool`, defaults to `True`):
             Whether CLIP sees a smaller image than the side adapter (paper, section 3.1).
         clip_input_scale (`float`, defaults to 0.5):
@@ -65,8 +39,6 @@ class SANConfig(PreTrainedConfig):
         side_image_size (`int`, defaults to 640), side_patch_size (`int`, defaults to 16):
             The learned position grid has `side_image_size / side_patch_size` cells a side; other image sizes
             resize it.
-        size_divisor (`int`, defaults to 32):
-            Images are padded to a multiple of this; a multiple of `side_patch_size`.
         side_layer_norm_eps (`float`, defaults to 1e-6):
             Epsilon of the side adapter's layer norms.
         fusion_map (`list[list[int]]`, defaults to `[[0, 0], [3, 1], [6, 2], [9, 3]]`):
@@ -93,18 +65,6 @@ class SANConfig(PreTrainedConfig):
         importance_sample_ratio (`float`, defaults to 0.75):
             Points on which masks are compared, how many candidates are drawn for each, and the share chosen by
             uncertainty.
-        semantic_loss_ignore_index (`int`, defaults to 255):
-            Value in `labels` that marks pixels without a label.
-        trainable_clip_parameters (`list[str]`, defaults to `["vision_model.embeddings.position_embedding"]`):
-            CLIP parameters that train: those whose name contains one of these strings (`["vision_model"]` trains the
-            whole image encoder, `[]` none of CLIP).
-        has_stored_labels (`bool`, defaults to `False`):
-            Whether the checkpoint carries embeddings of the labels in `id2label`. Set by
-            [`SANForOpenVocabSegmentation.set_labels`]; `stored_labels` reads both.
-        training_labels (`list[str]`, *optional*):
-            Names that a small checkpoint was trained on, where it knows few words; tools warn about others.
-        initializer_range (`float`, defaults to 0.02):
-            Standard deviation of the side adapter's initial weights.
 
     Raises:
         ValueError or a strict-dataclass validation error that names the field and what to change.
@@ -121,8 +81,11 @@ class SANConfig(PreTrainedConfig):
     """
 
     model_type = "san"
-    _auto_class: ClassVar[str | None] = "AutoConfig"
-    sub_configs = {"vision_config": CLIPVisionConfig, "text_config": CLIPTextConfig}
+    carried_classes = {
+        "AutoConfig": "configuration_san.SANConfig",
+        "AutoModel": "modeling_san.SANForOpenVocabSegmentation",
+        "AutoModelForSemanticSegmentation": "modeling_san.SANForSemanticSegmentation",
+    }
     # What an evaluation loop need not gather over a whole data set; `Trainer` adds to it and wants a list.
     keys_to_ignore_at_inference = [
         "mask_embeds",
@@ -135,12 +98,6 @@ class SANConfig(PreTrainedConfig):
         "side_hidden_states",
         "side_attentions",
     ]
-
-    # Dictionaries and None are accepted too, and are CLIP's own classes once the config is made.
-    vision_config: CLIPVisionConfig | Any = None
-    text_config: CLIPTextConfig | Any = None
-    projection_dim: int = 512
-    logit_scale_init_value: float = 4.6052
 
     asymmetric_input: bool = True
     clip_input_scale: float | int = 0.5
@@ -155,7 +112,6 @@ class SANConfig(PreTrainedConfig):
     side_mlp_ratio: float | int = 4.0
     side_image_size: int = 640
     side_patch_size: int = 16
-    size_divisor: int = 32
     side_layer_norm_eps: float = 1e-6
     fusion_map: list[list[int]] | tuple[tuple[int, int], ...] = ((0, 0), (3, 1), (6, 2), (9, 3))
     deep_supervision_layers: list[int] | tuple[int, ...] = (7, 8)
@@ -173,82 +129,31 @@ class SANConfig(PreTrainedConfig):
     train_num_points: int = 12544
     oversample_ratio: float | int = 3.0
     importance_sample_ratio: float | int = 0.75
-    semantic_loss_ignore_index: int = 255
-
-    trainable_clip_parameters: list[str] | tuple[str, ...] = ("vision_model.embeddings.position_embedding",)
-    has_stored_labels: bool = False
-    training_labels: list[str] | None = None
-    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Turn dictionaries into CLIP's config classes and fill in what follows from them."""
-        if self.vision_config is None:
-            self.vision_config = CLIPVisionConfig(patch_size=16)
-        elif isinstance(self.vision_config, dict):
-            self.vision_config = CLIPVisionConfig(**self.vision_config)
-        if self.text_config is None:
-            self.text_config = CLIPTextConfig()
-        elif isinstance(self.text_config, dict):
-            self.text_config = CLIPTextConfig(**self.text_config)
+        """Fill in what follows from CLIP's configs."""
+        super().__post_init__(**kwargs)
         if self.attention_bias_heads is None:
             self.attention_bias_heads = self.vision_config.num_attention_heads
         # JSON knows lists only; one form makes a saved and loaded config equal to the original.
         self.fusion_map = [list(pair) for pair in self.fusion_map]
         self.deep_supervision_layers = list(self.deep_supervision_layers)
-        self.trainable_clip_parameters = list(self.trainable_clip_parameters)
-        self.id2label, self.label2id = _label_maps(self.id2label, self.label2id)
-        if not _CARRIED:
-            kwargs.pop("custom_pipelines", None)
-        super().__post_init__(**kwargs)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As every config; labels given besides may come one way only: as `id2label`, a list too, or as `label2id`."""
-        if kwargs.get("id2label") is not None or kwargs.get("label2id") is not None:
-            kwargs["id2label"], kwargs["label2id"] = _label_maps(kwargs.get("id2label"), kwargs.get("label2id"))
-        return super().from_dict(config_dict, **kwargs)
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Write config.json, which names the classes of the code that is saved with it."""
-        self.auto_map = dict(AUTO_MAP)
-        self.custom_pipelines = {task: dict(entry) for task, entry in CUSTOM_PIPELINES.items()}
-        try:
-            super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            if not _CARRIED:
-                del self.custom_pipelines
-
-    def to_dict(self) -> dict[str, Any]:
-        """What is saved; not what evaluation loops leave out, which the model's class decides."""
-        saved = super().to_dict()
-        saved.pop("keys_to_ignore_at_inference", None)
-        return saved
 
     @property
-    def stored_labels(self) -> tuple[str, ...] | None:
-        """The labels whose embeddings are stored with the model, by index; None where there are none."""
-        return tuple(label for _, label in sorted((self.id2label or {}).items())) if self.has_stored_labels else None
-
-    @property
-    def num_clip_layers(self) -> int:
-        """Layers of CLIP's image encoder."""
-        return self.vision_config.num_hidden_layers
+    def mask_stride(self) -> int:
+        """Masks have a cell for each patch of the side adapter."""
+        return self.side_patch_size
 
     @property
     def num_recognition_layers(self) -> int:
         """CLIP layers that [SLS] tokens pass through."""
         return self.num_clip_layers - self.sls_start_layer
 
-    def validate_architecture(self) -> None:
-        """Refuse combinations that cannot work; part of the validation of strict configs."""
-        for holds, message in self._requirements():
-            if not holds:
-                raise ValueError(message)
-
     def _requirements(self) -> Iterator[tuple[bool, str]]:
         """What must hold, and what to say where it does not; each may rely on those before it."""
+        yield from super()._requirements()
         for name in (
-            *("projection_dim", "num_queries", "mask_dim", "train_num_points", "size_divisor"),
+            *("num_queries", "mask_dim", "train_num_points"),
             *("side_hidden_size", "side_num_layers", "side_num_heads", "side_image_size", "side_patch_size"),
         ):
             yield getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1."
@@ -321,18 +226,6 @@ class SANConfig(PreTrainedConfig):
             0 <= self.importance_sample_ratio <= 1,
             f"importance_sample_ratio is {self.importance_sample_ratio}: it is a share, from 0 to 1.",
         )
-
-
-def _label_maps(id2label: Any, label2id: Any) -> tuple[dict[int, str] | None, dict[str, int] | None]:
-    """Both maps, of whichever is given; `id2label` may be a list, and has the last word."""
-    if id2label is None and label2id is None:
-        return None, None
-    if id2label is None:
-        id2label = {index: label for label, index in label2id.items()}
-    elif not isinstance(id2label, dict):
-        id2label = dict(enumerate(id2label))
-    id2label = {int(index): label for index, label in id2label.items()}
-    return id2label, {label: index for index, label in id2label.items()}
 
 
 __all__ = ["SANConfig"]

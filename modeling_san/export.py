@@ -21,7 +21,7 @@ from torch.fx.experimental import _config
 from torch.onnx import OnnxExporterError
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .pooling import scale_linearly, whole_scale
+from .pooling import scale_linearly
 
 if TYPE_CHECKING:
     from modeling_san import SANForOpenVocabSegmentation
@@ -44,7 +44,7 @@ class SegmentationProgram(nn.Module):
         all_scores: whether to return the scores of all classes as well.
 
     Raises:
-        ValueError: the model is training, or has a scale that cannot be computed in whole numbers (`whole_scale`).
+        ValueError: the model is training, or of a kind that has no `segment`, images and embeddings to masks and logits.
     """
 
     pixel_scale: Tensor
@@ -63,8 +63,8 @@ class SegmentationProgram(nn.Module):
         super().__init__()
         if model.training:
             raise ValueError("the model is training: call model.eval() before it is exported.")
-        if model.config.asymmetric_input:
-            whole_scale(model.config.clip_input_scale)
+        if not hasattr(model, "segment"):
+            raise ValueError(f"a model of type {model.config.model_type} cannot be exported.")
         self.model = model
         self.all_scores = all_scores
         mean, std = (torch.tensor(values, device=model.device)[:, None, None] for values in (image_mean, image_std))
@@ -110,7 +110,7 @@ class SegmentationProgram(nn.Module):
             class_logits: `(batch, queries, classes + 1)`.
             height, width: of the image.
         """
-        stride = self.model.config.side_patch_size
+        stride = self.model.config.mask_stride
         probabilities = class_logits.softmax(dim=-1)[..., :-1].transpose(1, 2)
         masks = scale_linearly(mask_logits, stride, width, -1)
         parts = []

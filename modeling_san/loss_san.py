@@ -63,7 +63,7 @@ class SANLoss(Mask2FormerLoss):
         # The fields of Mask2FormerConfig that the loss reads have the same names, and the vocabulary is the call's
         options: Any = SimpleNamespace(**{**vars(config), "num_labels": num_labels})
         super().__init__(options, weights)
-        self.side_patch_size = config.side_patch_size
+        self.mask_stride = config.mask_stride
 
     def forward(  # type: ignore[override] # deep supervision is the caller's, sizes are new
         self,
@@ -87,7 +87,7 @@ class SANLoss(Mask2FormerLoss):
             the weighted terms `loss_cross_entropy`, `loss_mask`, `loss_dice`. An image without labels adds to none.
         """
         num_masks, class_weight = self._count_over_processes(class_labels, class_queries_logits)
-        stride = self.side_patch_size
+        stride = self.mask_stride
         matches: dict[int, Any] = {}
         logits, targets = [], []
         for batch in batches:

@@ -40,7 +40,7 @@ def spread(policy, recipe, *trackers):
 
 def train_spread(rank, port, policy, recipes):
     def checked_gradients(run):
-        assert sum(isinstance(module, FSDPModule) for module in run.san.modules()) > 0
+        assert sum(isinstance(module, FSDPModule) for module in run.unwrapped.modules()) > 0
         return compute_gradients(run)
 
     run_module.make_accelerator = partial(spread, policy)

@@ -174,7 +174,7 @@ def test_parameters_are_counted_and_stored_label_embeddings_are_none(folder, mak
     assert 0 < trainable < total
     facts = section(make_model_card(folder), "What it is")
     assert f"| parameters | {total / 1e6:.2f} million |" in facts
-    assert f"| {trainable / 1e6:.2f} million: the side adapter" in facts
+    assert f"| {trainable / 1e6:.2f} million: what is added to CLIP" in facts
 
 
 @pytest.mark.parametrize("width", [768, 1024])
@@ -268,7 +268,7 @@ def test_the_examples_on_the_card_run(tmp_path, monkeypatch):
         ("model.safetensors", None, "model.safetensors"),
         ("config.json", "{", "config.json cannot be read as JSON"),
         ("config.json", "[" * 100_000, "config.json cannot be read as JSON"),
-        ("config.json", '{"model_type": "clip"}', "not of a SAN model"),
+        ("config.json", '{"model_type": "clip"}', "'clip'"),
         ("config.json", '{"model_type": "san", "num_queries": -1}', "num_queries"),
         ("model.safetensors", "nothing", "model.safetensors cannot be read"),
         ("results.json", "[]", "results.json holds no JSON object"),

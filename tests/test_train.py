@@ -70,7 +70,7 @@ def start(tmp_path_factory):
     tokenizer = build_tokenizer(600)
     torch.manual_seed(0)
     clip = CLIPModel(demo_clip_config(tokenizer))
-    shape = {**read_recipe(RECIPE)["san"], "num_queries": 4, "train_num_points": 64}
+    shape = {**read_recipe(RECIPE)["config_overrides"], "num_queries": 4, "train_num_points": 64}
     SANForOpenVocabSegmentation.from_clip(clip, **shape).save_pretrained(folder / "model")
     image_processor = SANImageProcessor(size_divisor=16, mask_stride=8)
     SANProcessor(image_processor, tokenizer, templates=["a photo of a {}."]).save_pretrained(folder / "model")
@@ -232,7 +232,7 @@ def test_accumulated_batches_are_one_batch(options):
         with fixed_points():
             found.append(compute_gradients(one)[0])
     assert found[0]["loss_cross_entropy"] == pytest.approx(found[1]["loss_cross_entropy"], rel=1e-5)
-    for one, other in zip(*(each.san.parameters() for each in runs), strict=True):
+    for one, other in zip(*(each.unwrapped.parameters() for each in runs), strict=True):
         if one.grad is not None:
             torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-4)
 
@@ -402,7 +402,7 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(options, monke
     def break_the_second(run):
         terms, indices = compute_gradients(run)
         if run.progress.step == 1:
-            run.san.background_embedding.grad.fill_(float("inf"))
+            run.unwrapped.background_embedding.grad.fill_(float("inf"))
             terms["grad_norm"] = float("inf")
         return terms, indices
 
@@ -515,7 +515,7 @@ def _gradients(rank, world_size, options, port, results):
     run = prepare_run(Recipe(**options))
     with fixed_points():
         terms, indices = compute_gradients(run)
-    gradients = {name: value.grad for name, value in run.san.named_parameters() if value.grad is not None}
+    gradients = {name: value.grad for name, value in run.unwrapped.named_parameters() if value.grad is not None}
     torch.save({"indices": indices, "norm": terms["grad_norm"], "gradients": gradients}, f"{results}-{rank}")
 
 
@@ -535,7 +535,7 @@ def test_two_processes_have_the_gradients_of_one_with_twice_the_batch(options, t
         terms, indices = compute_gradients(alone)
     assert sorted(both[0]["indices"] + both[1]["indices"]) == sorted(indices)
     assert both[0]["norm"] == pytest.approx(terms["grad_norm"], rel=1e-4)
-    gradients = {name: value.grad for name, value in alone.san.named_parameters() if value.grad is not None}
+    gradients = {name: value.grad for name, value in alone.unwrapped.named_parameters() if value.grad is not None}
     assert len(gradients) > 50
     for one in both:
         for name, gradient in gradients.items():
@@ -574,7 +574,7 @@ def test_the_papers_recipe_is_the_papers():
     assert (recipe.weight_decay, recipe.crop_size, recipe.max_long_side) == (1e-4, [640, 640], 2560)
     assert recipe.short_sides == [320, 384, 448, 512, 576, 640, 704, 768, 832, 896, 960]
     large, _ = parse_recipe(["--config", "coco_stuff_vit_l_14"])
-    assert (large.san_options["clip_input_scale"], large.san_options["sls_start_layer"]) == (0.7, 18)
+    assert (large.new_config["clip_input_scale"], large.new_config["sls_start_layer"]) == (0.7, 18)
 
 
 def test_options_win_over_the_file(tmp_path):
@@ -601,8 +601,8 @@ def test_the_recipe_of_a_run_starts_it_again(whole, common):
         (["--learning_rate", "-1"], "learning_rate"),
         (["--batch_size", "3", "--gradient_accumulation_steps", "2"], "batch_size 3"),
         (["--mixed_precision", "int4"], "mixed_precision"),
-        (["--san", "[1]", "--clip", "x"], "JSON object"),
-        (["--san", "{", "--clip", "x"], "JSON"),
+        (["--config_overrides", "[1]", "--clip", "x"], "JSON object"),
+        (["--config_overrides", "{", "--clip", "x"], "JSON"),
         (["--model", "a", "--clip", "b"], "both model and clip"),
         (["--dataset", "x"], "output_dir"),
         (["--output_dir", "x"], "dataset"),

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 from transformers import CLIPModel, CLIPTokenizer, get_polynomial_decay_schedule_with_warmup
 
 from modeling_san import BUILTIN_MODEL
-from modeling_san.modeling_san import SANForOpenVocabSegmentation
-from modeling_san.processing import SANImageProcessor, SANProcessor, template_names
+from modeling_san.auto import classes_of, classes_of_type
+from modeling_san.open_vocabulary import OpenVocabularyModel
+from modeling_san.processing import SANProcessor, template_names
 from modeling_san.processing.device import pick_device_and_dtype
 from modeling_san.processing.wording_san import one_line
 from modeling_san.training.augmentation import Augmentation
@@ -68,9 +69,9 @@ def make_accelerator(recipe: Recipe, *trackers: Any) -> Accelerator:
     return accelerator
 
 
-def load_model(recipe: Recipe, checkpoint: Path | None) -> tuple[SANForOpenVocabSegmentation, SANProcessor]:
+def load_model(recipe: Recipe, checkpoint: Path | None) -> tuple[OpenVocabularyModel, SANProcessor]:
     """
-    The model to train in float32, from a checkpoint, a SAN model, or a CLIP with a new side adapter.
+    The model to train in float32, of any kind, from a checkpoint, a model, or a CLIP that a new one is put around.
 
     Raises:
         ValueError: where it cannot be loaded.
@@ -80,21 +81,22 @@ def load_model(recipe: Recipe, checkpoint: Path | None) -> tuple[SANForOpenVocab
     options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
     try:
         if checkpoint is None and recipe.clip is not None:
+            _, model_class, processor_class = classes_of_type(recipe.model_type)
             clip = CLIPModel.from_pretrained(source, **options)
             torch.manual_seed(recipe.seed)
-            model = SANForOpenVocabSegmentation.from_clip(clip, **recipe.san_options)
-            image_processor = SANImageProcessor(
-                size_divisor=model.config.size_divisor, mask_stride=model.config.side_patch_size
-            )
-            tokenizer = CLIPTokenizer.from_pretrained(source)
-            return model, SANProcessor(image_processor, tokenizer, templates=templates or "vild")
-        model = SANForOpenVocabSegmentation.from_pretrained(source, **options)
-        processor = SANProcessor.from_pretrained(source)
+            model = model_class.from_clip(clip, **recipe.new_config)
+            processor = processor_class(tokenizer=CLIPTokenizer.from_pretrained(source), templates=templates or "vild")
+            for name in ("size_divisor", "mask_stride"):
+                setattr(processor.image_processor, name, getattr(model.config, name))
+            return model, processor
+        _, model_class, processor_class = classes_of(source)
+        model = model_class.from_pretrained(source, **options)
+        processor = processor_class.from_pretrained(source)
     except Exception as error:
         # Damaged files and missing networks raise many kinds
         raise ValueError(f"{source} cannot be loaded as a model to train: {one_line(error)}.") from error
     if templates is not None:
-        processor = SANProcessor(processor.image_processor, processor.tokenizer, templates=templates)
+        processor = type(processor)(processor.image_processor, processor.tokenizer, templates=templates)
     return model, processor
 
 
@@ -115,19 +117,19 @@ def _templates(recipe: Recipe) -> str | list[str] | None:
         ) from error
 
 
-def prepare_model(
-    recipe: Recipe, model: SANForOpenVocabSegmentation, processor: SANProcessor, label_set: LabelSet
-) -> None:
+def prepare_model(recipe: Recipe, model: Any, processor: SANProcessor, label_set: LabelSet) -> None:
     """
     Make a model ready to be trained, in place: what trains, its labels, its working size.
 
     Raises:
-        ValueError: where `trainable` names no parameter.
+        ValueError: where `trainable` names no parameter, or prompts that this kind of model does not have.
     """
     config = model.config
     config.trainable_clip_parameters = TRAINABLE.get(
         recipe.trainable, [name.strip() for name in recipe.trainable.split(",") if name.strip()]
     )
+    if recipe.trainable == "prompts" and not hasattr(model, "add_clip_prompts"):
+        raise ValueError(f"trainable is prompts, which a model of type {config.model_type} does not have.")
     if recipe.trainable == "prompts" and model.prompt_embedding is None:
         torch.manual_seed(recipe.seed)
         model.add_clip_prompts(recipe.num_clip_prompts)
@@ -182,7 +184,7 @@ def make_batches(
     accelerator: Accelerator,
     images: Any,
     label_set: LabelSet,
-    model: SANForOpenVocabSegmentation,
+    model: OpenVocabularyModel,
     processor: SANProcessor,
     step: int,
 ) -> Iterator[dict[str, Tensor]]:
@@ -230,20 +232,18 @@ def make_batches(
 
 
 def _make_augmentation(
-    recipe: Recipe, images: Any, label_set: LabelSet, model: SANForOpenVocabSegmentation, processor: SANProcessor
+    recipe: Recipe, images: Any, label_set: LabelSet, model: OpenVocabularyModel, processor: SANProcessor
 ) -> Augmentation:
     """The recipe's; what it leaves out follows from the working size and the first image's shape."""
-    divisor, patch_size = model.config.size_divisor, model.config.side_patch_size
+    divisor, stride = model.config.size_divisor, model.config.mask_stride
     short_side = int(processor.image_processor.size["shortest_edge"])
     crop_size = recipe.crop_size
     if not crop_size:
         image, _ = to_arrays(next(iter(images)), label_set)
         scale = short_side / min(image.size)
         crop_size = [max(divisor, round(side * scale / divisor) * divisor) for side in image.size[::-1]]
-    if any(side % patch_size for side in crop_size):
-        raise ValueError(
-            f"crop_size is {crop_size}: its sides must be multiples of {patch_size}, the side adapter's patch."
-        )
+    if any(side % stride for side in crop_size):
+        raise ValueError(f"crop_size is {crop_size}: its sides must be multiples of {stride}, a cell of the masks.")
     short_sides = recipe.short_sides or Augmentation.for_size(short_side, (divisor, divisor)).short_sides
     return Augmentation(
         short_sides=tuple(short_sides),

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from modeling_san.modeling_san import SANForOpenVocabSegmentation
+from modeling_san.open_vocabulary import OpenVocabularyModel
 from modeling_san.processing import SANProcessor, normalize_labels
 from modeling_san.processing.drawing import overlay
 from modeling_san.processing.files import replacing_file, write_json, write_text
@@ -57,7 +57,7 @@ _logger = logging.getLogger(__name__)
 
 
 def evaluate(
-    model: SANForOpenVocabSegmentation,
+    model: OpenVocabularyModel,
     processor: SANProcessor,
     images: Any,
     label_set: LabelSet,
@@ -169,7 +169,7 @@ def evaluate(
 
 
 def save_overlays(
-    model: SANForOpenVocabSegmentation,
+    model: OpenVocabularyModel,
     processor: SANProcessor,
     images: Any,
     label_set: LabelSet,
@@ -303,7 +303,7 @@ def model_index(results: Mapping[str, Any], about: Mapping[str, Any]) -> list[di
 
 
 @contextmanager
-def _evaluating(model: SANForOpenVocabSegmentation) -> Iterator[None]:
+def _evaluating(model: OpenVocabularyModel) -> Iterator[None]:
     """Evaluation mode without gradients; the model is given back as it was."""
     was_training = model.training
     model.eval()

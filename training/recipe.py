@@ -55,9 +55,10 @@ class Recipe:
         ValueError: where a value makes no sense; the sentence names the field.
     """
 
-    model: str | None = _option(None, "SAN model to start from: folder or Hub id (default: the built-in model)")
-    clip: str | None = _option(None, "start a new side adapter beside this CLIP instead: folder or Hub id")
-    san: str = _option("{}", "fields of SANConfig for a new side adapter, as JSON")
+    model: str | None = _option(None, "model to start from: folder or Hub id (default: the built-in model)")
+    clip: str | None = _option(None, "start a new model around this CLIP instead: folder or Hub id")
+    model_type: str = _option("san", "kind of the new model that is put around a CLIP")
+    config_overrides: str = _option("{}", "fields of its config that differ from the defaults, as JSON")
     trainable: str = _option(
         "paper",
         "paper (side adapter and CLIP's position embedding), side-adapter, prompts (side adapter, and learned prompt "
@@ -113,8 +114,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Check what can be checked without data or model."""
-        if isinstance(self.san, dict):
-            self.san = json.dumps(self.san)
+        if isinstance(self.config_overrides, dict):
+            self.config_overrides = json.dumps(self.config_overrides)
         if len(self.crop_size) == 1:
             self.crop_size = self.crop_size * 2
         for least, name in ((least, name) for least, names in _AT_LEAST.items() for name in names.split()):
@@ -143,26 +144,26 @@ class Recipe:
             ),
             (
                 self.model is not None and self.clip is not None,
-                "both model and clip are given: start from a SAN model or from a CLIP.",
+                "both model and clip are given: start from a model or from a CLIP.",
             ),
             (
-                bool(self.san_options) and self.clip is None,
-                "san describes a new side adapter: give the clip it goes with.",
+                bool(self.new_config) and self.clip is None,
+                "config_overrides describe a new model: give the clip that it goes around.",
             ),
         ):
             if is_wrong:
                 raise ValueError(message)
 
     @property
-    def san_options(self) -> dict[str, Any]:
-        """Fields of SANConfig, from the JSON in `san`."""
+    def new_config(self) -> dict[str, Any]:
+        """Fields of a new model's config, from the JSON in `config_overrides`."""
         example = """'{"num_queries": 100}'"""
         try:
-            value = json.loads(self.san or "{}")
+            value = json.loads(self.config_overrides or "{}")
         except ValueError as error:
-            raise ValueError(f"san is not valid JSON ({error}): write it as {example}.") from error
+            raise ValueError(f"config_overrides is not valid JSON ({error}): write it as {example}.") from error
         if not isinstance(value, dict):
-            raise ValueError(f"san is {self.san}: expected a JSON object such as {example}.")
+            raise ValueError(f"config_overrides is {self.config_overrides}: expected a JSON object such as {example}.")
         return value
 
     def to_yaml(self) -> str:
@@ -196,6 +197,9 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ValueError(f"recipe {source} holds no `key: value` lines: see {', '.join(recipe_names())}.")
+    if "san" in content:
+        # What version 0.1 called it
+        content["config_overrides"] = content.pop("san")
     known = [option.name for option in fields(Recipe)]
     for key in content:
         if key not in known:

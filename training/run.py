@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from modeling_san.modeling_san import SANForOpenVocabSegmentation
+from modeling_san.open_vocabulary import OpenVocabularyModel
 from modeling_san.processing import SANProcessor
 from modeling_san.processing.files import new_folder, remove_unfinished, write_json, write_text
 from modeling_san.processing.wording_san import one_line
@@ -92,7 +92,7 @@ class Run:
         return Path(str(self.recipe.output_dir))
 
     @property
-    def san(self) -> SANForOpenVocabSegmentation:
+    def unwrapped(self) -> Any:
         """The model itself."""
         return self.accelerator.unwrap_model(self.model)
 
@@ -162,7 +162,7 @@ def _load_images(recipe: Recipe, source: str, split: str) -> Any:
     )
 
 
-def _make_vectors_of_scalars(model: SANForOpenVocabSegmentation) -> list[str]:
+def _make_vectors_of_scalars(model: OpenVocabularyModel) -> list[str]:
     """FSDP cuts parameters along their first dimension, which scalars lack; returns the names of those changed."""
     names = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
     for name in names:
@@ -187,7 +187,7 @@ def _prepare_folder(run: Run) -> None:
     if step and (changes := _changes(run.folder / RECIPE_FILE, recipe)):
         warn(f"the run continues with another recipe: {'; '.join(changes)}")
     write_text(run.folder / RECIPE_FILE, recipe.to_yaml())
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in run.san.parameters()]
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in run.unwrapped.parameters()]
     trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
     processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
     say(
@@ -233,7 +233,7 @@ def write_checkpoint(run: Run) -> str:
 
 def write_model(run: Run, folder: Path) -> None:
     """Write what `from_pretrained` loads; all processes take part where FSDP spreads the parameters."""
-    model = run.san
+    model = run.unwrapped
     if model.trains_text_encoder():
         with as_saved(model):
             model.set_labels(run.label_set.names, run.processor)
@@ -249,7 +249,7 @@ def write_model(run: Run, folder: Path) -> None:
 
 
 @contextmanager
-def as_saved(model: SANForOpenVocabSegmentation) -> Iterator[None]:
+def as_saved(model: OpenVocabularyModel) -> Iterator[None]:
     """
     The model as it will be loaded: what is measured is what is saved.
 

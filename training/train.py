@@ -117,7 +117,7 @@ def compute_gradients(run: Run) -> tuple[dict[str, float], list[int]]:
         with accelerator.accumulate(run.model):
             output = run.model(**send_to_device(batch, accelerator.device, non_blocking=True))
             accelerator.backward(output.loss)
-        for name, term in (*output.loss_dict.items(), ("loss", output.loss)):
+        for name, term in (*(output.loss_dict or {}).items(), ("loss", output.loss)):
             terms[name] = terms.get(name, 0.0) + term.detach() / parts
     norm = accelerator.clip_grad_norm_(run.model.parameters(), run.recipe.max_grad_norm)
     terms["grad_norm"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -194,7 +194,7 @@ def _log_figures(run: Run, interval: Interval) -> dict[str, float]:
 @torch.no_grad()
 def _evaluate(run: Run, show: bool) -> None:
     """Measure the model on the validation data and draw what it does there."""
-    recipe, state, model = run.recipe, run.progress, run.san
+    recipe, state, model = run.recipe, run.progress, run.unwrapped
     is_main = run.accelerator.is_main_process
     run.model.eval()
     with as_saved(model):

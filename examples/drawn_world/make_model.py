@@ -57,7 +57,7 @@ def check_clip(clip: CLIPModel, tokenizer: CLIPTokenizer) -> dict[str, float]:
     Raises:
         UndertrainedError: where one of them is too low.
     """
-    first_layer = read_recipe(RECIPE)["san"]["sls_start_layer"]
+    first_layer = read_recipe(RECIPE)["config_overrides"]["sls_start_layer"]
     recognition = masked_recognition_accuracy(clip, tokenizer, first_layer=first_layer)
     figures = {
         "zero_shot_accuracy": zero_shot_accuracy(clip, tokenizer),

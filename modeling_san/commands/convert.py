@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"{args.checkpoint}: {one_line(error)}") from error
     config = model.config
     check_tokenizer(tokenizer, config, f"pass a folder with CLIP's own with --tokenizer, not {args.tokenizer}")
-    image_processor = SANImageProcessor(size_divisor=config.size_divisor, mask_stride=config.side_patch_size)
+    image_processor = SANImageProcessor(size_divisor=config.size_divisor, mask_stride=config.mask_stride)
     templates = (reference_config or {}).get("MODEL.SAN", {}).get("CLIP_TEMPLATE_SET", DEFAULT_TEMPLATES)
     _save(model, SANProcessor(image_processor, tokenizer, templates), output)
     say(f"wrote {output}: {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters")

@@ -15,9 +15,8 @@ from .errors import CommandError, warn
 if TYPE_CHECKING:
     import torch
 
+    from modeling_san.auto import ModelClasses
     from modeling_san.processing import Segmenter, Vocabulary
-
-_PACKAGE = __name__.partition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def load_model(name: str | None, device: torch.device) -> LoadedModel:
 
     source = str(BUILTIN_MODEL) if name is None else name
     _check_source(source)
-    model_class, processor_class = _find_classes(source)
+    _, model_class, processor_class = _find_classes(source)
     try:
         processor = processor_class.from_pretrained(source)
         model, loading = model_class.from_pretrained(
@@ -143,19 +142,14 @@ def _check_source(source: str) -> None:
             raise CommandError(f"model folder {source} has no {what}: pass a folder that save_pretrained wrote")
 
 
-def _find_classes(source: str) -> tuple[Any, Any]:
-    """
-    The classes of a model and its processor, by the type in its config.
+def _find_classes(source: str) -> ModelClasses:
+    """The classes of a model and its processor, by the type in its config."""
+    from modeling_san.auto import classes_of
 
-    Only those of this package: the library would fill another model with random weights, or run a folder's own code.
-    """
-    from transformers import CONFIG_MAPPING, MODEL_MAPPING, PROCESSOR_MAPPING, PreTrainedConfig
-
-    from modeling_san.auto import register
-
-    register()
     try:
-        config, _ = PreTrainedConfig.get_config_dict(source)
+        return classes_of(source)
+    except ValueError as error:
+        raise CommandError(f"model {source} cannot be used: {error}") from error
     except OSError as error:
         if Path(source).is_dir():
             raise CommandError(f"model folder {source}: config.json cannot be read: {one_line(error)}") from error
@@ -163,11 +157,3 @@ def _find_classes(source: str) -> tuple[Any, Any]:
             f"model {source}: there is no such folder, and the Hub has no such model or cannot be reached: check the "
             "name and the network"
         ) from error
-    model_type = config.get("model_type") if isinstance(config, dict) else None
-    config_class = CONFIG_MAPPING[model_type] if isinstance(model_type, str) and model_type in CONFIG_MAPPING else None
-    if config_class is None or not config_class.__module__.startswith(f"{_PACKAGE}."):
-        what = "has a config.json without a model type" if model_type is None else f"is of type {model_type!r}"
-        raise CommandError(
-            f"model {source} {what}, which is none of this package's: pass one that `san convert` or `san train` wrote"
-        )
-    return MODEL_MAPPING[config_class], PROCESSOR_MAPPING[config_class]

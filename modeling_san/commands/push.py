@@ -37,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--dry-run", action="store_true", help="list what would be published; needs no network")
     parser.add_argument("--update", action="store_true", help="commit on top of what the repository holds already")
-    parser.add_argument("--message", default="Upload a SAN model", help='of the commit (default: "%(default)s")')
+    parser.add_argument("--message", default="Upload a model", help='of the commit (default: "%(default)s")')
     parser.add_argument("--new-card", action="store_true", help="make a card also where there is one already")
     parser.add_argument("--license", metavar="ID", help="of the weights, for the card: apache-2.0, for example")
     parser.add_argument("--base-model", metavar="HUB_ID", help="what these weights were made from, for the card")

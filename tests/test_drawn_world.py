@@ -10,30 +10,9 @@ import torch
 from datasets import Image
 from transformers import AutoTokenizer, CLIPModel, CLIPTokenizer
 
-from drawn_world.captions import caption_scene, write_caption
-from drawn_world.pretrain_clip import (
-    contrastive_loss,
-    demo_clip_config,
-    draw_pool,
-    embed_images,
-    embed_regions,
-    patches_of_regions,
-    pretrain_clip,
-)
+from drawn_world import captions, pretrain_clip, world
 from drawn_world.tokenizer import build_tokenizer, training_sentences
-from drawn_world.world import (
-    BACKGROUNDS,
-    CLASS_NAMES,
-    COLOURS,
-    COMBINATIONS,
-    MIN_REGION_SHARE,
-    NEVER_SEEN_COMBINATIONS,
-    PATTERNS,
-    SEEN_COMBINATIONS,
-    draw_scene,
-    draw_texture,
-    world_dataset,
-)
+from drawn_world.world import CLASS_NAMES, COLOURS, COMBINATIONS, draw_scene, draw_texture
 
 
 @pytest.fixture(scope="module")
@@ -49,37 +28,41 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def clip(tokenizer):
     torch.manual_seed(0)
-    return CLIPModel(demo_clip_config(tokenizer)).eval()
+    return CLIPModel(pretrain_clip.demo_clip_config(tokenizer)).eval()
 
 
 def area(scene, name):
     return scene.label_map == CLASS_NAMES.index(name)
 
 
+def assert_same(first, second):
+    np.testing.assert_array_equal(first.image, second.image)
+    np.testing.assert_array_equal(first.label_map, second.label_map)
+    assert first.names == second.names
+
+
 # ---------------------------------------- images
 
 
 def test_seed_and_index_say_which_image_is_drawn():
-    first, again = draw_scene(5, 11), draw_scene(5, 11)
-    np.testing.assert_array_equal(first.image, again.image)
-    np.testing.assert_array_equal(first.label_map, again.label_map)
-    assert first.names == again.names
+    first = draw_scene(5, 11)
+    assert_same(first, draw_scene(5, 11))
     for seed, index in ((5, 12), (6, 11)):
         assert not np.array_equal(first.image, draw_scene(seed, index).image)
 
 
 def test_held_out_combinations_cover_every_colour_and_pattern():
-    colours, patterns = zip(*(name.split(" ") for name in NEVER_SEEN_COMBINATIONS), strict=True)
+    colours, patterns = zip(*(name.split(" ") for name in world.NEVER_SEEN_COMBINATIONS), strict=True)
     assert sorted(colours) == sorted(COLOURS)
-    assert sorted(patterns) == sorted(2 * PATTERNS)
-    assert sorted(SEEN_COMBINATIONS + NEVER_SEEN_COMBINATIONS) == sorted(COMBINATIONS)
+    assert sorted(patterns) == sorted(2 * world.PATTERNS)
+    assert sorted(world.SEEN_COMBINATIONS + world.NEVER_SEEN_COMBINATIONS) == sorted(COMBINATIONS)
     assert len(COMBINATIONS) == 32
 
 
 def test_scenes_hold_one_to_three_large_regions_and_label_maps_exactly_their_names(scenes):
     for scene in scenes:
         assert {CLASS_NAMES[label] for label in np.unique(scene.label_map)} == set(scene.names)
-        assert all(area(scene, name).mean() >= MIN_REGION_SHARE for name in scene.regions)
+        assert all(area(scene, name).mean() >= world.MIN_REGION_SHARE for name in scene.regions)
     numbers = [len(scene.regions) for scene in scenes]
     assert set(numbers) == {1, 2, 3}
     assert numbers.count(1) >= len(scenes) // 3
@@ -88,13 +71,13 @@ def test_scenes_hold_one_to_three_large_regions_and_label_maps_exactly_their_nam
 def test_captions_mention_what_is_there_and_nothing_else(scenes):
     rng = np.random.default_rng(0)
     for scene in scenes:
-        whole = write_caption(rng, scene.regions, scene.background)
+        whole = captions.write_caption(rng, scene.regions, scene.background)
         assert whole.names == set(scene.names)
-        for caption in (whole, caption_scene(rng, scene.regions, scene.background)):
+        for caption in (whole, captions.caption_scene(rng, scene.regions, scene.background)):
             assert {name for name in CLASS_NAMES if name in caption.text} == caption.names
             assert caption.names <= set(scene.names)
     with pytest.raises(ValueError, match="at least one"):
-        write_caption(rng, [], None)
+        captions.write_caption(rng, [], None)
 
 
 @pytest.mark.parametrize("colour", COLOURS)
@@ -115,30 +98,26 @@ def test_only_the_wanted_names_are_drawn():
             draw_scene(0, 0, **wrong)
 
 
-@pytest.mark.parametrize(("size", "shape"), [(64, (64, 64)), ((96, 160), (96, 160))], ids=["square", "wide"])
-def test_images_come_in_any_size(size, shape):
-    scene = draw_scene(1, 1, size=size)
-    assert (scene.image.shape, scene.label_map.shape) == ((*shape, 3), shape)
-    assert scene.image.dtype == scene.label_map.dtype == np.uint8
-
-
-def test_the_dataset_holds_the_drawn_images():
-    dataset = world_dataset(3, seed=4, start=10, max_regions=2)
-    assert isinstance(dataset.features["image"], Image)
-    assert isinstance(dataset.features["annotation"], Image)
-    for index, row in enumerate(dataset):
-        scene = draw_scene(4, 10 + index, max_regions=2)
-        np.testing.assert_array_equal(np.asarray(row["image"]), scene.image)
-        np.testing.assert_array_equal(np.asarray(row["annotation"]), scene.label_map)
+def test_the_dataset_holds_the_drawn_images_in_any_size():
+    for size, (height, width) in ((64, (64, 64)), ((96, 160), (96, 160))):
+        dataset = world.world_dataset(2, seed=4, start=10, max_regions=2, size=size)
+        assert isinstance(dataset.features["image"], Image)
+        assert isinstance(dataset.features["annotation"], Image)
+        for index, row in enumerate(dataset):
+            scene = draw_scene(4, 10 + index, max_regions=2, size=size)
+            assert (scene.image.shape, scene.label_map.shape) == ((height, width, 3), (height, width))
+            assert scene.image.dtype == scene.label_map.dtype == np.uint8
+            np.testing.assert_array_equal(np.asarray(row["image"]), scene.image)
+            np.testing.assert_array_equal(np.asarray(row["annotation"]), scene.label_map)
 
 
 def test_a_texture_fills_the_whole_image_and_each_background_has_one_of_its_own():
     assert draw_texture(0, 0, names=["red plain"]).names == ("red plain",)
-    textures = [draw_texture(0, 0, names=[name]) for name in BACKGROUNDS]
-    assert all(area(scene, name).all() for scene, name in zip(textures, BACKGROUNDS, strict=True))
-    assert [scene.background for scene in textures] == list(BACKGROUNDS)
+    textures = [draw_texture(0, 0, names=[name]) for name in world.BACKGROUNDS]
+    assert all(area(scene, name).all() for scene, name in zip(textures, world.BACKGROUNDS, strict=True))
+    assert [scene.background for scene in textures] == list(world.BACKGROUNDS)
     means = np.stack([scene.image.mean((0, 1)) for scene in textures])
-    distances = np.abs(means[:, None] - means).max(-1) + 255 * np.eye(len(BACKGROUNDS))
+    distances = np.abs(means[:, None] - means).max(-1) + 255 * np.eye(len(world.BACKGROUNDS))
     assert distances.min() > 15
 
 
@@ -153,20 +132,18 @@ def test_textures_survive_being_shrunk_by_half(name):
 # ---------------------------------------- the tokenizer
 
 
-def test_sentences_start_end_and_pad_as_in_clip_and_case_does_not_matter(tokenizer):
+def test_sentences_are_words_between_clips_start_and_end_whatever_their_case(tokenizer):
     ids = tokenizer("a photo of red striped").input_ids
     words = ["a</w>", "photo</w>", "of</w>", "red</w>", "striped</w>"]
     assert tokenizer.convert_ids_to_tokens(ids) == ["<|startoftext|>", *words, "<|endoftext|>"]
     assert tokenizer("A photo of Red STRIPED").input_ids == ids
+    for name in CLASS_NAMES:
+        assert len(tokenizer.tokenize(name)) == len(name.split(" "))
     assert tokenizer.pad_token == tokenizer.eos_token == tokenizer.unk_token == "<|endoftext|>"
     ids = tokenizer(["grass", "red plain on grass"], padding=True).input_ids
     assert ids[0] == [tokenizer.bos_token_id, ids[0][1], *[tokenizer.eos_token_id] * 4]
     # CLIPTextModel reads an end token of 2 as "take the largest id", for old configurations.
     assert tokenizer.eos_token_id == len(tokenizer) - 1 != 2
-
-
-def test_words_of_the_world_are_single_tokens(tokenizer):
-    assert [len(tokenizer.tokenize(name)) for name in CLASS_NAMES] == [len(name.split(" ")) for name in CLASS_NAMES]
 
 
 @pytest.mark.parametrize("text", ["xylophone", "zürich", "東京", "łódź", "emoji 🦊", "a b c d e f g", "#1, 2 & 3"])
@@ -214,15 +191,18 @@ def test_the_tiny_clip_has_about_two_million_parameters(clip):
 @torch.no_grad()
 def test_a_region_that_is_the_whole_image_is_embedded_as_the_image(clip):
     pixel_values = torch.randn(2, 3, 64, 64)
-    regions = embed_regions(clip, pixel_values, torch.ones(2, 3, 8, 8, dtype=torch.bool), first_layer=3)
-    torch.testing.assert_close(regions, embed_images(clip, pixel_values)[:, None].expand(-1, 3, -1))
+    regions = pretrain_clip.embed_regions(clip, pixel_values, torch.ones(2, 3, 8, 8, dtype=torch.bool), first_layer=3)
+    torch.testing.assert_close(regions, pretrain_clip.embed_images(clip, pixel_values)[:, None].expand(-1, 3, -1))
 
 
 def test_patches_of_a_region_are_those_it_touches_or_those_it_fills():
     mask = torch.zeros(1, 2, 128, 128)
     mask[0, 0, :, :40] = 1
     mask[0, 1, :4, :4] = 1
-    touched, filled = patches_of_regions(mask, 8), patches_of_regions(mask, 8, min_coverage=0.9)
+    touched, filled = (
+        pretrain_clip.patches_of_regions(mask, 8),
+        pretrain_clip.patches_of_regions(mask, 8, min_coverage=0.9),
+    )
     assert touched[0, 0].any(0).tolist() == [True] * 3 + [False] * 5
     assert filled[0, 0].any(0).tolist() == [True] * 2 + [False] * 6
     assert touched[0, 1].sum() == filled[0, 1].sum() == 1
@@ -230,14 +210,16 @@ def test_patches_of_a_region_are_those_it_touches_or_those_it_fills():
 
 def test_a_true_caption_of_another_image_is_not_held_against_the_model():
     # Both captions are true of both images: equal logits are perfect, up to the entropy of the target.
-    loss = contrastive_loss(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool))
+    loss = pretrain_clip.contrastive_loss(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool))
     assert loss.item() == pytest.approx(torch.log(torch.tensor(2.0)).item())
-    own = contrastive_loss(20 * torch.eye(2), torch.eye(2, dtype=torch.bool))
+    own = pretrain_clip.contrastive_loss(20 * torch.eye(2), torch.eye(2, dtype=torch.bool))
     assert own.item() < 1e-6
 
 
 def test_the_pool_is_the_same_however_many_processes_draw_it():
-    (alone, names), (shared, again) = (draw_pool(6, workers=workers, progress=False) for workers in (0, 2))
+    (alone, names), (shared, again) = (
+        pretrain_clip.draw_pool(6, workers=workers, progress=False) for workers in (0, 2)
+    )
     assert torch.equal(alone, shared)
     assert names == again
     assert alone.shape == (6, 3, 64, 64)
@@ -245,11 +227,11 @@ def test_the_pool_is_the_same_however_many_processes_draw_it():
 
 def test_pre_training_saves_a_model_and_its_tokenizer(tmp_path):
     options = {"steps": 2, "batch_size": 4, "num_images": 8, "workers": 0, "progress": False, "device": "cpu"}
-    model = pretrain_clip(tmp_path, **options)
+    model = pretrain_clip.pretrain_clip(tmp_path, **options)
     loaded, tokenizer = CLIPModel.from_pretrained(tmp_path), CLIPTokenizer.from_pretrained(tmp_path)
     assert loaded.config.text_config.eos_token_id == tokenizer.eos_token_id
     torch.testing.assert_close(loaded.visual_projection.weight, model.visual_projection.weight)
-    again = pretrain_clip(tmp_path, **options)
+    again = pretrain_clip.pretrain_clip(tmp_path, **options)
     torch.testing.assert_close(again.visual_projection.weight, model.visual_projection.weight)
     with pytest.raises(ValueError, match="num_images=4"):
-        pretrain_clip(tmp_path, batch_size=8, num_images=4)
+        pretrain_clip.pretrain_clip(tmp_path, batch_size=8, num_images=4)

@@ -110,24 +110,6 @@ def test_what_stands_for_no_class_is_named(stored, options, facts):
         LabelSet(NAMES, **options).read(np.array(stored) if isinstance(stored, list) else stored)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"names": ()}, "no class names"),
-        ({"ignore_index": 2}, "ignore_index is 2"),
-        ({"ignore_index": -1}, "ignore_index is -1"),
-        ({"ignore_index": 65536}, "at most 65535"),
-        ({"colors": COLORS[:2]}, "2 colours for 3 classes"),
-        ({"colors": (*COLORS[:2], COLORS[0])}, "stands for two classes"),
-        ({"colors": COLORS, "reduce_labels": True}, "do not reduce"),
-        ({"ignore_color": (0, 0, 0)}, "without colors"),
-    ],
-)
-def test_label_sets_that_contradict_themselves_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        LabelSet(**{"names": NAMES, **options})
-
-
 # Finding names
 
 
@@ -162,20 +144,27 @@ def test_a_file_says_how_label_maps_are_stored(tmp_path):
         ('{"0": "sky", "one": "road"}', "keys '0', 'one'"),
         ("{}", "keys none"),
         ('{"classes": "sky"}', "single value 'sky'"),
-        ('{"classes": ["sky"], "ignore_index": "255"}', "`ignore_index` is '255'"),
-        ('{"classes": ["sky"], "ignore_index": true}', "`ignore_index` is True"),
-        ('{"classes": ["sky"], "reduce_labels": 1}', "`reduce_labels` is 1"),
-        ('{"classes": ["sky"], "colors": [[1, 2]]}', r"\[1, 2\]"),
-        ('{"classes": ["sky"], "colors": [[1, 2, 256]]}', "256"),
-        ('{"classes": ["sky"], "colors": ["grey"]}', "'grey'"),
-        ('{"classes": ["sky"], "colors": ["#12345g"]}', "'#12345g'"),
-        ('{"classes": ["sky"], "colors": []}', "0 colours for 1 classes"),
-        ('{"classes": ["sky"], "colors": "#808080"}', "#808080"),
         ("[" * 100_000, "not valid JSON"),
+        ({"ignore_index": "255"}, "`ignore_index` is '255'"),
+        ({"ignore_index": True}, "`ignore_index` is True"),
+        ({"ignore_index": 2}, "ignore_index is 2"),
+        ({"ignore_index": -1}, "ignore_index is -1"),
+        ({"ignore_index": 65536}, "at most 65535"),
+        ({"reduce_labels": 1}, "`reduce_labels` is 1"),
+        ({"reduce_labels": True, "colors": COLORS}, "do not reduce"),
+        ({"colors": [[1, 2]]}, r"\[1, 2\]"),
+        ({"colors": [[1, 2, 256]]}, "256"),
+        ({"colors": ["grey"]}, "'grey'"),
+        ({"colors": ["#12345g"]}, "'#12345g'"),
+        ({"colors": "#808080"}, "#808080"),
+        ({"colors": []}, "0 colours for 3 classes"),
+        ({"colors": [*COLORS[:2], COLORS[0]]}, "stands for two classes"),
+        ({"ignore_color": (0, 0, 0)}, "without colors"),
     ],
 )
-def test_files_of_another_shape_are_refused(tmp_path, content, message):
-    (tmp_path / "classes.json").write_text(content)
+def test_files_that_say_something_else_or_contradict_themselves_are_refused(tmp_path, content, message):
+    text = content if isinstance(content, str) else json.dumps({"classes": NAMES, **content})
+    (tmp_path / "classes.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_label_set(tmp_path / "classes.json")
 
@@ -187,7 +176,9 @@ def test_what_stands_for_no_label_is_given_or_follows_from_the_number_of_classes
         assert load_label_set([f"class {number}" for number in range(count)]).ignore_index == ignored
 
 
-def test_what_is_neither_preset_nor_file_is_refused_with_the_presets():
+def test_what_is_neither_preset_nor_file_nor_name_is_refused():
+    with pytest.raises(ValueError, match="no class names"):
+        LabelSet(())
     with pytest.raises(ValueError, match=r"neither a label set \(ade20k_150.* nor a file"):
         load_label_set("ade20k")
 

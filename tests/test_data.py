@@ -89,72 +89,85 @@ def write_folders(folder, names=("0", "1", "2"), images="images", labels="annota
 # Sources
 
 
-def parquet(folder, dataset=None):
-    (make_dataset(3) if dataset is None else dataset).to_parquet(folder / "data.parquet")
+def parquet(folder, dataset):
+    dataset.to_parquet(folder / "data.parquet")
     return folder / "data.parquet"
 
 
-def saved(folder, dataset=None):
-    (make_dataset(3) if dataset is None else dataset).save_to_disk(folder / "saved")
+def saved(folder, dataset):
+    dataset.save_to_disk(folder / "saved")
     return folder / "saved"
 
 
-def arrow(folder):
-    return next(saved(folder).glob("*.arrow"))
-
-
-def saved_splits(folder):
-    return saved(folder, DatasetDict({"train": make_dataset(3), "test": make_dataset(1)}))
-
-
-def saved_split(folder):
-    return saved(folder, DatasetDict({"train": make_dataset(3)}))
-
-
-def shards(folder):
-    for index in range(3):
-        make_dataset(1, first=index).to_parquet(folder / f"train-{index:05}-of-00003.parquet")
+def write(folder, form):
+    """Three labelled images in a form that users have them in."""
+    three = make_dataset(3)
+    match form:
+        case "parquet":
+            return parquet(folder, three)
+        case "saved":
+            return saved(folder, three)
+        case "arrow":
+            return next(saved(folder, three).glob("*.arrow"))
+        case "saved split":
+            return saved(folder, DatasetDict({"train": three}))
+        case "saved splits":
+            return saved(folder, DatasetDict({"train": three, "test": make_dataset(1)}))
+        case "shards" | "pattern":
+            for index in range(3):
+                make_dataset(1, first=index).to_parquet(folder / f"train-{index:05}-of-00003.parquet")
+            return folder if form == "shards" else folder / "train-*.parquet"
+        case "two folders":
+            write_folders(folder)
+        case "two folders with splits":
+            write_folders(folder, split="training")
+            write_folders(folder, names="a", split="validation")
+        case "splits with two folders":
+            write_folders(folder / "train", images="img", labels="masks")
+            write_folders(folder / "val", names="a", images="img", labels="masks")
+        case "folder with metadata":
+            write_folders(folder / "train", images="images", labels="truth")
+            names = [
+                {"image_file_name": f"images/{n}.png", "annotation_file_name": f"truth/{n}.png"} for n in range(3)
+            ]
+            (folder / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, names)))
     return folder
 
 
-def pattern(folder):
-    return shards(folder) / "train-*.parquet"
-
-
-def two_folders(folder):
-    write_folders(folder)
-    return folder
-
-
-def two_folders_with_splits(folder):
-    write_folders(folder, split="training")
-    write_folders(folder, names="a", split="validation")
-    return folder
-
-
-def splits_with_two_folders(folder):
-    write_folders(folder / "train", images="img", labels="masks")
-    write_folders(folder / "val", names="a", images="img", labels="masks")
-    return folder
-
-
-def image_folder_with_metadata(folder):
-    write_folders(folder / "train", images="images", labels="truth")
-    names = [{"image_file_name": f"images/{n}.png", "annotation_file_name": f"truth/{n}.png"} for n in range(3)]
-    (folder / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, names)))
-    return folder
+def write_wrong(folder, form):
+    """What holds no labelled images, or not where they are looked for."""
+    three = make_dataset(3)
+    match form:
+        case "images alone":
+            return parquet(folder, three.remove_columns("annotation"))
+        case "classes of whole images":
+            write_folders(folder, images="images/sky", labels="images/road")
+            return folder / "images"
+        case "no rows":
+            return parquet(folder, three.select([]))
+        case "nowhere":
+            return folder / "nowhere.parquet"
+        case "no parquet":
+            (folder / "data.parquet").write_text("no parquet")
+            return folder / "data.parquet"
+        case "other names":
+            write_folders(folder)
+            for path in list((folder / "annotations").iterdir()):
+                path.rename(path.with_name(f"{path.stem}_mask.png"))
+            return folder
+    return write(folder, form)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
-    "write",
+    "form",
     [
-        parquet, arrow, saved, saved_splits, shards, pattern, two_folders, two_folders_with_splits,
-        splits_with_two_folders, image_folder_with_metadata,
+        "parquet", "arrow", "saved", "saved splits", "shards", "pattern", "two folders", "two folders with splits",
+        "splits with two folders", "folder with metadata",
     ],
 )  # fmt: skip
-def test_a_data_set_is_read_from_every_form(tmp_path, write, streaming):
-    images = load_images(write(tmp_path), streaming=streaming)
+def test_a_data_set_is_read_from_every_form(tmp_path, form, streaming):
+    images = load_images(write(tmp_path, form), streaming=streaming)
     assert isinstance(images, IterableDataset if streaming else Dataset)
     examples = [to_arrays(example, LABELS) for example in images]
     assert sorted(image.getpixel((0, 0))[0] for image, _ in examples) == [0, 1, 2]
@@ -173,59 +186,30 @@ def test_columns_are_chosen_by_name_even_where_others_would_be_recognised_or_hol
     assert to_arrays(example, LABELS)[0].getpixel((0, 0)) == (2, 2, 2)
 
 
-def images_alone(folder):
-    return parquet(folder, make_dataset(2).remove_columns("annotation"))
-
-
-def nothing(folder):
-    return parquet(folder, make_dataset(1).select([]))
-
-
-def nowhere(folder):
-    return folder / "nowhere.parquet"
-
-
-def no_parquet(folder):
-    parquet(folder).write_text("no parquet")
-    return folder / "data.parquet"
-
-
-def other_names(folder):
-    write_folders(folder)
-    for path in list((folder / "annotations").iterdir()):
-        path.rename(path.with_name(f"{path.stem}_mask.png"))
-    return folder
-
-
-def classes_of_whole_images(folder):
-    write_folders(folder, images="images/sky", labels="images/road")
-    return folder / "images"
-
-
 @pytest.mark.parametrize(
-    ("write", "options", "message"),
+    ("form", "options", "message"),
     [
-        (parquet, {"label_column": "truth"}, "no column 'truth', but image, annotation"),
-        (parquet, {"label_column": "image"}, "cannot hold both"),
-        (images_alone, {}, "none of which is known to hold label maps"),
-        (classes_of_whole_images, {}, "none of which is known to hold label maps"),
-        (nothing, {}, "holds no images"),
-        (nothing, {"streaming": True}, "holds no images"),
-        (saved_splits, {"split": "validation"}, "train, test"),
-        (other_names, {}, "3 images and 3 label maps lie there, but no two of the same name"),
-        (nowhere, {}, "nowhere.parquet cannot be read"),
-        (no_parquet, {}, "data.parquet cannot be read"),
+        ("parquet", {"label_column": "truth"}, "no column 'truth', but image, annotation"),
+        ("parquet", {"label_column": "image"}, "cannot hold both"),
+        ("images alone", {}, "none of which is known to hold label maps"),
+        ("classes of whole images", {}, "none of which is known to hold label maps"),
+        ("no rows", {}, "holds no images"),
+        ("no rows", {"streaming": True}, "holds no images"),
+        ("saved splits", {"split": "validation"}, "train, test"),
+        ("other names", {}, "3 images and 3 label maps lie there, but no two of the same name"),
+        ("nowhere", {}, "nowhere.parquet cannot be read"),
+        ("no parquet", {}, "data.parquet cannot be read"),
     ],
 )
-def test_what_holds_no_labelled_images_is_refused(tmp_path, write, options, message):
+def test_what_holds_no_labelled_images_is_refused(tmp_path, form, options, message):
     with pytest.raises(ValueError, match=message):
-        load_images(write(tmp_path), **options)
+        load_images(write_wrong(tmp_path, form), **options)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("write", [shards, saved_split])
-def test_the_only_split_there_is_is_taken_whatever_it_is_called(tmp_path, caplog, write, streaming):
-    assert len(list(load_images(write(tmp_path), "validation", streaming=streaming))) == 3
+@pytest.mark.parametrize("form", ["shards", "saved split"])
+def test_the_only_split_there_is_is_taken_whatever_it_is_called(tmp_path, caplog, form, streaming):
+    assert len(list(load_images(write(tmp_path, form), "validation", streaming=streaming))) == 3
     assert "'train'" in caplog.text
 
 

@@ -388,7 +388,7 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
 # ------------------------------------------------------------------------------------------------------ what is wrong
 
 
-def test_an_incomplete_copy_stops_unless_it_is_meant(tmp_path):
+def test_an_incomplete_copy_stops_unless_it_is_meant_and_a_complete_one_passes_silently(tmp_path, monkeypatch):
     source, output = make_ade(tmp_path / "in"), tmp_path / "out"
     save_image(source / "images/training/ADE_train_00000007.jpg")
     save_map(source / "annotations/training/ADE_train_00000008.png", [[1]])
@@ -399,12 +399,9 @@ def test_an_incomplete_copy_stops_unless_it_is_meant(tmp_path):
     [warning] = warnings_of("ade20k_150", source, output)
     assert warning.startswith("train: found 3 of 20210 images")
     assert len(label_maps(output)) == 3
-
-
-def test_a_complete_copy_passes_without_a_word(tmp_path, monkeypatch):
-    source = make_ade(tmp_path / "in")
     monkeypatch.setitem(load_preset("ade20k_150").splits["train"], "count", [3])
-    assert warnings_of("ade20k_150", source, tmp_path / "out", allow_incomplete=False) == []
+    complete = make_ade(tmp_path / "complete")
+    assert warnings_of("ade20k_150", complete, tmp_path / "all", allow_incomplete=False) == []
 
 
 def test_a_missing_split_is_left_out_only_if_that_is_meant(tmp_path):

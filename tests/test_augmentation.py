@@ -110,9 +110,6 @@ def test_flips_mirror_image_and_labels_alike_half_of_the_time():
     assert 65 < flipped < 135
 
 
-# Colours
-
-
 def test_colours_are_drawn_from_the_papers_ranges():
     rng = dice([True] * 5, 0.5)
     distort_colors(noise(2, 2), rng)

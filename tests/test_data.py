@@ -86,9 +86,6 @@ def write_folders(folder, names=("0", "1", "2"), images="images", labels="annota
             Image.fromarray(pixels).save(path)
 
 
-# Sources
-
-
 def parquet(folder, dataset):
     dataset.to_parquet(folder / "data.parquet")
     return folder / "data.parquet"
@@ -127,9 +124,7 @@ def write(folder, form):
             write_folders(folder / "val", names="a", images="img", labels="masks")
         case "folder with metadata":
             write_folders(folder / "train", images="images", labels="truth")
-            names = [
-                {"image_file_name": f"images/{n}.png", "annotation_file_name": f"truth/{n}.png"} for n in range(3)
-            ]
+            names = ({"image_file_name": f"images/{n}.png", "annotation_file_name": f"truth/{n}.png"} for n in "012")
             (folder / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, names)))
     return folder
 
@@ -220,9 +215,6 @@ def test_images_without_label_maps_are_left_out_and_counted(tmp_path, caplog):
     assert "1 images without a label map of the same name and 0 label maps" in caplog.text
 
 
-# Examples that cannot be used
-
-
 def example_with(**changes):
     return {**make_dataset(1).cast_column("image", ImageFeature(decode=False))[0], **changes}
 
@@ -274,9 +266,6 @@ def test_images_without_labels_are_kept_and_one_is_named(caplog):
     assert [record.message.split(":")[0] for record in caplog.records] == ["example 0"]
 
 
-# Views
-
-
 def test_views_are_normalised_as_the_processor_does():
     dataset = make_dataset(3, first=100)
     expected = SANImageProcessor()(dataset[2]["image"], do_resize=False, do_pad=False, return_tensors="pt")
@@ -317,9 +306,6 @@ def test_workers_that_live_on_hear_of_the_next_epoch():
     assert not torch.equal(first["pixel_values"], second["pixel_values"])
 
 
-# Order
-
-
 def test_every_epoch_has_each_image_once_in_an_order_of_its_own():
     order = iter(EndlessOrder(10, seed=0))
     epochs = [[next(order) for _ in range(10)] for _ in range(3)]
@@ -342,9 +328,6 @@ def test_an_order_goes_on_from_any_place(start):
     for _ in range(start):
         next(whole)
     assert [next(whole) for _ in range(20)] == [next(rest) for _ in range(20)]
-
-
-# Streams
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 5, 23])
@@ -402,22 +385,18 @@ def test_a_stream_of_unknown_columns_is_read(tmp_path):
     assert batch["labels"].shape == (3, *SIZE)
 
 
-def test_more_readers_than_images_take_turns():
+def test_more_readers_than_images_take_turns_unless_there_are_none():
     stream = make_dataset(2).to_iterable_dataset()
     read = [greys(take(load(streamed(stream, rank=rank, world_size=5), 0), 1)[0]) for rank in range(5)]
     assert all(len(batch) == 3 for batch in read)
-
-
-def test_a_stream_of_nothing_ends_with_a_sentence():
-    stream = IterableDataset.from_generator(lambda: iter(()))
     with pytest.raises(ValueError, match="too few images"):
-        next(iter(streamed(stream)))
+        next(iter(streamed(IterableDataset.from_generator(lambda: iter(())))))
 
 
 def test_encoded_images_are_turned_upright_like_their_label_maps():
-    image, exif, file = Image.new("RGB", (8, 4)), Image.Exif(), io.BytesIO()
+    exif, file = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6
-    image.save(file, "jpeg", exif=exif)
+    Image.new("RGB", (8, 4)).save(file, "jpeg", exif=exif)
     labelled = {"image": {"bytes": file.getvalue(), "path": None}, "annotation": np.zeros((8, 4), np.uint8)}
     upright, label_map = to_arrays(labelled, LabelSet(("dark",)))
     assert upright.size == (4, 8)

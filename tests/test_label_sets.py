@@ -41,9 +41,6 @@ def colored(values: np.ndarray) -> np.ndarray:
     return table[values]
 
 
-# Reading label maps
-
-
 @pytest.mark.parametrize(
     "image",
     [
@@ -108,9 +105,6 @@ def test_colours_stand_for_classes():
 def test_what_stands_for_no_class_is_named(stored, options, facts):
     with pytest.raises(ValueError, match=".*".join(map(re.escape, facts))):
         LabelSet(NAMES, **options).read(np.array(stored) if isinstance(stored, list) else stored)
-
-
-# Finding names
 
 
 @pytest.mark.parametrize(

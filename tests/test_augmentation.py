@@ -157,6 +157,7 @@ def test_saturation_and_hue_are_those_of_the_hsv_model(saturation, hue):
     ("options", "message"),
     [
         ({"short_sides": ()}, "short_sides"),
+        ({"short_sides": (0,)}, "short_sides"),
         ({"crop_size": (0, 8)}, "crop_size"),
         ({"max_long_side": 100}, "max_long_side"),
         ({"flip": 1.5}, "flip"),

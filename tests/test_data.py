@@ -35,6 +35,7 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\ns
 SIZE = (8, 12)
 WHOLE = Augmentation((8,), 64, SIZE, photometric=False, flip=0.0)
 """Shows images as they are, so that their grey tells which one it is."""
+VARIED = Augmentation((8, 9, 12, 20), 64, SIZE)
 
 
 def encoded(pixels: np.ndarray) -> dict[str, bytes | None]:
@@ -43,13 +44,13 @@ def encoded(pixels: np.ndarray) -> dict[str, bytes | None]:
     return {"bytes": file.getvalue(), "path": None}
 
 
-def make_dataset(count: int, image: str = "image", label: str = "annotation", first: int = 0) -> Dataset:
-    """Images of the greys `first`, `first` + 1, ..., labelled 0 at the left and 1 at the right."""
+def make_dataset(count: int, image: str = "image", label: str = "annotation", first: int = 0, value=None) -> Dataset:
+    """Images of the greys `first`, `first` + 1, ..., labelled 0 left and 1 right, or `value` all over."""
     labels = np.zeros(SIZE, np.uint8)
     labels[:, 6:] = 1
     rows = {
         image: [encoded(np.full((*SIZE, 3), first + index, np.uint8)) for index in range(count)],
-        label: [encoded(labels)] * count,
+        label: [encoded(labels if value is None else np.full(SIZE, value, np.uint8))] * count,
     }
     return Dataset.from_dict(rows, features=Features({image: ImageFeature(), label: ImageFeature()}))
 
@@ -79,157 +80,131 @@ def take(loader: DataLoader, batches: int) -> list[dict[str, torch.Tensor]]:
 
 def write_folders(folder, names=("0", "1", "2"), images="images", labels="annotations", split=""):
     for index, name in enumerate(names):
-        for kind, pixels in (
-            (images, np.full((*SIZE, 3), index, np.uint8)),
-            (labels, np.ones(SIZE, np.uint8)),
-        ):
+        for kind, pixels in ((images, np.full((*SIZE, 3), index, np.uint8)), (labels, np.ones(SIZE, np.uint8))):
             path = folder / kind / split / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
 
 
-# Sources
-
-
-def parquet(folder, dataset=None):
-    (make_dataset(3) if dataset is None else dataset).to_parquet(folder / "data.parquet")
+def parquet(folder, dataset):
+    dataset.to_parquet(folder / "data.parquet")
     return folder / "data.parquet"
 
 
-def saved(folder, dataset=None):
-    (make_dataset(3) if dataset is None else dataset).save_to_disk(folder / "saved")
+def saved(folder, dataset):
+    dataset.save_to_disk(folder / "saved")
     return folder / "saved"
 
 
-def arrow(folder):
-    return next(saved(folder).glob("*.arrow"))
-
-
-def saved_splits(folder):
-    return saved(folder, DatasetDict({"train": make_dataset(3), "test": make_dataset(1)}))
-
-
-def shards(folder):
-    for index in range(3):
-        make_dataset(1, first=index).to_parquet(folder / f"train-{index:05}-of-00003.parquet")
+def write(folder, form):
+    """Three labelled images in a form that users have them in."""
+    three = make_dataset(3)
+    match form:
+        case "parquet":
+            return parquet(folder, three)
+        case "saved":
+            return saved(folder, three)
+        case "arrow":
+            return next(saved(folder, three).glob("*.arrow"))
+        case "saved split":
+            return saved(folder, DatasetDict({"train": three}))
+        case "saved splits":
+            return saved(folder, DatasetDict({"train": three, "test": make_dataset(1)}))
+        case "shards" | "pattern":
+            for index in range(3):
+                make_dataset(1, first=index).to_parquet(folder / f"train-{index:05}-of-00003.parquet")
+            return folder if form == "shards" else folder / "train-*.parquet"
+        case "two folders":
+            write_folders(folder)
+        case "two folders with splits":
+            write_folders(folder, split="training")
+            write_folders(folder, names="a", split="validation")
+        case "splits with two folders":
+            write_folders(folder / "train", images="img", labels="masks")
+            write_folders(folder / "val", names="a", images="img", labels="masks")
+        case "folder with metadata":
+            write_folders(folder / "train", images="images", labels="truth")
+            names = ({"image_file_name": f"images/{n}.png", "annotation_file_name": f"truth/{n}.png"} for n in "012")
+            (folder / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, names)))
     return folder
 
 
-def pattern(folder):
-    return shards(folder) / "train-*.parquet"
-
-
-def two_folders(folder):
-    write_folders(folder)
-    return folder
-
-
-def two_folders_with_splits(folder):
-    write_folders(folder, split="training")
-    write_folders(folder, names="a", split="validation")
-    return folder
-
-
-def splits_with_two_folders(folder):
-    write_folders(folder / "train", images="img", labels="masks")
-    write_folders(folder / "val", names="a", images="img", labels="masks")
-    return folder
-
-
-def image_folder_with_metadata(folder):
-    write_folders(folder / "train", images="images", labels="truth")
-    lines = [
-        {"image_file_name": f"images/{index}.png", "annotation_file_name": f"truth/{index}.png"} for index in range(3)
-    ]
-    (folder / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return folder
+def write_wrong(folder, form):
+    """What holds no labelled images, or not where they are looked for."""
+    three = make_dataset(3)
+    match form:
+        case "images alone":
+            return parquet(folder, three.remove_columns("annotation"))
+        case "classes of whole images":
+            write_folders(folder, images="images/sky", labels="images/road")
+            return folder / "images"
+        case "no rows":
+            return parquet(folder, three.select([]))
+        case "nowhere":
+            return folder / "nowhere.parquet"
+        case "no parquet":
+            (folder / "data.parquet").write_text("no parquet")
+            return folder / "data.parquet"
+        case "other names":
+            write_folders(folder)
+            for path in list((folder / "annotations").iterdir()):
+                path.rename(path.with_name(f"{path.stem}_mask.png"))
+            return folder
+    return write(folder, form)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
-    "write",
+    "form",
     [
-        parquet, arrow, saved, saved_splits, shards, pattern, two_folders, two_folders_with_splits,
-        splits_with_two_folders, image_folder_with_metadata,
+        "parquet", "arrow", "saved", "saved splits", "shards", "pattern", "two folders", "two folders with splits",
+        "splits with two folders", "folder with metadata",
     ],
 )  # fmt: skip
-def test_a_data_set_is_read_from_every_form(tmp_path, write, streaming):
-    images = load_images(write(tmp_path), streaming=streaming)
+def test_a_data_set_is_read_from_every_form(tmp_path, form, streaming):
+    images = load_images(write(tmp_path, form), streaming=streaming)
     assert isinstance(images, IterableDataset if streaming else Dataset)
     examples = [to_arrays(example, LABELS) for example in images]
     assert sorted(image.getpixel((0, 0))[0] for image, _ in examples) == [0, 1, 2]
     assert all(label_map.shape == SIZE and label_map[0, -1] == 1 for _, label_map in examples)
 
 
-def test_columns_are_chosen_by_name(tmp_path):
+def test_columns_are_chosen_by_name_even_where_others_would_be_recognised_or_hold_paths(tmp_path):
     source = parquet(tmp_path, make_dataset(2, "photo", "truth"))
     images = load_images(source, image_column="photo", label_column="truth")
     assert images.column_names == ["image", "annotation"]
-    # What is chosen wins over what would be recognised
     source = parquet(tmp_path, make_dataset(2, "image", "mask").add_column("label", [5, 6]))
     assert load_images(source, label_column="mask").column_names == ["image", "annotation"]
-
-
-def test_columns_of_paths_are_opened_where_they_are_chosen(tmp_path):
     write_folders(tmp_path)
     rows = {"image": [str(tmp_path / "images" / "2.png")], "truth": [str(tmp_path / "annotations" / "2.png")]}
     [example] = load_images(parquet(tmp_path, Dataset.from_dict(rows)), image_column="image", label_column="truth")
     assert to_arrays(example, LABELS)[0].getpixel((0, 0)) == (2, 2, 2)
 
 
-def test_images_to_segment_need_no_label_maps(tmp_path):
-    assert load_images(images_alone(tmp_path), labelled=False).column_names == ["image"]
-
-
-def images_alone(folder):
-    return parquet(folder, make_dataset(2).remove_columns("annotation"))
-
-
-def nothing(folder):
-    return parquet(folder, make_dataset(1).select([]))
-
-
-def no_parquet(folder):
-    parquet(folder).write_text("no parquet")
-    return folder / "data.parquet"
-
-
-def other_names(folder):
-    write_folders(folder)
-    for path in list((folder / "annotations").iterdir()):
-        path.rename(path.with_name(f"{path.stem}_mask.png"))
-    return folder
-
-
-def classes_of_whole_images(folder):
-    write_folders(folder, images="images/sky", labels="images/road")
-    return folder / "images"
-
-
 @pytest.mark.parametrize(
-    ("write", "options", "message"),
+    ("form", "options", "message"),
     [
-        (parquet, {"label_column": "truth"}, "no column 'truth', but image, annotation"),
-        (parquet, {"label_column": "image"}, "cannot hold both"),
-        (images_alone, {}, "none of which is known to hold label maps"),
-        (classes_of_whole_images, {}, "none of which is known to hold label maps"),
-        (nothing, {}, "holds no images"),
-        (nothing, {"streaming": True}, "holds no images"),
-        (saved_splits, {"split": "validation"}, "train, test"),
-        (other_names, {}, "3 images and 3 label maps lie there, but no two of the same name"),
-        (lambda folder: folder / "nowhere.parquet", {}, "nowhere.parquet cannot be read"),
-        (no_parquet, {}, "data.parquet cannot be read"),
+        ("parquet", {"label_column": "truth"}, "no column 'truth', but image, annotation"),
+        ("parquet", {"label_column": "image"}, "cannot hold both"),
+        ("images alone", {}, "none of which is known to hold label maps"),
+        ("classes of whole images", {}, "none of which is known to hold label maps"),
+        ("no rows", {}, "holds no images"),
+        ("no rows", {"streaming": True}, "holds no images"),
+        ("saved splits", {"split": "validation"}, "train, test"),
+        ("other names", {}, "3 images and 3 label maps lie there, but no two of the same name"),
+        ("nowhere", {}, "nowhere.parquet cannot be read"),
+        ("no parquet", {}, "data.parquet cannot be read"),
     ],
 )
-def test_what_holds_no_labelled_images_is_refused(tmp_path, write, options, message):
+def test_what_holds_no_labelled_images_is_refused(tmp_path, form, options, message):
     with pytest.raises(ValueError, match=message):
-        load_images(write(tmp_path), **options)
+        load_images(write_wrong(tmp_path, form), **options)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("write", [shards, lambda folder: saved(folder, DatasetDict({"train": make_dataset(3)}))])
-def test_the_only_split_there_is_is_taken_whatever_it_is_called(tmp_path, caplog, write, streaming):
-    assert len(list(load_images(write(tmp_path), "validation", streaming=streaming))) == 3
+@pytest.mark.parametrize("form", ["shards", "saved split"])
+def test_the_only_split_there_is_is_taken_whatever_it_is_called(tmp_path, caplog, form, streaming):
+    assert len(list(load_images(write(tmp_path, form), "validation", streaming=streaming))) == 3
     assert "'train'" in caplog.text
 
 
@@ -238,9 +213,6 @@ def test_images_without_label_maps_are_left_out_and_counted(tmp_path, caplog):
     (tmp_path / "annotations" / "1.png").unlink()
     assert len(load_images(tmp_path)) == 2
     assert "1 images without a label map of the same name and 0 label maps" in caplog.text
-
-
-# Examples that cannot be used
 
 
 def example_with(**changes):
@@ -273,11 +245,8 @@ def test_an_example_that_cannot_be_used_is_named(changes, facts):
 
 
 def test_a_worker_names_its_example_in_one_line():
-    wrong = {"annotation": [encoded(np.full(SIZE, 7, np.uint8))]}
-    rows = {"image": [encoded(np.zeros((*SIZE, 3), np.uint8))], **wrong}
-    images = training_images(Dataset.from_dict(rows))
     with pytest.raises(ImageError) as error:
-        next(iter(load(images, workers=1)))
+        next(iter(load(training_images(make_dataset(1, value=7)), workers=1)))
     assert str(error.value).startswith("example 0: the label map holds 7 on")
     assert "\n" not in str(error.value)
 
@@ -291,18 +260,10 @@ def test_the_first_images_of_a_stream_are_checked_and_no_others():
 
 
 def test_images_without_labels_are_kept_and_one_is_named(caplog):
-    rows = {
-        "image": [encoded(np.zeros((*SIZE, 3), np.uint8))] * 4,
-        "annotation": [encoded(np.full(SIZE, 255, np.uint8))] * 4,
-    }
-    images = training_images(Dataset.from_dict(rows))
+    images = training_images(make_dataset(4, value=255))
     with caplog.at_level(logging.WARNING):
-        for index in range(4):
-            assert (images[index]["labels"] == 255).all()
+        assert all((images[index]["labels"] == 255).all() for index in range(4))
     assert [record.message.split(":")[0] for record in caplog.records] == ["example 0"]
-
-
-# Views
 
 
 def test_views_are_normalised_as_the_processor_does():
@@ -316,39 +277,33 @@ def test_views_are_normalised_as_the_processor_does():
 
 
 def test_views_do_not_depend_on_who_makes_them():
-    images = training_images(make_dataset(5, first=60), Augmentation((8, 9, 12, 20), 64, SIZE), seed=3)
+    images = training_images(make_dataset(5, first=60), VARIED, seed=3)
     order = list(range(10))
-    alone = [images[number] for number in order]
+    alone = torch.stack([images[number]["pixel_values"] for number in order])
     for workers, batch_size in ((1, 2), (2, 5)):
-        loader = load(images, workers, batch_size, sampler=order)
-        batches = [batch["pixel_values"] for batch in loader]
-        assert torch.equal(torch.cat(batches), torch.stack([view["pixel_values"] for view in alone]))
+        batches = [batch["pixel_values"] for batch in load(images, workers, batch_size, sampler=order)]
+        assert torch.equal(torch.cat(batches), alone)
 
 
 def test_an_epoch_has_views_of_its_own_however_it_is_told():
-    dataset, augmentation = make_dataset(2, first=60), Augmentation((8, 9, 12, 20), 64, SIZE)
-    images, told = training_images(dataset, augmentation), training_images(dataset, augmentation)
+    dataset = make_dataset(2, first=60)
+    images, told, other = (training_images(dataset, VARIED, seed=seed) for seed in (0, 0, 1))
     told.set_epoch(1)
     assert len(images) == 2
     assert torch.equal(images[2 + 1]["pixel_values"], told[1]["pixel_values"])
     assert images[2 + 1]["index"] == 1
-    assert not torch.equal(images[1]["pixel_values"], told[1]["pixel_values"])
-    assert not torch.equal(
-        training_images(dataset, augmentation, seed=1)[1]["pixel_values"], images[1]["pixel_values"]
-    )
+    for view in (told[1], other[1]):
+        assert not torch.equal(images[1]["pixel_values"], view["pixel_values"])
 
 
 def test_workers_that_live_on_hear_of_the_next_epoch():
-    images = training_images(make_dataset(2, first=60), Augmentation((8, 9, 12, 20), 64, SIZE))
+    images = training_images(make_dataset(2, first=60), VARIED)
     loader = load(images, workers=1, batch_size=2, persistent_workers=True)
     [first] = loader
     images.set_epoch(1)
     [second] = loader
     assert torch.equal(second["pixel_values"][1], images[1]["pixel_values"])
     assert not torch.equal(first["pixel_values"], second["pixel_values"])
-
-
-# Order
 
 
 def test_every_epoch_has_each_image_once_in_an_order_of_its_own():
@@ -375,37 +330,25 @@ def test_an_order_goes_on_from_any_place(start):
     assert [next(whole) for _ in range(20)] == [next(rest) for _ in range(20)]
 
 
-# Streams
-
-
-@pytest.mark.parametrize("num_shards", [1, 4, 7])
-def test_two_processes_with_two_workers_read_each_image_once_an_epoch(num_shards):
-    stream = make_dataset(23).to_iterable_dataset(num_shards=num_shards)
-    read = Counter()
-    for rank in range(2):
-        for batch in load(streamed(stream, rank=rank, world_size=2, epochs=2), workers=2):
-            read.update(greys(batch))
-    assert read == dict.fromkeys(range(23), 2)
-
-
-@pytest.mark.parametrize("readers", [1, 2, 3, 5, 8, 40])
 @pytest.mark.parametrize("num_shards", [1, 2, 5, 23])
-def test_readers_share_every_epoch_without_overlap_or_loss(readers, num_shards):
-    images = streamed(make_dataset(23).to_iterable_dataset(num_shards=num_shards))
-    for epoch in range(3):
-        shares = [[index for index, _ in images._share(epoch, reader, readers)] for reader in range(readers)]
-        counted = Counter(index for share in shares for index in share)
-        assert len(counted) == 23
-        assert set(counted.values()) == {1}
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 0), (3, 0), (5, 0), (8, 0), (40, 0), (2, 2)])
+def test_processes_and_workers_share_every_epoch_without_overlap_or_loss(num_shards, processes, workers):
+    stream = make_dataset(23).to_iterable_dataset(num_shards=num_shards)
+    for epochs in (1, 2, 3):
+        read = Counter()
+        for rank in range(processes):
+            for batch in load(streamed(stream, rank=rank, world_size=processes, epochs=epochs), workers):
+                read.update(greys(batch))
+        assert read == dict.fromkeys(range(23), epochs)
 
 
 def test_a_stream_is_shuffled_anew_each_epoch_and_never_ends():
     stream = make_dataset(12).to_iterable_dataset(num_shards=3)
-    batches = [greys(batch) for batch in take(load(streamed(stream), 0, batch_size=12), 3)]
+    batches, again, other = (
+        [greys(batch) for batch in take(load(streamed(stream, seed=seed), 0, batch_size=12), 3)] for seed in (0, 0, 1)
+    )
     assert all(sorted(batch) == list(range(12)) for batch in batches)
     assert len({tuple(batch) for batch in [*batches, list(range(12))]}) == 4
-    again = [greys(batch) for batch in take(load(streamed(stream), 0, batch_size=12), 3)]
-    other = [greys(batch) for batch in take(load(streamed(stream, seed=1), 0, batch_size=12), 3)]
     assert again == batches
     assert other != batches
 
@@ -442,22 +385,18 @@ def test_a_stream_of_unknown_columns_is_read(tmp_path):
     assert batch["labels"].shape == (3, *SIZE)
 
 
-def test_more_readers_than_images_take_turns():
+def test_more_readers_than_images_take_turns_unless_there_are_none():
     stream = make_dataset(2).to_iterable_dataset()
     read = [greys(take(load(streamed(stream, rank=rank, world_size=5), 0), 1)[0]) for rank in range(5)]
     assert all(len(batch) == 3 for batch in read)
-
-
-def test_a_stream_of_nothing_ends_with_a_sentence():
-    stream = IterableDataset.from_generator(lambda: iter(()))
     with pytest.raises(ValueError, match="too few images"):
-        next(iter(streamed(stream)))
+        next(iter(streamed(IterableDataset.from_generator(lambda: iter(())))))
 
 
 def test_encoded_images_are_turned_upright_like_their_label_maps():
-    image, exif, file = Image.new("RGB", (8, 4)), Image.Exif(), io.BytesIO()
+    exif, file = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6
-    image.save(file, "jpeg", exif=exif)
+    Image.new("RGB", (8, 4)).save(file, "jpeg", exif=exif)
     labelled = {"image": {"bytes": file.getvalue(), "path": None}, "annotation": np.zeros((8, 4), np.uint8)}
     upright, label_map = to_arrays(labelled, LabelSet(("dark",)))
     assert upright.size == (4, 8)

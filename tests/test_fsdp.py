@@ -8,15 +8,7 @@ import torch
 import torch.multiprocessing as mp
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
-from test_train import (  # noqa: F401 - fixtures
-    common,
-    free_port,
-    join_group,
-    options,
-    progress_of,
-    start,
-    weights,
-)
+from test_train import common, free_port, join_group, options, progress_of, start, weights  # noqa: F401 - fixtures
 from torch.distributed.fsdp import FSDPModule
 
 from modeling_san import SANForOpenVocabSegmentation

@@ -21,9 +21,9 @@ STORED = np.array([[0, 1, 2], [255, 2, 0]], dtype=np.uint8)
 COLORS = ((10, 20, 30), (0, 0, 255), (255, 0, 0))
 
 
-def reopened(image: Image.Image, file_format: str = "png") -> Image.Image:
+def reopened(image: Image.Image) -> Image.Image:
     file = io.BytesIO()
-    image.save(file, file_format)
+    image.save(file, "png")
     return Image.open(file)
 
 
@@ -35,13 +35,10 @@ def palette_image(values: np.ndarray) -> Image.Image:
     return indexed
 
 
-def colored(values: np.ndarray, ignore: tuple[int, int, int] = (9, 9, 9)) -> np.ndarray:
+def colored(values: np.ndarray) -> np.ndarray:
     table = np.zeros((256, 3), np.uint8)
-    table[:3], table[255] = COLORS, ignore
+    table[:3], table[255] = COLORS, (9, 9, 9)
     return table[values]
-
-
-# Reading label maps
 
 
 @pytest.mark.parametrize(
@@ -50,8 +47,7 @@ def colored(values: np.ndarray, ignore: tuple[int, int, int] = (9, 9, 9)) -> np.
         STORED,
         STORED.astype(np.int64),
         Image.fromarray(STORED),
-        reopened(Image.fromarray(STORED)),
-        reopened(Image.fromarray(STORED.astype(np.uint16))),
+        *(reopened(Image.fromarray(STORED.astype(dtype))) for dtype in (np.uint8, np.uint16)),
         Image.fromarray(STORED.astype(np.int32)),
         reopened(palette_image(STORED)),
     ],
@@ -101,38 +97,14 @@ def test_colours_stand_for_classes():
         ([[70000]], {}, ["70000"]),
         ([[0.0, 1.0]], {}, ["floats"]),
         (colored(STORED), {"colors": COLORS}, ["(9, 9, 9) on 1 pixel:"]),
+        (Image.new("RGB", (4, 3)), {}, ["mode RGB"]),
+        (Image.new("LA", (4, 3)), {}, ["mode LA"]),
+        (Image.new("F", (4, 3)), {}, ["floats"]),
     ],
 )
-def test_values_that_stand_for_nothing_are_named(stored, options, facts):
+def test_what_stands_for_no_class_is_named(stored, options, facts):
     with pytest.raises(ValueError, match=".*".join(map(re.escape, facts))):
-        LabelSet(NAMES, **options).read(np.array(stored))
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "F"])
-def test_images_that_are_no_label_maps_are_refused(mode):
-    with pytest.raises(ValueError, match=r"colours|floats"):
-        LabelSet(NAMES).read(Image.new(mode, (4, 3)))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"names": ()}, "no class names"),
-        ({"ignore_index": 2}, "ignore_index is 2"),
-        ({"ignore_index": -1}, "ignore_index is -1"),
-        ({"ignore_index": 65536}, "at most 65535"),
-        ({"colors": COLORS[:2]}, "2 colours for 3 classes"),
-        ({"colors": (*COLORS[:2], COLORS[0])}, "stands for two classes"),
-        ({"colors": COLORS, "reduce_labels": True}, "do not reduce"),
-        ({"ignore_color": (0, 0, 0)}, "without colors"),
-    ],
-)
-def test_label_sets_that_contradict_themselves_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        LabelSet(**{"names": NAMES, **options})
-
-
-# Finding names
+        LabelSet(NAMES, **options).read(np.array(stored) if isinstance(stored, list) else stored)
 
 
 @pytest.mark.parametrize(
@@ -166,37 +138,43 @@ def test_a_file_says_how_label_maps_are_stored(tmp_path):
         ('{"0": "sky", "one": "road"}', "keys '0', 'one'"),
         ("{}", "keys none"),
         ('{"classes": "sky"}', "single value 'sky'"),
-        ('{"classes": ["sky"], "ignore_index": "255"}', "`ignore_index` is '255'"),
-        ('{"classes": ["sky"], "ignore_index": true}', "`ignore_index` is True"),
-        ('{"classes": ["sky"], "reduce_labels": 1}', "`reduce_labels` is 1"),
-        ('{"classes": ["sky"], "colors": [[1, 2]]}', r"\[1, 2\]"),
-        ('{"classes": ["sky"], "colors": [[1, 2, 256]]}', "256"),
-        ('{"classes": ["sky"], "colors": ["grey"]}', "'grey'"),
-        ('{"classes": ["sky"], "colors": ["#12345g"]}', "'#12345g'"),
-        ('{"classes": ["sky"], "colors": []}', "0 colours for 1 classes"),
-        ('{"classes": ["sky"], "colors": "#808080"}', "#808080"),
         ("[" * 100_000, "not valid JSON"),
+        ({"ignore_index": "255"}, "`ignore_index` is '255'"),
+        ({"ignore_index": True}, "`ignore_index` is True"),
+        ({"ignore_index": 2}, "ignore_index is 2"),
+        ({"ignore_index": -1}, "ignore_index is -1"),
+        ({"ignore_index": 65536}, "at most 65535"),
+        ({"reduce_labels": 1}, "`reduce_labels` is 1"),
+        ({"reduce_labels": True, "colors": COLORS}, "do not reduce"),
+        ({"colors": [[1, 2]]}, r"\[1, 2\]"),
+        ({"colors": [[1, 2, 256]]}, "256"),
+        ({"colors": ["grey"]}, "'grey'"),
+        ({"colors": ["#12345g"]}, "'#12345g'"),
+        ({"colors": "#808080"}, "#808080"),
+        ({"colors": []}, "0 colours for 3 classes"),
+        ({"colors": [*COLORS[:2], COLORS[0]]}, "stands for two classes"),
+        ({"ignore_color": (0, 0, 0)}, "without colors"),
     ],
 )
-def test_files_of_another_shape_are_refused(tmp_path, content, message):
-    (tmp_path / "classes.json").write_text(content)
+def test_files_that_say_something_else_or_contradict_themselves_are_refused(tmp_path, content, message):
+    text = content if isinstance(content, str) else json.dumps({"classes": NAMES, **content})
+    (tmp_path / "classes.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_label_set(tmp_path / "classes.json")
 
 
-def test_what_stands_for_no_label_follows_from_the_number_of_classes():
+def test_what_stands_for_no_label_is_given_or_follows_from_the_number_of_classes():
+    assert load_label_set(LabelSet(NAMES), ignore_index=9, reduce_labels=True) == LabelSet(NAMES, 9, True)
     assert load_label_set("coco_stuff_171") == LabelSet(load_vocabulary("coco_stuff_171").classes, 255)
-    assert load_label_set([f"class {number}" for number in range(255)]).ignore_index == 255
-    assert load_label_set([f"class {number}" for number in range(256)]).ignore_index == 65535
+    for count, ignored in ((255, 255), (256, 65535)):
+        assert load_label_set([f"class {number}" for number in range(count)]).ignore_index == ignored
 
 
-def test_what_is_neither_preset_nor_file_is_refused_with_the_presets():
+def test_what_is_neither_preset_nor_file_nor_name_is_refused():
+    with pytest.raises(ValueError, match="no class names"):
+        LabelSet(())
     with pytest.raises(ValueError, match=r"neither a label set \(ade20k_150.* nor a file"):
         load_label_set("ade20k")
-
-
-def test_given_options_win_over_those_of_a_label_set():
-    assert load_label_set(LabelSet(NAMES), ignore_index=9, reduce_labels=True) == LabelSet(NAMES, 9, True)
 
 
 @pytest.mark.parametrize("option", ["--labels=sky, Road, tree", "--labels=classes.json", "--labels-file=classes.json"])
@@ -212,23 +190,22 @@ def test_commands_take_the_labels_of_a_data_set_as_names_or_from_a_file(tmp_path
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_names_come_from_class_features_beside_the_label_maps(tmp_path, streaming):
-    features = {"image": ImageFeature(), "annotation": ImageFeature(), "classes": List(ClassLabel(names=list(NAMES)))}
-    image = Image.new("L", (4, 4))
-    rows = {"image": [image.convert("RGB")], "annotation": [image], "classes": [[0]]}
-    Dataset.from_dict(rows, features=Features(features)).to_parquet(tmp_path / "data.parquet")
-    images = load_images(tmp_path / "data.parquet", streaming=streaming)
+def test_names_come_from_class_features_of_the_label_maps_or_beside_them(tmp_path, streaming):
+    classes = ClassLabel(names=list(NAMES))
+    image = Image.new("RGB", (2, 2))
+    beside = {"image": ImageFeature(), "annotation": ImageFeature(), "classes": List(classes)}
+    rows = {"image": [image], "annotation": [image.convert("L")], "classes": [[0]]}
+    Dataset.from_dict(rows, features=Features(beside)).to_parquet(tmp_path / "beside.parquet")
+    images = load_images(tmp_path / "beside.parquet", streaming=streaming)
     assert load_label_set(None, dataset=images) == LabelSet(NAMES)
 
-
-def test_names_come_from_the_class_feature_of_the_label_maps_themselves(tmp_path):
-    features = {"image": ImageFeature(), "label": List(List(ClassLabel(names=list(NAMES)))), "scene": Value("string")}
-    rows = {"image": [Image.new("RGB", (2, 2))], "label": [[[0, 1], [2, 2]]], "scene": ["town"]}
-    Dataset.from_dict(rows, features=Features(features)).to_parquet(tmp_path / "data.parquet")
-    images = load_images(tmp_path / "data.parquet")
+    themselves = {"image": ImageFeature(), "label": List(List(classes)), "scene": Value("string")}
+    rows = {"image": [image], "label": [[[0, 1], [2, 2]]], "scene": ["town"]}
+    Dataset.from_dict(rows, features=Features(themselves)).to_parquet(tmp_path / "themselves.parquet")
+    images = load_images(tmp_path / "themselves.parquet", streaming=streaming)
     label_set = load_label_set(None, dataset=images)
     assert label_set.names == NAMES
-    assert label_set.read(np.asarray(images[0]["annotation"])).tolist() == [[0, 1], [2, 2]]
+    assert label_set.read(np.asarray(next(iter(images))["annotation"])).tolist() == [[0, 1], [2, 2]]
 
 
 def test_names_come_from_id2label_in_the_folder(tmp_path):
@@ -236,8 +213,3 @@ def test_names_come_from_id2label_in_the_folder(tmp_path):
     (tmp_path / "id2label.json").write_text('{"0": "sky", "1": "road", "2": "tree"}')
     assert load_label_set(None, source=tmp_path).names == NAMES
     assert load_label_set(None, source=tmp_path / "data").names == NAMES
-
-
-def test_a_data_set_without_names_asks_for_some(tmp_path):
-    with pytest.raises(ValueError, match="names no classes: give a label set"):
-        load_label_set(None, source=tmp_path)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from datasets import load_dataset
 from PIL import Image, ImageOps
 from scipy.io import savemat
 
-from modeling_san.commands.main import main, make_parser
+from modeling_san.commands.main import main
 from modeling_san.processing.vocabulary_san import load_vocabulary, vocabulary_names
 from modeling_san.training import prepare as prepare_module
 from modeling_san.training.data import load_images
@@ -61,6 +62,13 @@ def run(preset, source, output, split="train", **options):
     return prepare(preset, source, output, split=split, **options)
 
 
+def warnings_of(*arguments, **options):
+    """What `run` warns of."""
+    said = []
+    run(*arguments, **options, warn=said.append)
+    return said
+
+
 def label_maps(output, split="train"):
     """Label maps by the names of their images, in the order of the shards."""
     maps = {}
@@ -85,11 +93,9 @@ def write_image_and_map(source, image, label_map, values, lists=None):
     """One image and its label map in an official layout, by the paths that the archives give them."""
     save_image(source / image, (len(values[0]), len(values)))
     path = source / label_map
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".mat":
+        path.parent.mkdir(parents=True, exist_ok=True)
         savemat(path, {"LabelMap": np.array(values, dtype=np.uint16)})
-    elif np.ndim(values) == 3:
-        Image.fromarray(np.array(values, dtype=np.uint8)).save(path)
     else:
         save_map(path, values, palette="VOC2012" in label_map)
     for name, text in (lists or {}).items():
@@ -181,10 +187,8 @@ def test_coco_maps_that_another_tool_wrote_beside_are_passed_over(tmp_path):
     write_image_and_map(tmp_path / "in", "images/val2017/139.jpg", f"{folder}/139.png", [[181]])
     for beside in ("139_labelTrainIds.png", "._139.png"):
         save_map(tmp_path / "in" / folder / beside, [[170]])
-    warnings = []
-    run("coco_stuff_171", tmp_path / "in", tmp_path / "out", "validation", warn=warnings.append)
-    assert len(warnings) == 1
-    assert "1 of 5000" in warnings[0]
+    [warning] = warnings_of("coco_stuff_171", tmp_path / "in", tmp_path / "out", "validation")
+    assert "1 of 5000" in warning
     assert only_map(tmp_path / "out", "validation").tolist() == [[170]]
 
 
@@ -222,14 +226,9 @@ def test_images_are_copied_byte_for_byte_and_datasets_reads_them(tmp_path):
     source = make_ade(tmp_path / "in", range(5))
     make_ade(tmp_path / "in", range(2), "validation")
     prepared = run("ade20k_150", source, tmp_path / "out", "all", images_per_shard=2, workers=3)
-    assert [(name, split.images, split.shards) for name, split in prepared.items()] == [
-        ("train", 5, 3),
-        ("validation", 2, 1),
-    ]
+    assert [(split.images, split.shards) for split in prepared.values()] == [(5, 3), (2, 1)]
     assert sorted(path.name for path in (tmp_path / "out").glob("*.parquet")) == [
-        "train-00000-of-00003.parquet",
-        "train-00001-of-00003.parquet",
-        "train-00002-of-00003.parquet",
+        *(f"train-{shard:05}-of-00003.parquet" for shard in range(3)),
         "validation-00000-of-00001.parquet",
     ]
     rows = [row for path in sorted((tmp_path / "out").glob("train-*")) for row in pq.read_table(path).to_pylist()]
@@ -243,10 +242,9 @@ def test_images_are_copied_byte_for_byte_and_datasets_reads_them(tmp_path):
 
 
 def test_the_result_is_what_training_reads(tmp_path):
-    folder = tmp_path / "in/images/ADE/training/urban/street"
-    save_image(folder / "ADE_train_00000001.jpg", (2, 1))
-    Image.fromarray(np.array([[(110, 162, 9), (0, 0, 0)]], np.uint8)).save(folder / "ADE_train_00000001_seg.png")
-    run("ade20k_847", tmp_path / "in", tmp_path / "out")
+    preset, image, label_map, *_ = CASES["ade 847"]
+    write_image_and_map(tmp_path / "in", image, label_map, [[(110, 162, 9), (0, 0, 0)]])
+    run(preset, tmp_path / "in", tmp_path / "out")
     [example] = load_images(tmp_path / "out", "train")
     for labels in ("ade20k_847", tmp_path / "out/label_set.json"):
         label_set = load_label_set(labels)
@@ -324,21 +322,16 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     kill_at("out/train-00003-of-00008.parquet", source, output)
     assert len(list(output.glob("*.parquet"))) == 3
 
-    read, opened = prepare_module._read_row, []
-    monkeypatch.setattr(
-        prepare_module, "_read_row", lambda pair, **options: opened.append(pair.image.stem) or read(pair, **options)
-    )
+    reading = Mock(wraps=prepare_module._read_row)
+    monkeypatch.setattr(prepare_module, "_read_row", reading)
     assert run("ade20k_150", source, output, images_per_shard=4)["train"].images == 30
-    assert opened == []
+    assert not reading.called
     assert {name: (output / name).stat().st_mtime_ns for name in stamps} == stamps
     maps = label_maps(output)
     assert list(maps) == [f"ADE_train_{number:08d}.jpg" for number in range(30)]
     assert all((values == number).all() for number, values in enumerate(maps.values()))
-    assert sorted(path.name for path in output.iterdir() if not path.name.endswith(".parquet")) == [
-        "README.md",
-        "id2label.json",
-        "label_set.json",
-    ]
+    others = {path.name for path in output.iterdir() if path.suffix != ".parquet"}
+    assert others == {"README.md", "id2label.json", "label_set.json"}
 
 
 def test_a_full_disk_is_said_in_one_line_and_finished_shards_stay(tmp_path, monkeypatch):
@@ -381,14 +374,6 @@ def test_other_images_or_shards_do_not_mix_with_those_of_before(tmp_path, finish
     assert {path: path.read_bytes() for path in output.rglob("*.parquet")} == before
 
 
-def test_two_data_sets_do_not_mix(tmp_path):
-    run("ade20k_150", make_ade(tmp_path / "in"), tmp_path / "out")
-    _, image, label_map, *_ = CASES["coco"]
-    write_image_and_map(tmp_path / "coco", image, label_map, [[0]])
-    with pytest.raises(ValueError, match="not written by `san prepare coco_stuff_171`"):
-        run("coco_stuff_171", tmp_path / "coco", tmp_path / "out")
-
-
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
     source, output = make_ade(tmp_path / "in"), tmp_path / "out"
     (output / ".unfinished").mkdir(parents=True)
@@ -403,38 +388,28 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
 # ------------------------------------------------------------------------------------------------------ what is wrong
 
 
-def test_an_incomplete_copy_stops_unless_it_is_meant(tmp_path):
+def test_an_incomplete_copy_stops_unless_it_is_meant_and_a_complete_one_passes_silently(tmp_path, monkeypatch):
     source, output = make_ade(tmp_path / "in"), tmp_path / "out"
     save_image(source / "images/training/ADE_train_00000007.jpg")
     save_map(source / "annotations/training/ADE_train_00000008.png", [[1]])
-    with pytest.raises(ValueError, match="found 3 of 20210 images") as raised:
+    facts = ("3 of 20210", "1 without label map: ADE_train_00000007", "1 without image: ADE_train_00000008")
+    with pytest.raises(ValueError, match=".*".join([*facts, "--allow-incomplete"])):
         run("ade20k_150", source, output, allow_incomplete=False)
-    assert "1 without label map: ADE_train_00000007" in str(raised.value)
-    assert "1 without image: ADE_train_00000008" in str(raised.value)
-    assert "--allow-incomplete" in str(raised.value)
     assert not output.exists()
-    warnings = []
-    run("ade20k_150", source, output, warn=warnings.append)
-    assert len(warnings) == 1
-    assert warnings[0].startswith("train: found 3 of 20210 images")
+    [warning] = warnings_of("ade20k_150", source, output)
+    assert warning.startswith("train: found 3 of 20210 images")
     assert len(label_maps(output)) == 3
-
-
-def test_a_complete_copy_passes_without_a_word(tmp_path, monkeypatch):
-    source = make_ade(tmp_path / "in")
     monkeypatch.setitem(load_preset("ade20k_150").splits["train"], "count", [3])
-    warnings = []
-    run("ade20k_150", source, tmp_path / "out", allow_incomplete=False, warn=warnings.append)
-    assert warnings == []
+    complete = make_ade(tmp_path / "complete")
+    assert warnings_of("ade20k_150", complete, tmp_path / "all", allow_incomplete=False) == []
 
 
 def test_a_missing_split_is_left_out_only_if_that_is_meant(tmp_path):
     source = make_ade(tmp_path / "in", split="validation")
     with pytest.raises(ValueError, match=r"train: .* has no images/training/\*\.jpg; .* go on with validation alone"):
         run("ade20k_150", source, tmp_path / "out", "all", allow_incomplete=False)
-    warnings = []
-    assert list(run("ade20k_150", source, tmp_path / "out", "all", warn=warnings.append)) == ["validation"]
-    assert warnings[0].startswith("left out: train:")
+    assert warnings_of("ade20k_150", source, tmp_path / "out", "all")[0].startswith("left out: train:")
+    assert [path.name[:10] for path in (tmp_path / "out").glob("*.parquet")] == ["validation"]
 
 
 def test_a_list_entry_without_files_is_counted(tmp_path):
@@ -442,11 +417,9 @@ def test_a_list_entry_without_files_is_counted(tmp_path):
     lists = {"ImageSets/SegmentationContext/train.txt": names}
     write_image_and_map(tmp_path / "in", CONTEXT, "trainval/2008_000002.mat", [[1]], lists)
     save_image(tmp_path / "in/JPEGImages/2008_000003.jpg")
-    warnings = []
-    run("pascal_context_459", tmp_path / "in", tmp_path / "out", warn=warnings.append)
-    assert len(warnings) == 1
+    [warning] = warnings_of("pascal_context_459", tmp_path / "in", tmp_path / "out")
     facts = "1 of 4998 or 4996", "1 without label map: 2008_000003", "1 without image: 2008_000004"
-    assert [fact for fact in facts if fact not in warnings[0]] == []
+    assert [fact for fact in facts if fact not in warning] == []
     assert list(label_maps(tmp_path / "out")) == ["2008_000002.jpg"]
 
 
@@ -475,10 +448,7 @@ def test_damaged_files_stop_the_run_or_are_skipped_and_counted(tmp_path, damage,
     damage(source / f"images/{name}.jpg", source / f"annotations/{name}.png")
     with pytest.raises(ValueError, match=f"ADE_train_00000001.*{reason}.*--skip-unreadable"):
         run("ade20k_150", source, tmp_path / "out")
-    warnings = []
-    prepared = run("ade20k_150", source, tmp_path / "out", skip_unreadable=True, warn=warnings.append)["train"]
-    assert (prepared.images, prepared.skipped) == (2, 1)
-    assert reason in warnings[-1]
+    assert reason in warnings_of("ade20k_150", source, tmp_path / "out", skip_unreadable=True)[-1]
     assert "| train | 2 | 20210 | 1 |" in (tmp_path / "out/README.md").read_text()
     assert list(label_maps(tmp_path / "out")) == ["ADE_train_00000000.jpg", "ADE_train_00000002.jpg"]
 
@@ -512,16 +482,19 @@ def test_values_that_the_data_set_does_not_define_stop_the_run(tmp_path, case, s
 
 
 def test_a_folder_of_something_else_is_not_written_to(tmp_path):
-    source = make_ade(tmp_path / "in")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/diary.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty, and not from `san prepare`"):
-        run("ade20k_150", source, tmp_path / "out")
-    with pytest.raises(ValueError, match="is not empty"):
-        run("ade20k_150", source, source)
-    with pytest.raises(ValueError, match="is a file"):
-        run("ade20k_150", source, tmp_path / "out/diary.txt")
-    assert os.listdir(tmp_path / "out") == ["diary.txt"]
+    source, output = make_ade(tmp_path / "in"), tmp_path / "out"
+    output.mkdir()
+    (output / "diary.txt").write_text("mine")
+    for taken, reason in ((output, "is not empty"), (source, "is not empty"), (output / "diary.txt", "is a file")):
+        with pytest.raises(ValueError, match=f"{taken} {reason}"):
+            run("ade20k_150", source, taken)
+    assert os.listdir(output) == ["diary.txt"]
+    # Nor to one of another data set
+    run("ade20k_150", source, tmp_path / "ade")
+    _, image, label_map, *_ = CASES["coco"]
+    write_image_and_map(tmp_path / "coco", image, label_map, [[0]])
+    with pytest.raises(ValueError, match="not written by `san prepare coco_stuff_171`"):
+        run("coco_stuff_171", tmp_path / "coco", tmp_path / "ade")
 
 
 # -------------------------------------------------------------------------------------------------------- the command
@@ -563,7 +536,7 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys, monkeypatch, argument
 
 def test_the_help_describes_every_preset(capsys):
     with pytest.raises(SystemExit):
-        make_parser().parse_args(["prepare", "--help"])
+        main(["prepare", "--help"])
     text = capsys.readouterr().out
     assert all(name in text for name in vocabulary_names())
     assert "san prepare ade20k_150" in text

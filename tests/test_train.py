@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -57,9 +59,9 @@ def two_tone(seed):
 
 
 def write_images(pairs, path):
-    columns = {"image": [pair[0] for pair in pairs], "annotation": [pair[1] for pair in pairs]}
     features = Features({"image": ImageFeature(), "annotation": ImageFeature()})
-    Dataset.from_dict(columns, features=features).to_parquet(path)
+    rows = [{"image": image, "annotation": labels} for image, labels in pairs]
+    Dataset.from_list(rows, features=features).to_parquet(path)
     return str(path)
 
 
@@ -107,10 +109,8 @@ def options(common, tmp_path):
 def whole(common, tmp_path_factory):
     """A run from its beginning to its end; only to be read."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    return run(
-        common, output_dir=str(folder), validation=common["dataset"], overlays=2, evaluate_every=3,
-        keep_checkpoints=3,
-    )  # fmt: skip
+    changes = {"validation": common["dataset"], "overlays": 2, "evaluate_every": 3, "keep_checkpoints": 3}
+    return run(common, output_dir=str(folder), **changes)
 
 
 def run(options, **changes):
@@ -135,8 +135,12 @@ def checkpoints_of(folder):
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
+def logged(folder):
+    return [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+
+
 def logged_steps(folder):
-    return [line["step"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+    return [line["step"] for line in logged(folder)]
 
 
 def assert_same(first, second):
@@ -155,10 +159,9 @@ def as_arguments(options):
     return [f"--{name}={value}" for name, value in options.items()]
 
 
-def start_process(options, *program):
-    program = program or ("-m", "modeling_san.commands.main", "train")
+def start_process(options):
     return subprocess.Popen(
-        [sys.executable, *program, *as_arguments(options)],
+        [sys.executable, "-m", "modeling_san.commands.main", "train", *as_arguments(options)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
@@ -193,14 +196,12 @@ def test_a_run_leaves_a_model_that_loads_with_its_labels(whole):
     assert drawn[0] == drawn[1]
     assert (len(drawn), len(drawn[0])) == (2, 2)
     assert not list(whole.rglob("*unfinished*"))
-
-
-def test_weights_can_be_read_by_whom_the_folder_is_open_to(whole):
+    # Whoever may read the folder may read the weights
     assert (whole / "model.safetensors").stat().st_mode == (whole / "config.json").stat().st_mode
 
 
 def test_each_term_of_each_output_is_logged_by_name(whole):
-    lines = [line for line in read_metrics(whole / "metrics.jsonl") if "loss" in line]
+    lines = logged(whole)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     terms = ["loss_cross_entropy", "loss_mask", "loss_dice"]
     for line in lines:
@@ -213,28 +214,18 @@ def test_each_term_of_each_output_is_logged_by_name(whole):
     assert [line["learning_rate"] for line in lines] == pytest.approx([1e-3 * (1 - k / 6) ** 0.9 for k in range(1, 7)])
 
 
-def test_training_makes_the_loss_fall(options):
-    lines = read_metrics(run(options, steps=30, checkpoint_every=30) / "metrics.jsonl")
-    losses = [line["loss"] for line in lines]
-    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
-
-
 def test_accumulated_batches_are_one_batch(options):
     """Mask terms are divided by each part's own number of masks, which is the same here: two in every image."""
-    runs = [
-        prepare_run(Recipe(**{**options, **AS_THEY_ARE, "batch_size": 4, "gradient_accumulation_steps": parts}))
-        for parts in (1, 2)
-    ]
     found = []
-    for one in runs:
+    for parts in (1, 2):
+        recipe = Recipe(**{**options, **AS_THEY_ARE, "batch_size": 4, "gradient_accumulation_steps": parts})
+        one = prepare_run(recipe)
         # Accelerate counts the parts in a place that all its objects share
-        one.accelerator.gradient_state.plugin_kwargs["num_steps"] = one.recipe.gradient_accumulation_steps
-        with fixed_points():
-            found.append(compute_gradients(one)[0])
-    assert found[0]["loss_cross_entropy"] == pytest.approx(found[1]["loss_cross_entropy"], rel=1e-5)
-    for one, other in zip(*(each.unwrapped.parameters() for each in runs), strict=True):
-        if one.grad is not None:
-            torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-4)
+        one.accelerator.gradient_state.plugin_kwargs["num_steps"] = parts
+        found.append(found_gradients(one))
+    (whole, _, expected), (parted, _, gradients) = found
+    assert whole["loss_cross_entropy"] == pytest.approx(parted["loss_cross_entropy"], rel=1e-5)
+    torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_mixed_precision_ends_with_training(options):
@@ -272,11 +263,10 @@ def test_a_resumed_run_equals_an_uncut_one_bit_for_bit(options, whole, tmp_path,
         assert_same(first[index], second[index])
     # The schedule went on, too: the last three steps had the same losses at the same rates.
     timeless = ("step", "loss", "learning_rate", "grad_norm")
-    tails = []
-    for folder in (whole, resumed):
-        lines = [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
-        tails.append([{name: line[name] for name in timeless} for line in lines[-3:]])
-    assert tails[0] == tails[1]
+    before, after = (
+        [[line[name] for name in timeless] for line in logged(folder)[-3:]] for folder in (whole, resumed)
+    )
+    assert before == after
 
 
 def test_streamed_data_trains_and_continues(options, tmp_path):
@@ -296,12 +286,13 @@ def test_resuming_a_finished_run_changes_nothing(options, whole, tmp_path):
 def test_a_run_can_go_on_for_more_steps_at_another_decay_but_not_for_fewer(options, capsys):
     # Without a checkpoint "auto" begins
     folder = run(options, steps=3, resume="auto")
-    with pytest.raises(ValueError, match="already holds a run"):
-        run(options)
-    with pytest.raises(ValueError, match="3 steps already"):
-        run(options, steps=2, resume="auto")
-    with pytest.raises(ValueError, match="`trainable`"):
-        run(options, steps=5, resume="auto", trainable="everything")
+    for changes, said in (
+        ({}, "already holds a run"),
+        ({"steps": 2, "resume": "auto"}, "3 steps already"),
+        ({"steps": 5, "resume": "auto", "trainable": "everything"}, "`trainable`"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(options, **changes)
     capsys.readouterr()
     run(options, steps=5, weight_decay=0.5, resume="auto", checkpoint_every=5)
     assert "steps 3 -> 5" in capsys.readouterr().err
@@ -385,31 +376,24 @@ def test_sigterm_saves_a_checkpoint_and_exits_with_0(options, to_group):
     assert logged_steps(folder) == list(range(1, step + 2))
 
 
-def test_an_error_in_the_middle_saves_the_steps_before(options, monkeypatch):
-    def fail_at_the_third(run):
-        if run.progress.step == 2:
-            raise RuntimeError("out of memory")
-        return compute_gradients(run)
-
-    monkeypatch.setattr(train_module, "compute_gradients", fail_at_the_third)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        run(options, checkpoint_every=1000)
-    [checkpoint] = (Path(options["output_dir"]) / "checkpoints").iterdir()
-    assert progress_of(checkpoint)["step"] == 2
-
-
-def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(options, monkeypatch):
-    def break_the_second(run):
+@pytest.mark.parametrize(
+    ("error", "said"), [(RuntimeError, "out of memory"), (NonFiniteLossError, r"step 3 .*grad_norm inf")]
+)
+def test_what_breaks_the_third_step_leaves_a_sound_checkpoint_of_the_second(options, monkeypatch, error, said):
+    def break_the_third(run):
         terms, indices = compute_gradients(run)
-        if run.progress.step == 1:
+        if run.progress.step == 2:
+            if error is RuntimeError:
+                raise RuntimeError(said)
             run.unwrapped.background_embedding.grad.fill_(float("inf"))
             terms["grad_norm"] = float("inf")
         return terms, indices
 
-    monkeypatch.setattr(train_module, "compute_gradients", break_the_second)
-    with pytest.raises(NonFiniteLossError, match=r"step 2 .*grad_norm inf"):
-        run(options)
+    monkeypatch.setattr(train_module, "compute_gradients", break_the_third)
+    with pytest.raises(error, match=said):
+        run(options, checkpoint_every=1000)
     [checkpoint] = (Path(options["output_dir"]) / "checkpoints").iterdir()
+    assert progress_of(checkpoint)["step"] == 2
     assert all(value.isfinite().all() for value in weights(checkpoint).values())
 
 
@@ -448,11 +432,9 @@ def size_of(folder):
 
 
 def test_a_full_disk_costs_checkpoints_but_not_the_run(options, whole, make_small_disk, capsys):
-    checkpoint = size_of(whole / "checkpoints" / "step-00000006")
-    model = (
-        size_of(whole / "checkpoints" / "step-00000006")
-        - (whole / "checkpoints" / "step-00000006" / "optimizer.bin").stat().st_size
-    )
+    saved = whole / "checkpoints" / "step-00000006"
+    checkpoint = size_of(saved)
+    model = checkpoint - (saved / "optimizer.bin").stat().st_size
     # Room for a checkpoint and the model, not for two checkpoints
     disk = make_small_disk((checkpoint + model + 2 * checkpoint) / 2 + 2**16)
     folder = run(options, output_dir=str(disk / "run"), checkpoint_every=2, keep_checkpoints=1)
@@ -485,21 +467,26 @@ def test_the_best_is_kept_whenever_it_was_measured(options, monkeypatch):
 # ---------------------------------------- many processes
 
 
-class fixed_points:
+@contextmanager
+def fixed_points():
     """Chance without chance: the same points for every mask, whatever is drawn together."""
+    rand = torch.rand
 
-    def __enter__(self):
-        self.rand = torch.rand
-        torch.rand = self._fixed
-
-    def __exit__(self, *error):
-        torch.rand = self.rand
-
-    def _fixed(self, *size, device=None, dtype=None, **kwargs):
+    def fixed(*size, device=None, dtype=None, **kwargs):
         size = tuple(size[0]) if isinstance(size[0], (tuple, list, torch.Size)) else size
-        generator = torch.Generator().manual_seed(size[-2])
-        values = self.rand(*size[1:], generator=generator)
+        values = rand(*size[1:], generator=torch.Generator().manual_seed(size[-2]))
         return values.expand(size).clone().to(device=device, dtype=dtype)
+
+    with patch.object(torch, "rand", fixed):
+        yield
+
+
+def found_gradients(run):
+    """Terms of the loss, which images they are of, and gradients by name."""
+    with fixed_points():
+        terms, indices = compute_gradients(run)
+    named = run.unwrapped.named_parameters()
+    return terms, indices, {name: value.grad for name, value in named if value.grad is not None}
 
 
 def join_group(rank, world_size, port):
@@ -510,12 +497,9 @@ def join_group(rank, world_size, port):
     torch.set_num_threads(1)
 
 
-def _gradients(rank, world_size, options, port, results):
+def save_gradients(rank, world_size, options, port, results):
     join_group(rank, world_size, port)
-    run = prepare_run(Recipe(**options))
-    with fixed_points():
-        terms, indices = compute_gradients(run)
-    gradients = {name: value.grad for name, value in run.unwrapped.named_parameters() if value.grad is not None}
+    terms, indices, gradients = found_gradients(prepare_run(Recipe(**options)))
     torch.save({"indices": indices, "norm": terms["grad_norm"], "gradients": gradients}, f"{results}-{rank}")
 
 
@@ -528,18 +512,16 @@ def test_two_processes_have_the_gradients_of_one_with_twice_the_batch(options, t
         "trainable": "everything", "flip": 0.5, "max_grad_norm": 1e9,
     }  # fmt: skip
     results = str(tmp_path / "result")
-    mp.spawn(_gradients, args=(2, {**options, "output_dir": str(tmp_path / "two")}, free_port(), results), nprocs=2)
+    together = {**options, "output_dir": str(tmp_path / "two")}
+    mp.spawn(save_gradients, args=(2, together, free_port(), results), nprocs=2)
     both = [torch.load(f"{results}-{rank}", weights_only=True) for rank in range(2)]
-    alone = prepare_run(Recipe(**options))
-    with fixed_points():
-        terms, indices = compute_gradients(alone)
+    terms, indices, gradients = found_gradients(prepare_run(Recipe(**options)))
     assert sorted(both[0]["indices"] + both[1]["indices"]) == sorted(indices)
     assert both[0]["norm"] == pytest.approx(terms["grad_norm"], rel=1e-4)
-    gradients = {name: value.grad for name, value in alone.unwrapped.named_parameters() if value.grad is not None}
     assert len(gradients) > 50
     for one in both:
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(one["gradients"][name], gradient, atol=1e-5, rtol=1e-4)
+        found = {name: one["gradients"][name] for name in gradients}
+        torch.testing.assert_close(found, gradients, atol=1e-5, rtol=1e-4)
 
 
 def test_launched_on_two_processes_it_is_the_same_program(options):
@@ -594,45 +576,40 @@ def test_the_recipe_of_a_run_starts_it_again(whole, common):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--config", "missing.yaml"], "missing.yaml"),
-        (["--steps", "0"], "steps is 0"),
-        (["--steps", "many"], "many"),
-        (["--learning_rate", "nan"], "learning_rate"),
-        (["--learning_rate", "-1"], "learning_rate"),
-        (["--batch_size", "3", "--gradient_accumulation_steps", "2"], "batch_size 3"),
-        (["--mixed_precision", "int4"], "mixed_precision"),
-        (["--config_overrides", "[1]", "--clip", "x"], "JSON object"),
-        (["--config_overrides", "{", "--clip", "x"], "JSON"),
-        (["--model", "a", "--clip", "b"], "both model and clip"),
-        (["--dataset", "x"], "output_dir"),
-        (["--output_dir", "x"], "dataset"),
-        (["--nonsense"], "nonsense"),
+        ("--config missing.yaml", "missing.yaml"),
+        ("--steps 0", "steps is 0"),
+        ("--steps many", "many"),
+        ("--learning_rate nan", "learning_rate"),
+        ("--learning_rate -1", "learning_rate"),
+        ("--batch_size 3 --gradient_accumulation_steps 2", "batch_size 3"),
+        ("--mixed_precision int4", "mixed_precision"),
+        ("--config_overrides [1] --clip x", "JSON object"),
+        ("--config_overrides { --clip x", "JSON"),
+        ("--model a --clip b", "both model and clip"),
+        ("--dataset x", "output_dir"),
+        ("--output_dir x", "dataset"),
+        ("--nonsense", "nonsense"),
+        ("--config cut.yaml", "YAML"),
+        ("--config list.yaml", "key: value"),
+        ("--config typo.yaml", "did you mean learning_rate"),
+        ("--config code.yaml", "YAML"),
     ],
 )
-def test_a_wrong_recipe_is_one_line_and_exit_code_2(arguments, said, capsys):
+def test_a_wrong_recipe_is_one_line_and_exit_code_2(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("cut.yaml").write_text("steps: [")
+    Path("list.yaml").write_text("- 1")
+    Path("typo.yaml").write_text("lerning_rate: 1")
+    Path("code.yaml").write_text("!!python/object/apply:os.system ['touch ran']")
     try:
-        code = main(["train", *arguments])
+        code = main(["train", *arguments.split()])
     except SystemExit as exit:
         code = exit.code
     assert code == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("steps: [", "YAML"),
-        ("- 1", "key: value"),
-        ("lerning_rate: 1", "did you mean learning_rate"),
-        ("!!python/object/apply:os.system ['true']", "YAML"),
-    ],
-)
-def test_a_malformed_recipe_file_is_refused(tmp_path, content, said):
-    (tmp_path / "recipe.yaml").write_text(content)
-    with pytest.raises(ValueError, match=said):
-        read_recipe(tmp_path / "recipe.yaml")
+    assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize(
@@ -688,13 +665,9 @@ def trainer_parts(options, start):
     processor = SANProcessor.from_pretrained(start / "model")
     processor.image_processor.size = {"shortest_edge": 48, "longest_edge": 192}
     model.set_labels(LABELS, processor)
-    dataset = TrainingImages(
-        load_images(options["dataset"]),
-        load_label_set(options["labels"]),
-        processor.image_processor,
-        Augmentation.for_size(48, (48, 64)),
-        seed=0,
-    )
+    images, label_set = load_images(options["dataset"]), load_label_set(options["labels"])
+    views = Augmentation.for_size(48, (48, 64))
+    dataset = TrainingImages(images, label_set, processor.image_processor, views, seed=0)
     return model, processor, dataset
 
 
@@ -707,9 +680,9 @@ def make_arguments(folder, **changes):
     return TrainingArguments(**{**common, **changes})
 
 
-def test_trainer_and_san_train_have_the_same_losses(options, trainer_parts, tmp_path):
+def test_trainer_and_san_train_have_the_same_losses_which_fall(options, trainer_parts, tmp_path):
     steps = 20
-    ours = read_metrics(run(options, steps=steps, checkpoint_every=steps) / "metrics.jsonl")
+    ours = [line["loss"] for line in logged(run(options, steps=steps, checkpoint_every=steps))]
     model, _, dataset = trainer_parts
     order = list(islice(EndlessOrder(len(dataset), seed=0, batch_size=2), 2 * steps))
     trainer = SANTrainer(
@@ -726,7 +699,8 @@ def test_trainer_and_san_train_have_the_same_losses(options, trainer_parts, tmp_
     trainer.train()
     theirs = [float(line["loss"]) for line in trainer.state.log_history if "loss" in line]
     assert len(theirs) == steps
-    assert [line["loss"] for line in ours] == pytest.approx(theirs, rel=1e-5)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert np.mean(ours[-5:]) < 0.8 * np.mean(ours[:5])
 
 
 def test_trainer_evaluates_batch_by_batch_and_predicts_label_maps(trainer_parts, tmp_path):
@@ -748,8 +722,7 @@ def test_trainer_evaluates_batch_by_batch_and_predicts_label_maps(trainer_parts,
         for number in range(len(dataset)):
             item = dataset[number]
             outputs = model.eval()(pixel_values=item["pixel_values"][None])
-            size = tuple(item["labels"].shape)
-            [predicted] = processor.post_process_semantic_segmentation(outputs, target_sizes=[size])
+            [predicted] = processor.post_process_semantic_segmentation(outputs, target_sizes=[(48, 64)])
             confusion.update(predicted, item["labels"])
     assert first["eval_mean_iou"] == pytest.approx(confusion.mean_iou(), abs=1e-6)
     trainer.args.batch_eval_metrics, trainer.compute_metrics = False, None

@@ -7,14 +7,12 @@ import json
 import re
 import shutil
 import socket
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from huggingface_hub import constants
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor
 from modeling_san.commands.main import main
@@ -334,39 +332,28 @@ def model_copy(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "model")
 
 
-@pytest.fixture(scope="module")
-def published_builtin(tmp_path_factory):
-    """What would be published of the built-in model, whose folder carries no code, as a folder."""
-    target = tmp_path_factory.mktemp("published")
+def test_a_folder_without_code_gets_that_of_a_folder_saved_today_and_gives_the_same(folder, tmp_path):
+    assert not list(BUILTIN_MODEL.glob("*.py"))
     with prepared_upload(BUILTIN_MODEL, "me/my-san") as upload:
         for name, content in upload.files.items():
-            (target / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-    return target
-
-
-def test_a_folder_without_code_gets_it(published_builtin, monkeypatch, tmp_path):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
-    monkeypatch.syspath_prepend(tmp_path)
-    # What other tests loaded from a cache of theirs
-    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
-        monkeypatch.delitem(sys.modules, name)
-    assert not list(BUILTIN_MODEL.glob("*.py"))
-    # The Auto classes would take the package's own classes, which are there
-    model_class = get_class_from_dynamic_module("modeling_san.SANForOpenVocabSegmentation", published_builtin)
-    processor_class = get_class_from_dynamic_module("processing_san.SANProcessor", published_builtin)
-    assert model_class.__module__.startswith("transformers_modules.")
-    model = model_class.from_pretrained(published_builtin).eval()
-    processor = processor_class.from_pretrained(published_builtin)
-    pixels = torch.rand(3, 120, 90, generator=torch.Generator().manual_seed(0)).mul(255).byte()
-    own_model = SANForOpenVocabSegmentation.from_pretrained(BUILTIN_MODEL).eval()
-    own_processor = SANProcessor.from_pretrained(BUILTIN_MODEL)
-    with torch.no_grad():
-        theirs = model(**processor(images=pixels, text=["grass", "red plain"], return_tensors="pt"))
-        ours = own_model(**own_processor(images=pixels, text=["grass", "red plain"], return_tensors="pt"))
-    assert torch.equal(theirs.masks_queries_logits, ours.masks_queries_logits)
-    assert torch.equal(theirs.class_queries_logits, ours.class_queries_logits)
+            (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    saved = {path.name: path.read_bytes() for path in folder.glob("*.py") if path.name not in STRAY}
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.py")} == saved
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
+        ours, theirs = (json.loads((place / name).read_text()) for place in (tmp_path, folder))
+        assert ours.get("auto_map") == theirs.get("auto_map")
+        assert ours.get("custom_pipelines") == theirs.get("custom_pipelines")
     for name in ("model.safetensors", "README.md", "results.json", "tokenizer.json"):
-        assert (published_builtin / name).read_bytes() == (BUILTIN_MODEL / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (BUILTIN_MODEL / name).read_bytes()
+    pixels = torch.rand(3, 120, 90, generator=torch.Generator().manual_seed(0)).mul(255).byte()
+    answers = []
+    for place in (BUILTIN_MODEL, tmp_path):
+        model = SANForOpenVocabSegmentation.from_pretrained(place).eval()
+        inputs = SANProcessor.from_pretrained(place)(images=pixels, text=["grass", "red plain"], return_tensors="pt")
+        with torch.no_grad():
+            answers.append(model(**inputs))
+    assert torch.equal(answers[0].masks_queries_logits, answers[1].masks_queries_logits)
+    assert torch.equal(answers[0].class_queries_logits, answers[1].class_queries_logits)
 
 
 def test_code_that_lies_in_another_repository_is_replaced_by_our_own(model_copy):

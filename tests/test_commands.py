@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import coarse_image
+from datasets import Dataset
 from PIL import EpsImagePlugin, Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
@@ -448,6 +449,22 @@ def test_demo_segments_its_image_and_prints_the_results_of_the_model(san, tmp_pa
     assert any(str(tmp_path / "out" / "demo_overlay.png") in line for line in out)
     assert "\n".join(out).endswith(format_results(json.loads((BUILTIN_MODEL / RESULTS_FILE).read_text())))
     assert Image.open(tmp_path / "out" / "demo.png").size == Image.open(tmp_path / "out" / "demo_labels.png").size
+
+
+def test_a_model_trained_on_ones_own_images_segments_with_their_labels(san, segment, model_folder, image, tmp_path):
+    label_maps = [(np.arange(64) >= 24 + seed).astype(np.uint8)[None].repeat(64, 0) for seed in range(4)]
+    rows = {"image": [coarse_image(seed, (64, 64)) for seed in range(4)]}
+    rows["annotation"] = [Image.fromarray(label_map) for label_map in label_maps]
+    Dataset.from_dict(rows).to_parquet(tmp_path / "data.parquet")
+    (tmp_path / "classes.json").write_text('{"classes": ["Sky", "road"]}')
+    code, _, _ = san(
+        *("train", "--config", "fine_tune", "--model", model_folder, "--output_dir", tmp_path / "new"),
+        *("--dataset", tmp_path / "data.parquet", "--labels", tmp_path / "classes.json"),
+        *("--steps", 1, "--warmup_steps", 0, "--batch_size", 2, "--workers", 0, "--cpu", "true"),
+    )
+    assert code == 0
+    assert segment(image, labels=None, model=tmp_path / "new")[0] == 0
+    assert read_summary(tmp_path / "out")["labels"] == ["sky", "road"]
 
 
 # Conversion

@@ -59,9 +59,6 @@ def result(segmenter, image, words):
     return segment_upload(segmenter, image.read_bytes(), words, "none", "meadow.png")
 
 
-# What a visitor sends
-
-
 def test_words_come_one_by_one_or_as_lines():
     assert read_words(["Sky, car|Automobile", " ", '"road, route"']) == ["sky", "car|automobile", "road, route"]
 
@@ -111,9 +108,6 @@ def test_what_is_no_image_is_refused(content, image):
         open_upload(content)
 
 
-# What a visitor gets
-
-
 def test_the_files_are_those_that_the_command_writes(result, image, words, tmp_path):
     arguments = ["segment", str(image), "--labels", ", ".join(words), "--output", str(tmp_path), "--opacity", "0.3"]
     assert main(arguments) == 0
@@ -157,9 +151,6 @@ def test_a_heat_map_glows_where_its_label_scores(result, words):
     where = result.shown.label_map.numpy() == words.index("grass")
     brightness = np.asarray(glow.convert("L"))
     assert brightness[where].mean() > brightness[~where].mean() + 50
-
-
-# The page and the command
 
 
 def test_the_page_tells_nobody_about_its_visitors_or_its_folders(segmenter):
@@ -211,9 +202,6 @@ def test_the_command_says_where_the_page_is_which_begins_with_the_labels_given(m
     [field] = [block for block in served[0]["components"] if block["props"].get("elem_id") == "san-words"]
     assert field["props"]["value"] == ["sky", "car|automobile"]
     assert os.environ["GRADIO_TEMP_DIR"] == "elsewhere"
-
-
-# The Space
 
 
 @pytest.fixture(scope="module")
@@ -272,9 +260,6 @@ def test_the_command_writes_a_space_once(tmp_path, san):
     assert str(folder) in error
     assert (folder / "app.py").read_text() == kept
     assert san("app", "--space", tmp_path / "other")[0] == 2
-
-
-# The server
 
 
 @pytest.fixture(scope="module")
@@ -362,9 +347,6 @@ def test_a_visitor_cannot_have_the_server_fetch_an_address(client):
 
 def test_the_server_does_not_take_files_over_the_limit(client):
     assert upload_past_the_page(client, "large.png", b"x" * (MAX_BYTES + 2**20)).status_code == 413
-
-
-# In a browser
 
 
 @pytest.fixture(scope="module")

@@ -75,9 +75,6 @@ def assert_refused(result, *facts):
         assert str(fact) in err[0]
 
 
-# The parser
-
-
 def test_help_loads_nothing_heavy_and_one_command_none_of_the_others():
     code = (
         "import sys; sys.argv = ['/usr/bin/san']; from modeling_san.commands.main import make_parser; "
@@ -111,9 +108,6 @@ def test_every_command_is_listed_and_explains_itself_with_an_example(san, comman
 )
 def test_wrong_arguments_are_refused_in_one_line(san, arguments, fact):
     assert_refused(san(*arguments), fact, "--help")
-
-
-# Segmentation
 
 
 def test_overlay_label_image_summary_and_printed_line_agree_with_the_python_interface(
@@ -216,9 +210,6 @@ def test_a_file_name_may_be_any_bytes(segment, image, tmp_path):
     assert read_summary(tmp_path / "out", path.stem)["image"].endswith("caf\ufffd.png")
 
 
-# Labels and templates
-
-
 @pytest.mark.parametrize(
     ("option", "given", "labels"),
     [
@@ -313,9 +304,6 @@ def test_words_the_model_was_not_trained_on_are_named_once_with_those_it_was(seg
     assert segment(image, labels="sky, tree", model=model_copy)[2] == []
 
 
-# Images that cannot be segmented
-
-
 def save_half(path):
     whole = save_image(path.with_suffix(".png")).read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
@@ -372,9 +360,6 @@ def test_what_is_not_there_is_refused(segment, image, monkeypatch, option, value
     assert_refused(segment(image, option, value), value, fact)
 
 
-# Models
-
-
 def leave_out_weights(folder):
     weights = load_file(folder / "model.safetensors")
     weights = {name: tensor for name, tensor in weights.items() if "mask_decoder" not in name}
@@ -421,9 +406,6 @@ def test_a_registered_sibling_is_served_as_san_is(segment, model_copy, image):
     assert segment(image, model=model_copy)[0] == 0
 
 
-# Ends of a run
-
-
 def test_an_interrupted_command_ends_quietly(segment, image, monkeypatch):
     from modeling_san.commands import models
 
@@ -438,9 +420,6 @@ def test_the_console_command_does_what_main_does(model_folder, image, tmp_path):
     assert (finished.returncode, len(finished.stdout.splitlines())) == (2, 1)
     assert "Traceback" not in finished.stderr
     assert (tmp_path / "out" / "street_overlay.png").is_file()
-
-
-# The other commands
 
 
 def test_demo_segments_its_image_and_prints_the_results_of_the_model(san, tmp_path):
@@ -465,9 +444,6 @@ def test_a_model_trained_on_ones_own_images_segments_with_their_labels(san, segm
     assert code == 0
     assert segment(image, labels=None, model=tmp_path / "new")[0] == 0
     assert read_summary(tmp_path / "out")["labels"] == ["sky", "road"]
-
-
-# Conversion
 
 
 @pytest.fixture(scope="session")

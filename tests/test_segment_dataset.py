@@ -118,9 +118,6 @@ def kill_when_files_are_there(arguments, folder, number):
     return done
 
 
-# What is written
-
-
 MANY_LABELS = tuple(f"{first} {second}" for first in "tsrqponmlkjihgfedcba" for second in "onmlkjihgfedcba")
 
 
@@ -187,9 +184,6 @@ def test_a_batch_too_large_for_the_memory_is_run_image_by_image(label, segmenter
     label("small", by=Small(segmenter.model, segmenter.processor))
     label("one", batch_size=1)
     assert stored(tmp_path / "small") == stored(tmp_path / "one")
-
-
-# Cuts and restarts
 
 
 def test_a_killed_run_goes_on_without_a_row_twice_or_missing(arguments, run, label, tmp_path):
@@ -312,9 +306,6 @@ def test_a_stream_that_breaks_off_loses_nothing_that_was_done_and_ends_without_a
     assert [row["row"] for row in stored(tmp_path / "out")] == list(range(12))
 
 
-# Images gone bad
-
-
 @pytest.fixture
 def partly_damaged(tmp_path):
     """Nine images, of which number 2 is cut off, number 4 no image, and number 7 missing."""
@@ -356,9 +347,6 @@ def test_an_image_of_too_many_pixels_is_recorded(label, tmp_path, monkeypatch):
     assert "200 x 100" in second["error"]
 
 
-# The command
-
-
 @pytest.mark.parametrize(
     ("option", "value", "word"),
     [
@@ -376,9 +364,6 @@ def test_what_cannot_be_used_is_refused_in_one_line(run, monkeypatch, option, va
     code, _, errors = run(**{option: value})
     assert (code, len(errors)) == (2, 1)
     assert word in errors[0]
-
-
-# Ray
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ class SegmentationProgram(nn.Module):
         all_scores: whether to return the scores of all classes as well.
 
     Raises:
-        ValueError: the model is training, or of a kind that has no `segment`, images and embeddings to masks and logits.
+        ValueError: the model is training, or of a kind that has no `segment` (images and embeddings in, outputs out).
     """
 
     pixel_scale: Tensor

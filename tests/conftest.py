@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: a tiny model, a tiny tokenizer, and the reference numbers."""
 
+import copy
 import os
 
 # Before transformers is imported: nothing in these tests may wait for a network.
@@ -8,11 +9,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import CLIPTokenizer
 
-from modeling_san import SANConfig, SANForOpenVocabSegmentation, SANProcessor
+from modeling_san import SANConfig, SANForOpenVocabSegmentation, SANImageProcessor, SANProcessor
+from modeling_san.commands.main import main
 from reference import REFERENCE, clip_tokenizer
 from reference import weights as reference_module
 
@@ -51,6 +55,12 @@ TINY = {
 def trained_names(model):
     """Names of the parameters that train."""
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def coarse_image(seed, size=(90, 60)):
+    """An image of random coarse colours; size is width and height."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size)
 
 
 def pytest_configure(config):
@@ -128,6 +138,34 @@ def make_model(make_config):
 @pytest.fixture
 def model(make_model):
     return make_model()
+
+
+@pytest.fixture(scope="session")
+def model_folder(make_config, make_model, tokenizer, tmp_path_factory):
+    """A tiny model with random weights, no stored labels, and room for long prompts, as save_pretrained writes it."""
+    long_tokenizer = copy.deepcopy(tokenizer)
+    long_tokenizer.model_max_length = 96
+    text_config = {**make_config().text_config.to_dict(), "max_position_embeddings": 96}
+    folder = tmp_path_factory.mktemp("model") / "tiny-san"
+    make_model(text_config=text_config).save_pretrained(folder)
+    image_processor = SANImageProcessor(size={"shortest_edge": 64, "longest_edge": 256})
+    SANProcessor(image_processor, long_tokenizer, templates=["a photo of a {}.", "{}"]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def san(capsys):
+    """Runs `san` and returns its exit code and the lines it wrote to standard output and standard error."""
+
+    def run(*arguments):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        written = capsys.readouterr()
+        return code, written.out.splitlines(), written.err.splitlines()
+
+    return run
 
 
 @pytest.fixture

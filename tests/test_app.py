@@ -6,12 +6,12 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +28,6 @@ from modeling_san.hub_card.space import PACKAGES, write_space
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
-SCREENSHOTS = os.environ.get("SAN_SCREENSHOTS")
 WAIT = 30_000
 """Milliseconds that the browser waits for an answer."""
 HOSTILE = "<img src=x onerror=window.hacked=1>"
@@ -60,14 +59,6 @@ def result(segmenter, image, words):
     return segment_upload(segmenter, image.read_bytes(), words, "none", "meadow.png")
 
 
-def component(page, name):
-    """One of the page's components, by its name in the browser."""
-    return next(block for block in page.blocks.values() if block.elem_id == name)
-
-
-# What a visitor sends
-
-
 def test_words_come_one_by_one_or_as_lines():
     assert read_words(["Sky, car|Automobile", " ", '"road, route"']) == ["sky", "car|automobile", "road, route"]
 
@@ -77,13 +68,13 @@ def test_words_come_one_by_one_or_as_lines():
     [
         (None, "no words"),
         ([" \n "], "no words"),
-        ({"a": 1}, "not a list"),
         ("sky", "not a list"),
         ([3], "not a list"),
         (["sky", "SKY"], "'sky'"),
         (["x" * 20_001], "20,001"),
         ([f"word {number}" for number in range(301)], "301"),
     ],
+    ids=["none", "blank", "text", "number", "twice", "letters", "labels"],
 )
 def test_words_that_cannot_be_used_are_refused_in_a_sentence(given, message):
     with pytest.raises(ValueError, match=message) as caught:
@@ -91,19 +82,13 @@ def test_words_that_cannot_be_used_are_refused_in_a_sentence(given, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
-    path = tmp_path / "large.png"
-    with path.open("wb") as file:
-        file.truncate(21 * 2**20)
+@pytest.mark.parametrize("name", [None, "gone.png", "empty.png", ".", "large.png"])
+def test_uploads_that_are_not_there_or_too_large_are_refused_before_they_are_read(tmp_path, monkeypatch, name):
+    for file, size in (("empty.png", 0), ("large.png", 21 * 2**20)):
+        (tmp_path / file).touch()
+        os.truncate(tmp_path / file, size)
     monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("the file was read"))
-    with pytest.raises(ValueError, match="21 MB"):
-        read_upload(str(path))
-
-
-@pytest.mark.parametrize("name", [None, "gone.png", "empty.png", "."])
-def test_uploads_that_are_not_there_are_refused(tmp_path, name):
-    (tmp_path / "empty.png").touch()
-    with pytest.raises(ValueError, match=r"image|file"):
+    with pytest.raises(ValueError, match="21 MB" if name == "large.png" else r"image|file"):
         read_upload(None if name is None else str(tmp_path / name))
 
 
@@ -121,9 +106,6 @@ def test_what_is_no_image_is_refused(content, image):
     content = image.read_bytes()[:2000] if isinstance(content, str) else content
     with pytest.raises(ValueError, match="no image that can be read"):
         open_upload(content)
-
-
-# What a visitor gets
 
 
 def test_the_files_are_those_that_the_command_writes(result, image, words, tmp_path):
@@ -171,9 +153,6 @@ def test_a_heat_map_glows_where_its_label_scores(result, words):
     assert brightness[where].mean() > brightness[~where].mean() + 50
 
 
-# The page and the command
-
-
 def test_the_page_tells_nobody_about_its_visitors_or_its_folders(segmenter):
     page = make_page(segmenter.model, segmenter.processor, name=str(BUILTIN_MODEL))
     config = page.get_config_file()
@@ -184,32 +163,26 @@ def test_the_page_tells_nobody_about_its_visitors_or_its_folders(segmenter):
 
 def test_another_models_page_shows_its_name_and_no_drawn_images(make_model, tokenizer):
     page = make_page(make_model(), SANProcessor(tokenizer=tokenizer, templates=["a {}"]), name=HOSTILE)
-    assert "san-examples" not in {block.elem_id for block in page.blocks.values()}
-    assert "&lt;img" in component(page, "san-head").value
-    assert "<img" not in component(page, "san-head").value
+    blocks = {block.elem_id: block for block in page.blocks.values()}
+    assert "san-examples" not in blocks
+    assert "&lt;img" in blocks["san-head"].value
+    assert "<img" not in blocks["san-head"].value
 
 
-def test_the_command_says_which_package_is_missing(monkeypatch, capsys):
+def test_the_command_says_which_package_is_missing(monkeypatch, san):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert main(["app"]) == 2
-    assert 'pip install ".[app]"' in capsys.readouterr().err
+    code, _, [error] = san("app")
+    assert code == 2
+    assert 'pip install ".[app]"' in error
 
 
-@pytest.mark.parametrize("port", ["0", "70000", "http"])
-def test_a_port_that_is_none_is_refused(port, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["app", "--port", port])
-    assert caught.value.code == 2
-    assert port in capsys.readouterr().err
-
-
-def test_a_port_that_is_taken_is_refused_in_a_line(capsys):
+def test_a_port_that_is_none_or_taken_is_refused_in_a_line(san):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert main(["app", "--port", str(port)]) == 2
-    error = capsys.readouterr().err
-    assert f"127.0.0.1:{port}" in error
-    assert error.count("\n") == 1
+        number = taken.getsockname()[1]
+        for port, fact in (("0", "'0'"), ("70000", "70000"), (number, f"127.0.0.1:{number}")):
+            code, _, [error] = san("app", "--port", port)
+            assert code == 2
+            assert fact in error
 
 
 def test_the_command_says_where_the_page_is_which_begins_with_the_labels_given(monkeypatch, capsys):
@@ -229,9 +202,6 @@ def test_the_command_says_where_the_page_is_which_begins_with_the_labels_given(m
     [field] = [block for block in served[0]["components"] if block["props"].get("elem_id") == "san-words"]
     assert field["props"]["value"] == ["sky", "car|automobile"]
     assert os.environ["GRADIO_TEMP_DIR"] == "elsewhere"
-
-
-# The Space
 
 
 @pytest.fixture(scope="module")
@@ -281,69 +251,43 @@ def test_a_space_of_what_is_no_repository_or_no_package_is_refused(tmp_path, mod
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_writes_a_space_once(tmp_path, capsys):
+def test_the_command_writes_a_space_once(tmp_path, san):
     folder = tmp_path / "space"
-    assert main(["app", "--space", str(folder), "--model", "a/b"]) == 0
+    assert san("app", "--space", folder, "--model", "a/b")[0] == 0
     kept = (folder / "app.py").read_text()
-    assert main(["app", "--space", str(folder), "--model", "c/d"]) == 2
-    assert str(folder) in capsys.readouterr().err
+    code, _, [error] = san("app", "--space", folder, "--model", "c/d")
+    assert code == 2
+    assert str(folder) in error
     assert (folder / "app.py").read_text() == kept
-    assert main(["app", "--space", str(tmp_path / "other")]) == 2
-
-
-# The server
-
-
-class Server:
-    """A process that serves a page; ended and looked after by the tests."""
-
-    def __init__(self, command, folder, **environment):
-        # What the page keeps for a while goes where the test can see it
-        self.temporary = folder / "temporary"
-        self.temporary.mkdir()
-        self.process = subprocess.Popen(
-            [sys.executable, *command],
-            cwd=folder,
-            env={**os.environ, "TMPDIR": str(self.temporary), "HF_HUB_OFFLINE": "1", **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.lines, self.address = [], None
-        self.started = threading.Event()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self):
-        for line in self.process.stdout:
-            self.lines.append(line)
-            if found := re.search(r"http://127\.0\.0\.1:\d+/", line):
-                self.address = found[0]
-                self.started.set()
-        self.started.set()
-
-    def wait(self):
-        self.started.wait(180)
-        assert self.address, "".join(self.lines)
-        return self
-
-    def stop(self):
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        return self.process.returncode
+    assert san("app", "--space", tmp_path / "other")[0] == 2
 
 
 @pytest.fixture(scope="module")
 def server(space, tmp_path_factory):
-    """The page of the built-in model, as a Space serves it."""
+    """The page of the built-in model, as a Space serves it: its process, address, and folder of temporary files."""
     folder = shutil.copytree(space, tmp_path_factory.mktemp("served") / "space")
-    server = Server(["app.py"], folder, SAN_MODEL=str(BUILTIN_MODEL), GRADIO_SERVER_NAME="127.0.0.1")
-    yield server.wait()
-    server.stop()
+    # What the page keeps for a while goes where the test can see it
+    temporary, log = folder / "temporary", folder / "log"
+    temporary.mkdir()
+    places = {"SAN_MODEL": str(BUILTIN_MODEL), "GRADIO_SERVER_NAME": "127.0.0.1", "TMPDIR": str(temporary)}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "app.py"],
+            cwd=folder,
+            env={**os.environ, **places, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        end = time.monotonic() + 180
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+/", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.1)
+        yield SimpleNamespace(process=process, address=found[0], temporary=temporary)
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture
@@ -403,9 +347,6 @@ def test_a_visitor_cannot_have_the_server_fetch_an_address(client):
 
 def test_the_server_does_not_take_files_over_the_limit(client):
     assert upload_past_the_page(client, "large.png", b"x" * (MAX_BYTES + 2**20)).status_code == 413
-
-
-# In a browser
 
 
 @pytest.fixture(scope="module")
@@ -487,25 +428,14 @@ def saved(page, kind):
     return download.value.suggested_filename, Path(download.value.path()).read_bytes()
 
 
-def keep_screenshot(page, tmp_path, name, **options):
-    path = tmp_path / name
-    page.screenshot(path=path, **options)
-    if SCREENSHOTS:
-        Path(SCREENSHOTS).mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, SCREENSHOTS)
-
-
 @pytest.mark.browser
-def test_an_image_and_words_become_labels_heat_maps_and_files(visit, image, words, result, tmp_path):
+def test_an_image_and_words_become_labels_heat_maps_and_files(visit, image, words, result):
     page = visit()
-    keep_screenshot(page, tmp_path, "desktop.png")
     button = page.locator("#san-run").bounding_box()
     assert button["y"] + button["height"] < 850
     # All words in one line, not ended by Enter: what was typed counts when the button is pressed
     segment(page, image, ", ".join(words))
-    page.wait_for_function(
-        "(count) => document.querySelectorAll('#san-words .token').length === count", arg=len(words)
-    )
+    page.wait_for_function(f"document.querySelectorAll('#san-words .token').length === {len(words)}")
     segments = result.shown.segments()
     assert found(page) == {one.label: f"{100 * one.area:.1f}" for one in segments}
     assert "brick" in page.locator("#san-notice").inner_text()
@@ -522,7 +452,6 @@ def test_an_image_and_words_become_labels_heat_maps_and_files(visit, image, word
 
     page.click(f"#san-painted .legend-item >> text={segments[1].label}")
     page.wait_for_selector(f"#san-heat >> text=score of {segments[1].label}")
-    keep_screenshot(page, tmp_path, "heat.png")
     page.click("button[role=tab] >> text=Table")
     page.wait_for_selector(f"#san-table >> text={segments[0].pixels} >> visible=true")
 
@@ -572,7 +501,7 @@ def test_two_visitors_at_once_see_their_own_images_only(visit, image, words, tmp
 
 
 @pytest.mark.browser
-def test_the_page_fits_a_phone_and_follows_its_colours(visit, tmp_path):
+def test_the_page_fits_a_phone_and_follows_its_colours(visit):
     background = "getComputedStyle(document.body).backgroundColor"
     phone = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
     brightness = {}
@@ -584,7 +513,6 @@ def test_the_page_fits_a_phone_and_follows_its_colours(visit, tmp_path):
         assert page.evaluate("document.documentElement.scrollWidth") == 390
         assert page.locator("#san-painted .base-image").bounding_box()["width"] > 300
         brightness[scheme] = sum(map(int, re.findall(r"\d+", page.evaluate(background))[:3]))
-        keep_screenshot(page, tmp_path, f"phone_{scheme}.png", full_page=True)
     assert brightness["light"] > 600
     assert brightness["dark"] < 200
 
@@ -599,6 +527,7 @@ def test_nothing_was_fetched_from_elsewhere(browser, server):
 def test_nothing_uploaded_is_left_when_the_server_ends(server, client):
     answer = upload_past_the_page(client, "secret.png", b"secret")
     assert server.temporary in Path(answer.json()[0]).parents
-    assert server.stop() == 0
+    server.process.terminate()
+    assert server.process.wait(20) == 0
     left = [path for path in server.temporary.rglob("*") if path.is_file() and path.name != "outside.png"]
     assert left == []

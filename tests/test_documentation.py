@@ -46,7 +46,7 @@ COMMANDS = [(page, command) for page, _, text in blocks_of("bash") for command i
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     """A folder with the files that the pages speak of: images, a labelled data set, models and their evaluation."""
-    from datasets import Dataset, DatasetDict, Features, Image
+    from datasets import Dataset, Features, Image
 
     folder = tmp_path_factory.mktemp("workspace")
     examples = load_examples()
@@ -60,15 +60,14 @@ def workspace(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name in ("train", "val", "photos"):
-            DatasetDict({name: data})[name].to_parquet(f"{name}.parquet")
+            data.to_parquet(f"{name}.parquet")
         Path("classes.json").write_text(json.dumps(names))
         examples[0].image.save("street.jpg")
-        model, processor = (
-            kind.from_pretrained(BUILTIN_MODEL) for kind in (SANForOpenVocabSegmentation, SANProcessor)
-        )
+        model = SANForOpenVocabSegmentation.from_pretrained(BUILTIN_MODEL)
+        processor = SANProcessor.from_pretrained(BUILTIN_MODEL)
         model.set_labels(["sky", "road"], processor)
-        for part in (model, processor):
-            part.save_pretrained("my-model")
+        model.save_pretrained("my-model")
+        processor.save_pretrained("my-model")
         shutil.copytree("my-model", "me/my-san")
         assert main(["demo"]) == 0
         command = "evaluate --model my-model --dataset val.parquet --split train --labels classes.json"
@@ -84,22 +83,20 @@ def namespace(workspace, monkeypatch):
     return {"__name__": "documentation", "predicted_maps": maps, "label_maps": maps}
 
 
-def run_in_turn(codes, namespace):
-    """Run codes one after another, as a reader would."""
-    for code in codes:
-        exec(compile(code, "documentation", "exec"), namespace)
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of("python", page)], ids=str)
 def test_python_of_a_page_runs(page, namespace):
-    run_in_turn([code for _, note, code in blocks_of("python", page) if note != NOT_RUN], namespace)
+    for _, note, code in blocks_of("python", page):
+        if note != NOT_RUN:
+            exec(code, namespace)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=str)
 def test_a_notebook_runs_from_top_to_bottom(notebook, namespace):
     cells = json.loads((REPOSITORY / notebook).read_text(encoding="utf-8"))["cells"]
     assert not any(cell.get("outputs") for cell in cells)
-    run_in_turn(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"], namespace)
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), namespace)
 
 
 def test_python_that_only_exports_can_provide_for_is_all_that_is_not_run():

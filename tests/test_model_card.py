@@ -1,7 +1,6 @@
 """The model card: what it says, where it has that from, and that nothing from outside breaks it."""
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -68,36 +67,29 @@ def section(card, title):
     return match[1]
 
 
-def test_the_metadata_survives_the_hubs_own_reader(folder, results):
+def test_metadata_and_measurements_survive_the_hubs_own_reader(folder, results):
     write(folder / "results.json", results)
-    card = make_model_card(folder, repo_id="me/my-model", license="mit", base_model="me/older", datasets=["me/data"])
+    given = {"license": "mit", "base_model": "me/older", "datasets": ["me/data"]}
+    card = make_model_card(folder, repo_id="me/my-model", **given)
     read = ModelCard(str(card))
     assert str(read) == str(card)
     data = read.data.to_dict()
-    assert {name: data[name] for name in ("library_name", "pipeline_tag", "license", "base_model", "datasets")} == {
-        "library_name": "transformers",
-        "pipeline_tag": "image-segmentation",
-        "license": "mit",
-        "base_model": "me/older",
-        "datasets": ["me/data"],
-    }
+    expected = {"library_name": "transformers", "pipeline_tag": "image-segmentation", **given}
+    assert {name: data[name] for name in expected} == expected
     [widget] = data["widget"]
     assert widget["src"].startswith("https://")
     assert widget["candidate_labels"] == "sky, red truck"
-
-
-def test_measurements_become_the_model_index(folder, results):
-    write(folder / "results.json", results)
-    data = yaml.safe_load(str(make_model_card(folder, repo_id="me/my-model")).split("---\n")[1])
-    [model] = data["model-index"]
+    [model] = yaml.safe_load(str(card).split("---\n")[1])["model-index"]
     assert model["name"] == "my-model"
     [result] = model["results"]
     assert result["task"]["type"] == "image-segmentation"
     assert result["dataset"]["type"] == "val.parquet"
     assert result["dataset"]["args"] == {"limit": 20, "tta": True}
     values = {metric["name"]: metric["value"] for metric in result["metrics"]}
-    assert values["Mean IoU"] == 0.2604
-    assert values["Mean IoU of novel"] == 0.125
+    assert (values["Mean IoU"], values["Mean IoU of novel"]) == (0.2604, 0.125)
+    failures = section(card, "Limits and known failures")
+    assert "`red truck` 0.000, `road` 0.031, `sky` 0.750" in failures
+    assert "IoU of 0: 1 of 3" in failures
 
 
 def test_what_an_evaluation_writes_is_what_the_card_reads(folder, make_model, processor, tmp_path, monkeypatch):
@@ -108,16 +100,10 @@ def test_what_an_evaluation_writes_is_what_the_card_reads(folder, make_model, pr
         for index, colour in enumerate(("blue", "red"))
     ]
     write(tmp_path / "classes.json", ["sky", "red truck"])
-    measured = evaluate(
-        make_model(),
-        processor,
-        images,
-        load_label_set(str(tmp_path / "classes.json")),
-        output_dir=tmp_path / "evaluation",
-        progress=False,
-        overlays=0,
-        about={"model": "my-model", "dataset": "me/images", "split": "validation"},
-    )
+    labels = load_label_set(str(tmp_path / "classes.json"))
+    about = {"model": "my-model", "dataset": "me/images", "split": "validation"}
+    options = {"output_dir": tmp_path / "evaluation", "progress": False, "overlays": 0, "about": about}
+    measured = evaluate(make_model(), processor, images, labels, **options)
     card = make_model_card(folder, results=[tmp_path / "evaluation"])
     text = section(card, "Measured on these weights")
     assert f"| Mean IoU | {measured['mean_iou']:.4f} |" in text
@@ -135,19 +121,14 @@ def test_another_models_figures_are_not_called_measured_on_these_weights(folder,
     assert "the lowest IoU" not in card.text
 
 
-def test_without_measurements_the_card_says_so_and_has_no_index(folder):
+def test_without_measurements_the_card_says_so_has_no_index_and_changes_nothing_in_the_folder(folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     card = make_model_card(folder)
     assert "no measurement of these weights is recorded" in section(card, "Measured on these weights")
     assert "model-index" not in str(card)
     # Nor are the authors' figures quoted for another architecture than theirs
     assert not re.search(r"mIoU|mean IoU|Quoted from the authors", card.text, flags=re.IGNORECASE)
-
-
-def test_the_weakest_classes_are_among_the_known_failures(folder, results):
-    write(folder / "results.json", results)
-    text = section(make_model_card(folder), "Limits and known failures")
-    assert "`red truck` 0.000, `road` 0.031, `sky` 0.750" in text
-    assert "IoU of 0: 1 of 3" in text
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_figures_at_the_end_of_training_go_by_the_recipes_data(folder, results):
@@ -167,14 +148,16 @@ def test_figures_at_the_end_of_training_go_by_the_recipes_data(folder, results):
     assert "/data/held_out" not in str(card)
 
 
-def test_parameters_are_counted_and_stored_label_embeddings_are_none(folder, make_model):
+def test_parameters_are_counted_without_stored_embeddings_and_half_precision_is_named(folder, make_model):
     model = make_model()
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     assert 0 < trainable < total
+    SANForOpenVocabSegmentation.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     facts = section(make_model_card(folder), "What it is")
     assert f"| parameters | {total / 1e6:.2f} million |" in facts
     assert f"| {trainable / 1e6:.2f} million: what is added to CLIP" in facts
+    assert "| weights | bfloat16, " in facts
 
 
 @pytest.mark.parametrize("width", [768, 1024])
@@ -266,7 +249,6 @@ def test_the_examples_on_the_card_run(tmp_path, monkeypatch):
     [
         ("config.json", None, "config.json"),
         ("model.safetensors", None, "model.safetensors"),
-        ("config.json", "{", "config.json cannot be read as JSON"),
         ("config.json", "[" * 100_000, "config.json cannot be read as JSON"),
         ("config.json", '{"model_type": "clip"}', "'clip'"),
         ("config.json", '{"model_type": "san", "num_queries": -1}', "num_queries"),
@@ -295,15 +277,3 @@ def test_files_that_are_missing_or_cannot_be_read_are_named(folder, name, conten
 def test_what_is_given_for_the_card_has_to_make_sense(folder, given, fact):
     with pytest.raises(ValueError, match=fact):
         make_model_card(folder, **given)
-
-
-def test_weights_in_half_precision_are_called_so(folder):
-    model = SANForOpenVocabSegmentation.from_pretrained(folder, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    assert "| weights | bfloat16, " in section(make_model_card(folder), "What it is")
-
-
-def test_nothing_in_the_folder_is_changed(folder):
-    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
-    make_model_card(folder)
-    assert before == {name: (folder / name).read_bytes() for name in os.listdir(folder)}

@@ -1,6 +1,5 @@
 """Labelling whole data sets: complete, the same however often it was cut off, and ready to load."""
 
-import copy
 import io
 import os
 import resource
@@ -16,12 +15,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import coarse_image
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from modeling_san import SANImageProcessor, SANProcessor
-from modeling_san.commands.main import main
+from modeling_san import SANForOpenVocabSegmentation, SANProcessor
 from modeling_san.commands.segment_dataset import load_segmenter
 from modeling_san.processing import Segmenter
 from modeling_san.processing.segment_dataset import Options, segment_dataset, segment_dataset_with_ray
@@ -37,9 +36,8 @@ SIZES = ((90, 60), (60, 90), (70, 70), (90, 60))
 
 def encoded(seed, size=(90, 60), form="PNG", **options):
     """A file with an image of random coarse colours; size is width and height."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(coarse).resize(size).save(buffer, form, **options)
+    coarse_image(seed, size).save(buffer, form, **options)
     return buffer.getvalue()
 
 
@@ -55,21 +53,9 @@ def read_dataset(path, streaming=False):
 
 
 @pytest.fixture(scope="module")
-def segmenter(make_config, make_model, tokenizer):
-    long_tokenizer = copy.deepcopy(tokenizer)
-    long_tokenizer.model_max_length = 96
-    image_processor = SANImageProcessor(size={"shortest_edge": 64, "longest_edge": 256})
-    processor = SANProcessor(image_processor, long_tokenizer, templates=["a photo of a {}.", "{}"])
-    model = make_model(text_config={**make_config().text_config.to_dict(), "max_position_embeddings": 96})
-    return Segmenter(model, processor)
-
-
-@pytest.fixture(scope="module")
-def model_folder(segmenter, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "tiny-san"
-    segmenter.model.save_pretrained(folder)
-    segmenter.processor.save_pretrained(folder)
-    return folder
+def segmenter(model_folder):
+    model = SANForOpenVocabSegmentation.from_pretrained(model_folder)
+    return Segmenter(model, SANProcessor.from_pretrained(model_folder))
 
 
 @pytest.fixture(scope="module")
@@ -106,18 +92,9 @@ def arguments(model_folder, source, tmp_path):
 
 
 @pytest.fixture
-def san(capsys, arguments):
+def run(san, arguments):
     """Runs `san segment-dataset`; returns its exit code and the lines of standard output and standard error."""
-
-    def run(*more, **changes):
-        try:
-            code = main(arguments(*more, **changes))
-        except SystemExit as stop:
-            code = stop.code
-        written = capsys.readouterr()
-        return code, written.out.splitlines(), written.err.splitlines()
-
-    return run
+    return lambda *more, **changes: san(*arguments(*more, **changes))
 
 
 def stored(folder):
@@ -129,52 +106,55 @@ def loaded(folder):
     return list(read_dataset(folder / "part-*.parquet"))
 
 
-def kill_when(process, is_time):
-    while not is_time() and process.poll() is None:
+def kill_when_files_are_there(arguments, folder, number):
+    """Starts `san` and kills it when it has written so many files; returns how many rows these hold."""
+    process = subprocess.Popen([sys.executable, "-m", "modeling_san.commands.main", *arguments])
+    while len(list(folder.glob("part-*.parquet"))) < number and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+    done = len(stored(folder))
+    assert 0 < done < 40
+    return done
 
 
-# --------------------------------------------------------------------------------------------------- what is written
+MANY_LABELS = tuple(f"{first} {second}" for first in "tsrqponmlkjihgfedcba" for second in "onmlkjihgfedcba")
 
 
-def test_each_image_gets_the_label_map_it_gets_alone(label, segmenter, source, tmp_path):
-    label()
+@pytest.mark.parametrize(("labels", "bits"), [(LABELS, 8), (MANY_LABELS, 16)], ids=["3 labels", "300 labels"])
+def test_each_image_gets_the_label_map_it_gets_alone_and_segments_that_name_what_is_in_it(
+    label, segmenter, source, tmp_path, labels, bits
+):
+    label(labels=labels, with_scores=True)
     rows = loaded(tmp_path / "out")
     assert [row["row"] for row in rows] == list(range(22))
-    vocabulary = segmenter.vocabulary(LABELS)
+    assert max(part["index"] for row in rows for part in row["segments"]) > (255 if bits == 16 else 1)
+    vocabulary = segmenter.vocabulary(labels)
     for row, original in zip(rows, read_dataset(source), strict=True):
         [expected] = segmenter(original["image"], vocabulary)
-        assert np.array_equal(np.asarray(row["annotation"]), expected.label_map.numpy())
-
-
-def test_segments_name_what_the_label_map_holds(label, tmp_path):
-    label(with_scores=True)
-    for row in loaded(tmp_path / "out"):
         label_map, scores = np.asarray(row["annotation"]), np.asarray(row["scores"]) / 1000
+        assert label_map.dtype == f"uint{bits}"
+        assert np.array_equal(label_map, expected.label_map.numpy())
         assert {segment["index"] for segment in row["segments"]} == set(np.unique(label_map))
         for segment in row["segments"]:
             inside = label_map == segment["index"]
-            assert segment["label"] == LABELS[segment["index"]]
+            assert segment["label"] == labels[segment["index"]]
             assert segment["area"] == pytest.approx(inside.mean())
             assert segment["score"] == pytest.approx(scores[inside].clip(max=1).mean(), abs=6e-4)
 
 
-def test_images_and_columns_are_stored_as_they_came(san, source, tmp_path):
-    assert san("--with-images", "--keep-columns", "name")[0] == 0
-    originals = pq.read_table(source).to_pylist()
-    rows = stored(tmp_path / "out")
+def test_the_command_stores_images_and_columns_as_they_came_in_a_data_set_to_train_on(run, source, tmp_path):
+    code, lines, _ = run("--with-images", "--keep-columns", "name")
+    assert code == 0
+    assert lines[0].startswith("22 images in 0.")
+    assert "5 files with 22 images" in lines[1]
+    assert eval(lines[2], {"datasets": datasets})["row"][:] == list(range(22))
+    originals, rows = pq.read_table(source).to_pylist(), stored(tmp_path / "out")
     assert [row["image"]["bytes"] for row in rows] == [row["image"]["bytes"] for row in originals]
     assert [row["name"] for row in rows] == [row["name"] for row in originals]
-
-
-def test_the_result_is_a_data_set_to_train_on(label, tmp_path):
-    label(with_images=True)
     images = load_images(tmp_path / "out")
     labels = load_label_set(None, dataset=images, source=tmp_path / "out")
-    assert labels.names == LABELS
-    assert len(images) == 22
+    assert (labels.names, len(images)) == (LABELS, 22)
     assert labels.read(images[1]["annotation"]).shape == images[1]["image"].size[::-1]
 
 
@@ -187,20 +167,8 @@ def test_a_turned_photograph_gets_an_upright_label_map(label, tmp_path):
     assert row["annotation"].size == row["image"].size == (60, 90)
 
 
-def test_more_than_255_labels_take_16_bits(label, segmenter, tmp_path):
-    names = tuple(f"{first} {second}" for first in "abcdefghijklmnopqrst" for second in "abcdefghijklmno")
-    label(labels=names)
-    label("turned", labels=names[::-1])
-    pairs = zip(loaded(tmp_path / "out"), loaded(tmp_path / "turned"), strict=True)
-    maps = [(np.asarray(row["annotation"]), np.asarray(turned["annotation"])) for row, turned in pairs]
-    assert all(label_map.dtype == np.uint16 for label_map, _ in maps)
-    assert max(label_map.max() for pair in maps for label_map in pair) > 255
-    # Ties aside, the same label wins wherever it stands in the list
-    assert np.mean([np.mean(first == 299 - second.astype(int)) for first, second in maps]) > 0.999
-
-
-def test_what_an_added_name_wins_becomes_other(san, tmp_path):
-    assert san("--extend-labels", "coco-stuff", labels="sky, road")[0] == 0
+def test_what_an_added_name_wins_becomes_other(run, tmp_path):
+    assert run("--extend-labels", "coco-stuff", labels="sky, road")[0] == 0
     rows = stored(tmp_path / "out")
     assert {segment["label"] for row in rows for segment in row["segments"]} <= {"sky", "road", "other"}
     assert any(segment["label"] == "other" and segment["index"] == 2 for row in rows for segment in row["segments"])
@@ -218,20 +186,14 @@ def test_a_batch_too_large_for_the_memory_is_run_image_by_image(label, segmenter
     assert stored(tmp_path / "small") == stored(tmp_path / "one")
 
 
-# ------------------------------------------------------------------------------------------------- cuts and restarts
-
-
-def test_a_killed_run_goes_on_without_a_row_twice_or_missing(arguments, san, label, tmp_path):
+def test_a_killed_run_goes_on_without_a_row_twice_or_missing(arguments, run, label, tmp_path):
     data = write_dataset(tmp_path / "many.parquet", [encoded(seed, SIZES[seed % 4]) for seed in range(40)])
     changes = {"dataset": data, "output": tmp_path / "cut", "shard-size": 2}
-    command = [sys.executable, "-m", "modeling_san.commands.main", *arguments(**changes)]
-    kill_when(subprocess.Popen(command), lambda: len(list((tmp_path / "cut").glob("part-*.parquet"))) >= 3)
-    done = len(stored(tmp_path / "cut"))
-    assert 0 < done < 40
+    done = kill_when_files_are_there(arguments(**changes), tmp_path / "cut", 3)
     # What a kill in the middle of writing leaves behind, and what it does not
     (tmp_path / "cut" / "part-000019.parquet.unfinished-0123abcd").write_bytes(b"half")
 
-    code, lines, _ = san(**changes)
+    code, lines, _ = run(**changes)
     assert code == 0
     assert lines[0].startswith(f"{40 - done} images")
     label("uncut", data, shard_size=2)
@@ -257,7 +219,7 @@ def test_a_finished_run_does_nothing_more_and_one_with_missing_or_damaged_files_
     assert stored(tmp_path / "out") == stored(tmp_path / "uncut")
 
 
-def test_sigterm_leaves_whole_files_and_ends_with_143(san, label, tmp_path, monkeypatch):
+def test_sigterm_leaves_whole_files_and_ends_with_143(run, label, tmp_path, monkeypatch):
     whole = Segmenter.segment
 
     def segment(self, *arguments):
@@ -268,7 +230,7 @@ def test_sigterm_leaves_whole_files_and_ends_with_143(san, label, tmp_path, monk
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(Segmenter, "segment", segment)
-        code, _, _ = san()
+        code, _, _ = run()
     assert code == 143
     assert signal.getsignal(signal.SIGTERM) is handler
     assert not list((tmp_path / "out").glob("*unfinished*"))
@@ -279,14 +241,14 @@ def test_sigterm_leaves_whole_files_and_ends_with_143(san, label, tmp_path, monk
     assert [row["row"] for row in stored(tmp_path / "out")] == list(range(22))
 
 
-def test_a_full_disk_is_named_and_the_run_goes_on_later(san, label, tmp_path):
+def test_a_full_disk_is_named_and_the_run_goes_on_later(run, label, tmp_path):
     label("uncut")
     sizes = [path.stat().st_size for path in sorted((tmp_path / "uncut").glob("part-*.parquet"))]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     # As a disk without room does, a limit lets a write fail halfway
     resource.setrlimit(resource.RLIMIT_FSIZE, (min(sizes[:4]) - 200, hard))
     try:
-        code, _, errors = san()
+        code, _, errors = run()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 2
@@ -296,22 +258,21 @@ def test_a_full_disk_is_named_and_the_run_goes_on_later(san, label, tmp_path):
     assert stored(tmp_path / "out") == stored(tmp_path / "uncut")
 
 
-@pytest.mark.parametrize("change", ["labels", "model", "dataset", "shard_size", "columns", "templates"])
-def test_a_folder_of_another_run_is_refused(label, segmenter, make_model, tmp_path, change):
+def test_a_folder_of_another_run_is_refused(label, segmenter, make_model, tmp_path):
     label()
     before = stored(tmp_path / "out")
-    other = write_dataset(tmp_path / "other.parquet", [encoded(seed) for seed in range(1, 23)])
     another_model = make_model(seed=1, text_config=segmenter.model.config.text_config.to_dict())
-    arguments = {
+    other = {
         "labels": {"labels": ("sky", "street", "red truck")},
         "model": {"by": Segmenter(another_model, segmenter.processor)},
-        "dataset": {"data": other},
+        "dataset": {"data": write_dataset(tmp_path / "other.parquet", [encoded(seed) for seed in range(1, 23)])},
         "shard_size": {"shard_size": 4},
         "columns": {"with_scores": True},
         "templates": {"settings": {"templates": ["{}"]}},
     }
-    with pytest.raises(ValueError, match=rf"another run \(other {change}\)"):
-        label(**arguments[change])
+    for what, changes in other.items():
+        with pytest.raises(ValueError, match=rf"another run \(other {what}\)"):
+            label(**changes)
     assert stored(tmp_path / "out") == before
 
 
@@ -324,18 +285,12 @@ def test_files_that_the_run_did_not_write_are_not_overwritten(label, tmp_path, n
     assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
-def test_a_stream_that_ends_with_a_shard_makes_no_empty_file(label, tmp_path):
-    data = write_dataset(tmp_path / "ten.parquet", [encoded(seed) for seed in range(10)])
-    assert label(data=data, streaming=True).parts == 2
-    assert label(data=data, streaming=True).images == 0
-
-
-def test_a_stream_that_breaks_off_loses_nothing_that_was_done(label, tmp_path):
+def test_a_stream_that_breaks_off_loses_nothing_that_was_done_and_ends_without_an_empty_file(label, tmp_path):
     broken = threading.Event()
     broken.set()
 
     def examples():
-        for seed in range(13):
+        for seed in range(12):
             if seed == 8 and broken.is_set():
                 raise ConnectionError("the network is gone")
             yield {"image": {"bytes": encoded(seed), "path": None}}
@@ -345,11 +300,10 @@ def test_a_stream_that_breaks_off_loses_nothing_that_was_done(label, tmp_path):
         label(data=rows, shard_size=3)
     assert [row["row"] for row in stored(tmp_path / "out")] == list(range(6))
     broken.clear()
-    assert label(data=rows, shard_size=3).images == 7
-    assert [row["row"] for row in stored(tmp_path / "out")] == list(range(13))
-
-
-# ------------------------------------------------------------------------------------------------- images gone bad
+    report = label(data=rows, shard_size=3)
+    assert (report.images, report.parts) == (6, 4)
+    assert label(data=rows, shard_size=3).images == 0
+    assert [row["row"] for row in stored(tmp_path / "out")] == list(range(12))
 
 
 @pytest.fixture
@@ -360,8 +314,10 @@ def partly_damaged(tmp_path):
     return write_dataset(tmp_path / "damaged.parquet", files)
 
 
-def test_unreadable_images_are_recorded_and_the_others_labelled(san, partly_damaged, tmp_path):
-    code, lines, errors = san("--with-images", dataset=partly_damaged)
+def test_unreadable_images_are_recorded_and_the_others_labelled_unless_it_is_to_be_strict(
+    run, partly_damaged, tmp_path
+):
+    code, lines, errors = run("--with-images", dataset=partly_damaged)
     assert code == 0
     rows = loaded(tmp_path / "out")
     assert [row["row"] for row in rows if row["error"] is not None] == [2, 4, 7]
@@ -370,16 +326,13 @@ def test_unreadable_images_are_recorded_and_the_others_labelled(san, partly_dama
     assert "3 of 9 images" in errors[-1]
     assert "row 2" in errors[-1]
     assert "9 images" in lines[1]
-
-
-def test_strict_stops_at_the_first_unreadable_image(san, partly_damaged):
-    code, _, errors = san("--strict", dataset=partly_damaged)
+    code, _, errors = run("--strict", dataset=partly_damaged, output=tmp_path / "strict")
     assert code == 2
     assert "row 2" in errors[-1]
 
 
-def test_no_readable_image_at_all_is_an_error(san, tmp_path):
-    code, _, errors = san(dataset=write_dataset(tmp_path / "bad.parquet", [b"no image"] * 3))
+def test_no_readable_image_at_all_is_an_error(run, tmp_path):
+    code, _, errors = run(dataset=write_dataset(tmp_path / "bad.parquet", [b"no image"] * 3))
     assert code == 2
     assert "3 of 3 images" in errors[-2]
 
@@ -394,17 +347,6 @@ def test_an_image_of_too_many_pixels_is_recorded(label, tmp_path, monkeypatch):
     assert "200 x 100" in second["error"]
 
 
-# ------------------------------------------------------------------------------------------------------- the command
-
-
-def test_the_command_says_how_many_how_fast_and_how_to_load(san):
-    code, lines, _ = san()
-    assert code == 0
-    assert lines[0].startswith("22 images in 0.")
-    assert "5 files with 22 images" in lines[1]
-    assert eval(lines[2], {"datasets": datasets})["row"][:] == list(range(22))
-
-
 @pytest.mark.parametrize(
     ("option", "value", "word"),
     [
@@ -414,23 +356,14 @@ def test_the_command_says_how_many_how_fast_and_how_to_load(san):
         ("dataset", "nowhere.parquet", "nowhere.parquet"),
         ("model", "/nowhere/model", "/nowhere/model"),
         ("ray-actors", "2", "--ray"),
+        ("ray", "", "[ray]"),
     ],
 )
-def test_what_cannot_be_used_is_refused_in_one_line(san, option, value, word):
-    code, _, errors = san(**{option: value})
-    assert code == 2
-    assert len(errors) == 1
-    assert word in errors[0]
-
-
-def test_without_ray_its_extra_is_named(san, monkeypatch):
+def test_what_cannot_be_used_is_refused_in_one_line(run, monkeypatch, option, value, word):
     monkeypatch.setitem(sys.modules, "ray", None)
-    code, _, errors = san("--ray")
-    assert code == 2
-    assert "[ray]" in errors[-1]
-
-
-# --------------------------------------------------------------------------------------------------------------- Ray
+    code, _, errors = run(**{option: value})
+    assert (code, len(errors)) == (2, 1)
+    assert word in errors[0]
 
 
 @pytest.fixture(scope="module")
@@ -450,8 +383,8 @@ def cluster():
 
 
 @pytest.mark.ray
-def test_a_cluster_writes_of_a_stream_what_one_process_writes(cluster, san, label, tmp_path):
-    code, lines, _ = san("--keep-columns", "name", "--scores", "--streaming", "--ray-actors", 1, ray=cluster)
+def test_a_cluster_writes_of_a_stream_what_one_process_writes(cluster, run, label, tmp_path):
+    code, lines, _ = run("--keep-columns", "name", "--scores", "--streaming", "--ray-actors", 1, ray=cluster)
     assert code == 0
     assert lines[0].startswith("22 images")
     options = {"streaming": True, "keep_columns": ("name",), "with_scores": True}
@@ -465,11 +398,8 @@ def test_a_killed_driver_and_a_killed_worker_cost_no_row_and_repeat_none(
     cluster, arguments, model_folder, label, tmp_path
 ):
     data = write_dataset(tmp_path / "many.parquet", [encoded(seed, SIZES[seed % 4]) for seed in range(40)])
-    driver = [sys.executable, "-m", "modeling_san.commands.main"]
-    driver += arguments(dataset=data, ray=cluster, output=tmp_path / "cut", **{"shard-size": 2, "ray-actors": 1})
-    kill_when(subprocess.Popen(driver), lambda: len(list((tmp_path / "cut").glob("part-*.parquet"))) >= 2)
-    done = len(stored(tmp_path / "cut"))
-    assert 0 < done < 40
+    changes = {"ray": cluster, "output": tmp_path / "cut", "shard-size": 2, "ray-actors": 1}
+    kill_when_files_are_there(arguments(dataset=data, **changes), tmp_path / "cut", 2)
 
     import ray
 

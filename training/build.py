@@ -225,7 +225,6 @@ def make_batches(
         num_workers=recipe.workers,
         collate_fn=Collator(prompts),
         pin_memory=accelerator.device.type == "cuda",
-        persistent_workers=recipe.workers > 0,
         worker_init_fn=ignore_stop_signals,
     )
     return iter(loader)

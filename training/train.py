@@ -86,6 +86,8 @@ def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
                 _save_checkpoint(run, must_succeed=must_stop)
             if must_stop:
                 break
+    # The loader's processes, which leave SIGTERM to this one, end with their iterator: at exit it would be too late
+    run.batches = iter(())
     finished = state.step == recipe.steps
     if finished:
         _save_final_model(run)

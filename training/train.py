@@ -86,8 +86,6 @@ def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
                 _save_checkpoint(run, must_succeed=must_stop)
             if must_stop:
                 break
-    # The loader's processes, which leave SIGTERM to this one, end with their iterator: at exit it would be too late
-    run.batches = iter(())
     finished = state.step == recipe.steps
     if finished:
         _save_final_model(run)
@@ -261,6 +259,9 @@ def _saving_what_an_error_would_cost(run: Run) -> Iterator[None]:
             except Exception as error:
                 warn(f"no checkpoint can be written: {one_line(error)}.")
         raise
+    finally:
+        # The loader's processes leave SIGTERM to this one, and end with their iterator: at exit it would be too late
+        run.batches = iter(())
 
 
 def _save_final_model(run: Run) -> None:

@@ -489,7 +489,7 @@ def test_two_processes_and_a_killed_one_measure_what_one_does(
     ("options", "message"),
     [
         (["--dataset", "nowhere.parquet"], "nowhere.parquet cannot be read as a data set"),
-        (["--labels", "no_such_set"], "neither a label set"),
+        (["--labels", "ade20k_151"], "ade20k_151"),
         (["--subset", "base"], "write NAME=FILE"),
         (["--subset", "base=ocean"], "'ocean'"),
         (["--subset", "base=sky", "--subset", "base=road"], "given twice"),

@@ -567,6 +567,12 @@ def test_options_win_over_the_file(tmp_path):
     assert not recipe.photometric
 
 
+def test_a_recipe_that_calls_the_fields_of_a_new_model_san_is_still_read(tmp_path):
+    (tmp_path / "old.yaml").write_text("clip: folder\nsan: {num_queries: 7}\n")
+    recipe, _ = parse_recipe(["--config", str(tmp_path / "old.yaml"), "--dataset", "x", "--output_dir", "y"])
+    assert recipe.new_config == {"num_queries": 7}
+
+
 def test_the_recipe_of_a_run_starts_it_again(whole, common):
     recipe, _ = parse_recipe(["--config", str(whole / "recipe.yaml")])
     assert common.items() <= vars(recipe).items()

@@ -1,8 +1,9 @@
-.PHONY: help check test lint format
+.PHONY: help check test suite lint format
 
 help:
 	@echo "make check   all that has to pass, in a new environment: .ci/run"
 	@echo "make test    the tests, on all cores"
+	@echo "make suite   transformers' own common tests of models and processors, on our classes"
 	@echo "make lint    ruff, as .ci/run calls it"
 	@echo "make format  let ruff mend what it can"
 
@@ -11,6 +12,9 @@ check:
 
 test:
 	pytest -n auto --dist loadfile
+
+suite:
+	TRANSFORMERS_TESTS=$$(python tests/transformers_suite/fetch.py outputs) pytest -n auto tests/transformers_suite
 
 lint:
 	ruff check .

@@ -228,8 +228,10 @@ class SANProcessor(ProcessorMixin):
         return cls(image_processor, tokenizer, templates)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved: the image processor's options, and the templates with their name."""
+        """What is saved: the image processor's options, the templates with their name, and where the code is."""
         saved = super().to_dict()
+        # The library adds it when it saves, and leaves it out when it loads
+        saved["auto_map"] = {self._auto_class: f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"}
         saved["templates"] = {"name": self.templates_name, "prompts": list(self.templates)}
         return saved
 

@@ -1,8 +1,7 @@
 """
 Makes the archive's tests importable: what they need of the library's repository and the archive leaves out.
 
-Nothing that is tested is in here. Test images come from this package, classes that cannot apply are empty, and tests
-that ask for an accelerator run on the CPU.
+Nothing that is tested is in here. The test image comes from this package, and classes that cannot apply are empty.
 """
 
 import json
@@ -37,6 +36,9 @@ TINY_MODELS = {
 }
 """What the tests of pipelines read of each model: the classes that are saved with it."""
 
+TINY_MODELS_FOLDER = tempfile.TemporaryDirectory(prefix="tiny-models-")
+"""Where they look for models, which they save there first."""
+
 
 class Classes(SimpleNamespace):
     """The library, and the classes of this package, as tests look both up by name."""
@@ -57,14 +59,11 @@ def install(tests: Path) -> None:
         vars(sys.modules[name]).update(contents)
     sys.path.append(str(tests.parent))
 
-    # Models that tests of pipelines load are saved there by them.
-    models = Path(tempfile.mkdtemp(prefix="tiny-models-"))
-    summary = models / "reports" / "tiny_model_summary.json"
+    os.environ["TRANSFORMERS_TINY_MODEL_PATH"] = TINY_MODELS_FOLDER.name
+    summary = Path(TINY_MODELS_FOLDER.name, "reports", "tiny_model_summary.json")
     summary.parent.mkdir()
     summary.write_text(json.dumps(TINY_MODELS))
-    os.environ["TRANSFORMERS_TINY_MODEL_PATH"] = str(models)
 
     transformers_utils.direct_transformers_import = lambda *_, **__: Classes()
-    # timm is what other models of the task need
-    for requirement in ("require_timm",):
-        setattr(testing_utils, requirement, lambda test: test)
+    # It is what other models of the task need
+    testing_utils.require_timm = lambda test: test

@@ -1,7 +1,6 @@
 """Collects the library's tests where they have been fetched, and applies the list of exceptions."""
 
 import os
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,9 @@ class WithoutArchive(pytest.Module):
     """A module of tests that has nothing to run."""
 
     def collect(self):
-        pytest.skip("TRANSFORMERS_TESTS does not name the library's tests: tests/transformers_suite/fetch.py gets them")
+        pytest.skip(
+            "TRANSFORMERS_TESTS does not name the library's tests: tests/transformers_suite/fetch.py gets them"
+        )
 
 
 def pytest_configure(config):
@@ -32,7 +33,5 @@ def pytest_pycollect_makemodule(module_path, parent):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        test = f"{getattr(item.cls, '__name__', None)}::{item.name}"
-        for pattern, reason in DIFFERENT.items():
-            if fnmatchcase(test, pattern):
-                item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+        if reason := DIFFERENT.get(f"{getattr(getattr(item, 'cls', None), '__name__', None)}::{item.name}"):
+            item.add_marker(pytest.mark.xfail(reason=reason, strict=True))

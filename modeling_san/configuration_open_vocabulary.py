@@ -55,6 +55,8 @@ class OpenVocabularyConfig(PreTrainedConfig):
     """
 
     sub_configs = {"vision_config": CLIPVisionConfig, "text_config": CLIPTextConfig}
+    # By which transformers counts hidden states from the end
+    attribute_map = {"num_hidden_layers": "num_clip_layers"}
     _auto_class: ClassVar[str | None] = "AutoConfig"
     carried_classes: ClassVar[dict[str, str]] = {}
     """Where a saved folder's own copy of the code has the classes, for those who load it without the package."""

@@ -13,7 +13,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.import_utils import is_torchdynamo_exporting
-from transformers.utils.output_capturing import OutputRecorder
 
 from .attention_bias import recognize_regions
 from .clip_trunk import ClipTrunk, TrunkStates, make_vision_model
@@ -114,7 +113,7 @@ class SANPreTrainedModel(OpenVocabularyModel):
     _supports_sdpa = True
     _no_split_modules = ["CLIPTextEmbeddings", "CLIPEncoderLayer", "AnySizeVisionEmbeddings", "SideAdapterLayer"]
     _can_record_outputs = {
-        "hidden_states": OutputRecorder(CLIPEncoderLayer, num_hidden_layers_key="num_clip_layers"),
+        "hidden_states": CLIPEncoderLayer,
         "attentions": CLIPAttention,
         "side_hidden_states": SideAdapterLayer,
         "side_attentions": SideAdapterAttention,

@@ -26,6 +26,8 @@ class SANProcessorKwargs(ProcessingKwargs, total=False):
     """
 
     images_kwargs: SANImageProcessorKwargs  # type: ignore[misc]
+    # Older versions of transformers read it
+    _defaults = {}  # type: ignore[misc]
 
 
 class SANProcessor(ProcessorMixin):

@@ -8,6 +8,8 @@ import json
 import os
 import sys
 import tempfile
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -19,16 +21,28 @@ import modeling_san
 
 TEST_IMAGE = Path(modeling_san.__file__).with_name("drawn_examples") / "grass.png"
 
-LEFT_OUT = {
-    # `generate` is for language models.
-    "tests.generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
-    # The exports of this package are tested by its own tests.
-    "tests.exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
-    # Not read for configurations that hold others.
-    "tests.utils.test_configuration_utils": {"config_common_kwargs": {}},
-    "fetch_hub_objects_for_ci": {"url_to_local_path": lambda url: str(TEST_IMAGE)},
-}
-"""Modules by name, with what the common tests take from them."""
+
+class LeftOut(ModuleType):
+    """A module that the archive lacks: each name in it is an empty class."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+class LeftOutFinder(MetaPathFinder, Loader):
+    """Makes what is left out of the archive's `tests`: helpers for generation, exports and other pipelines."""
+
+    def find_spec(self, name, path=None, target=None):
+        return ModuleSpec(name, self, is_package=True) if name.startswith("tests.") else None
+
+    def create_module(self, spec):
+        return LeftOut(spec.name)
+
+    def exec_module(self, module):
+        """Nothing: names are made as they are asked for."""
+
 
 TINY_MODELS = {
     name: {"tokenizer_classes": ["CLIPTokenizer"], "processor_classes": ["SANImageProcessor"]}
@@ -54,10 +68,11 @@ def install(tests: Path) -> None:
     Args:
         tests: the folder that `fetch.py` prints.
     """
-    for name, contents in LEFT_OUT.items():
-        sys.modules[name] = ModuleType(name)
-        vars(sys.modules[name]).update(contents)
     sys.path.append(str(tests.parent))
+    # Last, so that what there is comes first
+    sys.meta_path.append(LeftOutFinder())
+    fetcher = sys.modules["fetch_hub_objects_for_ci"] = ModuleType("fetch_hub_objects_for_ci")
+    fetcher.url_to_local_path = lambda url: str(TEST_IMAGE)
 
     os.environ["TRANSFORMERS_TINY_MODEL_PATH"] = TINY_MODELS_FOLDER.name
     summary = Path(TINY_MODELS_FOLDER.name, "reports", "tiny_model_summary.json")

@@ -123,9 +123,9 @@ class SANModelTest(ModelTesterMixin, unittest.TestCase):
             patches = model.get_input_embeddings()
             other = copy.deepcopy(patches)
             model.set_input_embeddings(other)
-            self.assertIs(model.get_input_embeddings(), other)
-            self.assertIs(model.vision_model.embeddings.patch_embedding, other)
-            self.assertIsNone(model.get_output_embeddings())
+            assert model.get_input_embeddings() is other
+            assert model.vision_model.embeddings.patch_embedding is other
+            assert model.get_output_embeddings() is None
 
     def test_model_forward_default_config_values(self):
         # Only looks at classes that are named there
@@ -162,7 +162,7 @@ class SANModelTest(ModelTesterMixin, unittest.TestCase):
             call = {name: tensor.cpu() for name, tensor in self._prepare_for_class(inputs, model_class).items()}
             expected = model(**call)
             for offloaded in offloaded_models(model):
-                assert_close(offloaded(**call).to_tuple(), expected.to_tuple())
+                assert_close(offloaded(**call).to_tuple(), expected.to_tuple(), atol=1e-3, rtol=1e-4)
 
     def _shares_on_disk(self, model, serialization):
         with tempfile.TemporaryDirectory() as folder:
@@ -175,7 +175,7 @@ class SANModelTest(ModelTesterMixin, unittest.TestCase):
                     max_memory={"cpu": int(share * compute_module_sizes(model)[0][""])},
                     offload_folder=folder,
                 )
-                self.assertEqual(set(offloaded.hf_device_map.values()), {"cpu", "disk"})
+                assert set(offloaded.hf_device_map.values()) == {"cpu", "disk"}
                 yield offloaded
 
     def test_cpu_offload_to_memory(self):

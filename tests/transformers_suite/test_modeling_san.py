@@ -16,7 +16,7 @@ from tests.test_modeling_common import ModelTesterMixin, compute_module_sizes, f
 from torch.nn.modules.module import register_module_forward_pre_hook, register_module_module_registration_hook
 from torch.testing import assert_close
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
-from transformers.testing_utils import force_serialization_as_bin_files
+from transformers.testing_utils import force_serialization_as_bin_files, torch_device
 
 from modeling_san import SANConfig, SANForOpenVocabSegmentation, SANForSemanticSegmentation
 
@@ -153,6 +153,16 @@ class SANModelTest(ModelTesterMixin, unittest.TestCase):
             super().test_model_outputs_equivalence()
         finally:
             hook.remove()
+
+    @torch.no_grad()
+    def test_torch_export(self):
+        # The library's own is not in its archive
+        for model_class in self.all_model_classes:
+            config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+            model = model_class(config).to(torch_device).eval()
+            call = self._prepare_for_class(inputs, model_class)
+            program = torch.export.export(model, (), call)
+            assert_close(program.module()(**call).to_tuple(), model(**call).to_tuple(), atol=1e-3, rtol=1e-4)
 
     def _check_offload(self, offloaded_models):
         """Models whose weights are elsewhere until they are needed answer as the model does."""

@@ -11,7 +11,8 @@ from transformers import CLIPTextModel
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.import_utils import is_torchdynamo_exporting
 
 from .attention_bias import recognize_regions
@@ -225,6 +226,28 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         self.prompt_embedding = nn.Parameter(init.trunc_normal_(prompts, std=self.config.initializer_range))
         self.config.num_clip_prompts = num_prompts
 
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+        """
+        What CLIP says of whole images, as `CLIPModel.get_image_features`.
+
+        Args:
+            pixel_values: `(batch, 3, height, width)`, as for `forward`; CLIP sees the smaller image, as there.
+            kwargs: of `CLIPVisionModel`, such as `output_hidden_states` and `return_dict`.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `pooler_output` `(batch, projection_dim)`, not normalised, and
+            `last_hidden_state` `(batch, 1 + patches, CLIP width)`.
+
+        Raises:
+            ValueError: for images of a wrong shape.
+        """
+        self._check_pixel_values(pixel_values)
+        clip_pixels = self.shrink_for_clip(pixel_values.to(self.dtype))
+        outputs = self.vision_model(clip_pixels, interpolate_pos_encoding=True, return_dict=True, **kwargs)
+        outputs.pooler_output = self.visual_projection(outputs.pooler_output)
+        return outputs
+
     @record_on_request("side")
     def forward(
         self,
@@ -236,7 +259,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         labels: Tensor | None = None,
         mask_labels: Sequence[Tensor] | None = None,
         class_labels: Sequence[Tensor] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SANOutput:
         """
         Segment a batch of images with one vocabulary.
@@ -510,7 +533,7 @@ class SANForSemanticSegmentation(SANForOpenVocabSegmentation):
         pixel_values: Tensor,
         labels: Tensor | None = None,
         image_sizes: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SANOutput:
         """
         Segment a batch of images.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoProcessor, CLIPModel, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .prompt_encoder import encode_prompts
@@ -251,6 +251,24 @@ class OpenVocabularyModel(PreTrainedModel):
     def encode_prompts(self, input_ids: Tensor) -> Tensor:
         """What the text encoder makes of `(prompts, tokens)`: `(prompts, projection_dim)`, of any length."""
         return self.text_projection(encode_prompts(self.text_model, input_ids))  # type: ignore[operator]
+
+    @can_return_tuple
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """
+        What CLIP says of prompts, as `CLIPModel.get_text_features`; `get_class_embeds` is for vocabularies.
+
+        Args:
+            input_ids: `(prompts, tokens)`.
+            attention_mask: same shape.
+            kwargs: of `CLIPTextModel`, such as `output_hidden_states` and `return_dict`.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `pooler_output` `(prompts, projection_dim)`, not normalised, and
+            `last_hidden_state` `(prompts, tokens, CLIP width)`.
+        """
+        outputs = self.text_model(input_ids, attention_mask, return_dict=True, **kwargs)  # type: ignore[operator]
+        outputs.pooler_output = self.text_projection(outputs.pooler_output)  # type: ignore[operator]
+        return outputs
 
     @torch.no_grad()
     def set_labels(self, labels: Sequence[str], processor: LabelProcessor) -> None:

@@ -444,6 +444,16 @@ def test_every_weight_of_a_clip_comes_along(processor, tokenizer):
     text = processor(text=["sky", "red car"], templates=["{}"])
     expected = clip.get_text_features(text["input_ids"][:, 0]).pooler_output
     assert_close(model.get_class_embeds(**text), nn.functional.normalize(expected, dim=-1))
+    assert_close(model.get_text_features(text["input_ids"][:, 0]).pooler_output, expected)
+    # And of whole images, which it sees at half their size.
+    image = torch.randn(2, 3, 96, 160)
+    ours = model.get_image_features(image, output_hidden_states=True)
+    theirs = clip.get_image_features(
+        nn.functional.interpolate(image, scale_factor=0.5, mode="bilinear"), interpolate_pos_encoding=True
+    )
+    assert_close(ours.pooler_output, theirs.pooler_output)
+    assert_close(ours.last_hidden_state, theirs.last_hidden_state)
+    assert len(ours.hidden_states) == TINY_VISION["num_hidden_layers"] + 1
     # Its weights are copies: training one does not change the other.
     model.vision_model.embeddings.position_embedding.weight.add_(1)
     assert not torch.equal(model.vision_model.embeddings.position_embedding.weight, clip.state_dict()[POSITIONS])

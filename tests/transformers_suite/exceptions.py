@@ -7,6 +7,7 @@ _SHAPE = "prompts are (labels, prompts, tokens): each label stands in several te
 
 DIFFERENT = {
     "SANImageProcessingTest::test_call_numpy_4_channels": "CLIP sees red, green and blue; four channels are refused",
+    "SANImageProcessingTest::test_new_models_require_torchvision_backend": "images are made ready by PIL alone",
     "SANProcessorTest::test_call_arguments_not_in_attributes": "`templates` can be replaced for one call",
     "SANProcessorTest::test_kwargs_overrides_default_subprocessor_kwargs_0_images": _SHAPE,
     "SANProcessorTest::test_processor_text_has_no_visual": "text is one vocabulary, not a text for each image",

@@ -14,7 +14,7 @@ test:
 	pytest -n auto --dist loadfile
 
 suite:
-	tests=$$(python tests/transformers_suite/fetch.py outputs) && TRANSFORMERS_TESTS=$$tests pytest -n auto tests/transformers_suite
+	tests=$$(python tests/transformers_suite/fetch.py outputs) && TRANSFORMERS_TESTS=$$tests pytest -n auto --dist loadscope tests/transformers_suite
 
 lint:
 	ruff check .

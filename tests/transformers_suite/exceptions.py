@@ -34,11 +34,11 @@ EMPTY = {
 }
 """Tests of models that pass without building one. One that builds one nowadays is an error."""
 
-ABOUT_CLASSES = {
+ABOUT_CLASSES = (
     "test_config",
     "test_config_attn_implementation_setter",
     "test_generation_tester_mixin_inheritance",
     "test_model_main_input_name",
     "test_num_layers_is_small",
-}
+)
 """Tests of models that need none: they look at classes and configurations."""

@@ -24,6 +24,7 @@ from modeling_san.builtin import describe_groups, is_drawn_world, load_examples,
 from modeling_san.configuration_open_vocabulary import OpenVocabularyConfig
 from modeling_san.configuration_san import SANConfig
 from modeling_san.conversion import RELEASED_CONFIGS
+from modeling_san.processing.fingerprints import digest_weight_files
 from modeling_san.processing.wording_san import listed, one_line
 from modeling_san.training.callbacks import METRICS_FILE, read_metrics
 from modeling_san.training.evaluate import MEASURES, model_index
@@ -83,8 +84,8 @@ def make_model_card(
     Args:
         folder: that `save_pretrained`, `san train` or `san convert` wrote; `results.json` in it is read as well.
         repo_id: where it is published, for the examples; the folder's name by default.
-        results: further measurements: what `san evaluate` wrote, folders or `results.json` files. Those that name
-            another model are shown under its name, and stay out of the metadata.
+        results: further measurements: what `san evaluate` wrote, folders or `results.json` files. Those of other
+            weights, or that name another model, are shown under its name, and stay out of the metadata.
         license: of the weights, as the Hub writes it, "apache-2.0" for example; by default what the folder's README.md
             says, else the card says that it is not stated.
         base_model: Hub id of the model that these weights were made from.
@@ -103,10 +104,10 @@ def make_model_card(
     source = repo_id or folder.resolve().name
     name = re.sub(r"[^\w. -]+", "-", _plain(source.split("/")[-1])).strip("-_ ") or "SAN"
     recipe = read_recipe(folder / RECIPE_FILE) if (folder / RECIPE_FILE).is_file() else {}
-    measurements = [
-        _read_measurement(path, {name, source, folder.resolve().name}, recipe)
-        for path in _find_results(folder, results)
-    ]
+    found = _find_results(folder, results)
+    weights = digest_weight_files(folder) if found else None
+    names = {name, source, folder.resolve().name}
+    measurements = [_read_measurement(path, names, weights, recipe) for path in found]
     own = [measurement for measurement in measurements if measurement.other_model is None]
     entries = [entry for measurement in own for entry in measurement.entries]
     given = {"license": license, "base_model": base_model, "datasets": list(datasets)}
@@ -347,11 +348,13 @@ def _find_results(folder: Path, given: Iterable[str | os.PathLike]) -> list[Path
     return paths
 
 
-def _read_measurement(path: Path, names: set[str], recipe: Mapping[str, Any]) -> _Measurement:
-    """Figures from a file; `names` are those that the model goes by."""
+def _read_measurement(path: Path, names: set[str], weights: str | None, recipe: Mapping[str, Any]) -> _Measurement:
+    """Figures from a file; `names` are those that the model goes by, `weights` the digest of what it has learned."""
     results = read_json(path)
     try:
-        return _of_the_drawn_world(results) if "bias on" in results else _of_images(results, names, recipe)
+        if "bias on" in results:
+            return _of_the_drawn_world(results)
+        return _of_images(results, names, weights, recipe)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} holds no results of `san evaluate` or training ({_plain(repr(error))}): give those, or move the "
@@ -359,7 +362,9 @@ def _read_measurement(path: Path, names: set[str], recipe: Mapping[str, Any]) ->
         ) from error
 
 
-def _of_images(results: Mapping[str, Any], names: set[str], recipe: Mapping[str, Any]) -> _Measurement:
+def _of_images(
+    results: Mapping[str, Any], names: set[str], weights: str | None, recipe: Mapping[str, Any]
+) -> _Measurement:
     """Results of an evaluation; without a data set's name they are those at the end of training."""
     about = {key: results.get(key) for key in ("model", "dataset", "split", "limit", "tta")}
     by = "`san evaluate`"
@@ -390,6 +395,11 @@ def _of_images(results: Mapping[str, Any], names: set[str], recipe: Mapping[str,
     worst = ", ".join(f"{_code(label)} {iou:.3f}" for iou, label in present[:_LISTED_CLASSES])
     missed = sum(iou == 0 for iou, _ in present)
     measured = public_name(about["model"] or "")
+    other_model = _code(measured) if measured and measured not in names else None
+    if results.get("weights") is not None:
+        # Names may be changed, and weights may be trained on under one name
+        is_own = results["weights"] == weights
+        other_model = None if is_own else f"{_code(measured or 'a model')} with other weights"
     return _Measurement(
         about=f"By {by}: {', '.join(details)}.",
         rows={title: [f"{value:.4f}"] for title, value in rows.items()},
@@ -397,7 +407,7 @@ def _of_images(results: Mapping[str, Any], names: set[str], recipe: Mapping[str,
         entries=model_index_to_eval_results(model_index(figures, {**about, "model": "model"}))[1],
         weakest=f"On {_code(about['dataset'])} the classes with the lowest IoU are {worst}."
         + (f" Classes with an IoU of 0: {missed} of {len(present)}." if missed else ""),
-        other_model=_code(measured) if measured and measured not in names else None,
+        other_model=other_model,
     )
 
 

@@ -1,17 +1,79 @@
-"""Files and folders that appear complete or not at all, whatever happens while they are written."""
+"""Files and folders that appear complete or not at all, and never in the place of somebody's own.
+
+What is deleted or replaced has a name that the package gives, in a folder that a file of its own marks.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import socket
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-_UNFINISHED = ".unfinished-"
+from filelock import FileLock, Timeout
+
+LOCK_FILE = ".san.lock"
+"""In a folder that a run writes to, for as long as it runs."""
+
+_UNFINISHED = re.compile(r"\.unfinished-[0-9a-f]{8}$")
+
+
+@contextmanager
+def locked_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """
+    Hold a folder for the block; made if it is missing. The system lets go of it however the process ends.
+
+    Yields:
+        the folder.
+
+    Raises:
+        ValueError: another run holds it, which the sentence names, or it is a file.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: choose a folder to write to.")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not kept by the thread: what a run calls may write from another one
+    lock, holder = FileLock(folder / LOCK_FILE, thread_local=False), folder / f"{LOCK_FILE}.holder"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        who = "another run"
+        with suppress(OSError):
+            who = holder.read_text(encoding="utf-8").strip() or who
+        raise ValueError(f"{who} is writing to {folder}: wait for it, or choose another folder.") from error
+    try:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield folder
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def refuse_foreign_files(folder: str | os.PathLike, patterns: Iterable[str], mark: str) -> None:
+    """
+    Refuse to write where files are that nobody can tell the origin of.
+
+    Args:
+        folder: that is to be written to; it need not exist.
+        patterns: names of files to be written, as globs below the folder.
+        mark: the file that a folder of the same kind has, without which its files are somebody's own.
+
+    Raises:
+        ValueError: one of the files is there; the sentence names it.
+    """
+    folder = Path(folder)
+    if taken := next((path for pattern in patterns for path in sorted(folder.glob(pattern))), None):
+        raise ValueError(
+            f"{taken} is there already, and no {mark} beside it says that it may be replaced: choose another folder."
+        )
 
 
 @contextmanager
@@ -83,7 +145,7 @@ def filling_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    beside = path / f"{_UNFINISHED}{uuid.uuid4().hex[:8]}"
+    beside = path / f".unfinished-{uuid.uuid4().hex[:8]}"
     beside.mkdir()
     try:
         yield beside
@@ -110,16 +172,27 @@ def write_json(path: str | os.PathLike, data: Any) -> None:
 
 
 def remove_unfinished(folder: str | os.PathLike) -> None:
-    """Delete what killed processes left unfinished in `folder`; call it while nothing else writes there."""
-    for path in Path(folder).glob(f"*{_UNFINISHED}*"):
+    """Delete what killed processes left half written in `folder`; call it while nothing else writes there."""
+    for path in filter(_is_unfinished, Path(folder).glob("*")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Delete a folder that the package wrote: under its name there is all of it or nothing, at any moment."""
+    doomed = _beside(path)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _is_unfinished(path: Path) -> bool:
+    return _UNFINISHED.search(path.name) is not None
+
+
 def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}{_UNFINISHED}{uuid.uuid4().hex[:8]}")
+    return path.with_name(f"{path.name}.unfinished-{uuid.uuid4().hex[:8]}")
 
 
 def _flush(path: Path) -> None:
@@ -134,4 +207,15 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-__all__ = ["filling_folder", "new_folder", "remove_unfinished", "replacing_file", "write_json", "write_text"]
+__all__ = [
+    "LOCK_FILE",
+    "filling_folder",
+    "locked_folder",
+    "new_folder",
+    "refuse_foreign_files",
+    "remove_folder",
+    "remove_unfinished",
+    "replacing_file",
+    "write_json",
+    "write_text",
+]

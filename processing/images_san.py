@@ -418,8 +418,9 @@ def _to_indices(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
         raise ValueError(f"{name} holds floats that are no whole numbers: pass one class index per pixel")
     low, high = int(array.min()), int(array.max())
-    if low < 0 or high > 65535:
-        raise ValueError(f"{name} holds indices from {low} to {high}: expected 0 ... 65535")
+    # Below 0 are some tools' words for "no label"
+    if low < -32768 or high > 65535:
+        raise ValueError(f"{name} holds indices from {low} to {high}: expected -32768 ... 65535")
     return np.ascontiguousarray(array, dtype=np.int32)
 
 

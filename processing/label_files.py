@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ _OPTIONS = {
     "ignore_index": (int, "a whole number"),
     "reduce_labels": (bool, "true or false"),
     "colors": (list, "a list with a colour for each of the classes"),
+    "map": (dict, 'an object from stored value to the one that it means, such as {"255": 1}'),
 }
 
 
@@ -27,8 +29,8 @@ def read_label_file(path: str | Path) -> dict[str, Any]:
 
     Args:
         path: of a JSON list, a JSON object with the key `classes` (and, if wanted, `ignore_index`, `reduce_labels`,
-            `colors` and `ignore_color`), an object from index to name as the Hub's `id2label.json`, or a text with
-            one name per line. A colour is `[red, green, blue]` or "#rrggbb".
+            `colors`, `ignore_color` and `map`), an object from index to name as the Hub's `id2label.json`, or a text
+            with one name per line. A colour is `[red, green, blue]` or "#rrggbb".
 
     Returns:
         `classes`, normalised names, and of the other keys those that the file has; colours as (red, green, blue).
@@ -53,6 +55,8 @@ def read_label_file(path: str | Path) -> dict[str, Any]:
             options["colors"] = tuple(map(_color, options["colors"]))
         if "ignore_color" in options:
             options["ignore_color"] = _color(options["ignore_color"])
+        if "map" in options:
+            options["map"] = {_whole_number(old): _whole_number(new) for old, new in options["map"].items()}
         return {"classes": tuple(normalize_labels(data)), **options}
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
@@ -102,6 +106,13 @@ def _names_by_index(data: dict[str, Any], what: str) -> list[Any]:
     if missing is not None:
         raise ValueError(f"{what} names {len(data)} classes but none of index {missing}: number them from 0 on")
     return [by_index[index] for index in range(len(data))]
+
+
+def _whole_number(value: Any) -> int:
+    """A value of a label map; the keys of JSON objects are texts."""
+    if isinstance(value, bool) or not re.fullmatch(r"-?\d{1,5}", str(value)):
+        raise ValueError(f"the value {value!r} in `map` is no whole number that a label map may hold")
+    return int(value)
 
 
 def _color(value: Any) -> tuple[int, int, int]:

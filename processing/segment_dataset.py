@@ -12,7 +12,6 @@ are stored with it.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -35,7 +34,15 @@ from datasets.table import embed_table_storage
 from PIL import Image
 from tqdm import tqdm
 
-from .files import remove_unfinished, replacing_file, write_json, write_text
+from .files import (
+    locked_folder,
+    refuse_foreign_files,
+    remove_unfinished,
+    replacing_file,
+    write_json,
+    write_text,
+)
+from .fingerprints import digest_json, digest_weights
 from .images_san import load_image, open_image
 from .wording_san import one_line
 
@@ -140,9 +147,10 @@ def segment_dataset(
     """
     options, output = options or Options(), Path(output)
     rows = _encoded(rows, options)
-    _claim(output, segmenter, vocabulary, rows, options)
-    labeler = _ShardLabeler(segmenter, vocabulary, rows.features, output, options)
-    return _follow(labeler.run(_shards(rows, output, options)), rows, output, options)
+    with locked_folder(output):
+        _claim(output, segmenter, vocabulary, rows, options)
+        labeler = _ShardLabeler(segmenter, vocabulary, rows.features, output, options)
+        return _follow(labeler.run(_shards(rows, output, options)), rows, output, options)
 
 
 def segment_dataset_with_ray(
@@ -176,11 +184,12 @@ def segment_dataset_with_ray(
 
     options, output = options or Options(), Path(output).absolute()
     rows = _encoded(open_rows(), options)
-    _claim(output, *load("cpu"), rows, options)
-    if not ray.is_initialized():
-        ray.init()
-    labelled = _run_actors(_Actor(load, open_rows, output, options), rows, actors)
-    report = _follow(labelled, rows, output, options)
+    with locked_folder(output):
+        _claim(output, *load("cpu"), rows, options)
+        if not ray.is_initialized():
+            ray.init()
+        labelled = _run_actors(_Actor(load, open_rows, output, options), rows, actors)
+        report = _follow(labelled, rows, output, options)
     if isinstance(rows, Dataset) and (missing := len(_unfinished(rows, output, options))):
         raise OSError(f"{missing:,} part files are not in {output}: pass a folder that all machines share")
     return report
@@ -540,9 +549,7 @@ def _claim(output: Path, segmenter: Segmenter, vocabulary: Vocabulary, rows: Any
             )
         remove_unfinished(output)
     else:
-        names = [*(file.name for file in output.glob("part-*.parquet")), LABELS_FILE, CARD_FILE]
-        if taken := [name for name in names if (output / name).exists()]:
-            raise ValueError(f"{output} holds {taken[0]} but no {RUN_FILE}, which says of what: choose another folder")
+        refuse_foreign_files(output, ["part-*.parquet", LABELS_FILE, CARD_FILE], RUN_FILE)
         # First: what is there besides is this run's own
         write_json(path, {**options.about, "labels": list(labels), "compared": run})
     if not (output / LABELS_FILE).exists():
@@ -577,10 +584,6 @@ def _fingerprint(segmenter: Segmenter, vocabulary: Vocabulary, rows: Any, option
 
     The batch size and the device are left out: they change nothing but rounding.
     """
-    weights = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(segmenter.model.state_dict().items()):
-        weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     configs = [
         json.loads(config.to_json_string(), object_hook=lambda entry: {k: entry[k] for k in entry.keys() - _VOLATILE})
         for config in (segmenter.model.config, segmenter.processor.image_processor)
@@ -590,17 +593,14 @@ def _fingerprint(segmenter: Segmenter, vocabulary: Vocabulary, rows: Any, option
     else:
         length, sample = None, list(rows.take(2))
     compared = {
-        "model": [weights.hexdigest(), configs],
+        "model": [digest_weights(segmenter.model.state_dict()), configs],
         "labels": [vocabulary.labels, vocabulary.num_own, vocabulary.shown_labels],
         "dataset": [length, [_describe(row.get("image")) for row in sample]],
         "shard_size": options.shard_size,
         "columns": _result_features(rows.features, options),
         **options.settings,
     }
-    return {
-        name: hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
-        for name, value in compared.items()
-    }
+    return {name: digest_json(value) for name, value in compared.items()}
 
 
 def _describe(value: Any) -> Any:

@@ -1,19 +1,24 @@
 """`san contact-sheet`: what a person sees of a data set before training on it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from modeling_san.commands.main import main
 from modeling_san.processing import SANImageProcessor, label_colors
+from modeling_san.training import contact_sheet
 from modeling_san.training.augmentation import Augmentation
+from modeling_san.training.build import load_setting, make_augmentation
 from modeling_san.training.contact_sheet import draw_contact_sheet
 from modeling_san.training.data import TrainingImages, load_images
 from modeling_san.training.label_sets import LabelSet
+from modeling_san.training.recipe import Recipe
 
 NAMES = ("sky", "road", "tree")
 
@@ -87,6 +92,38 @@ def test_the_sheet_shows_what_training_sees(dataset):
         assert min(np.abs(shown - view).mean() for view in views) < 1
 
 
+def test_the_sizes_are_those_of_the_training_it_stands_for(san, dataset, tmp_path, monkeypatch):
+    augmentations = []
+    views = Augmentation(crop_size=(64, 64))
+    sheet = draw_contact_sheet(load_images(dataset), LabelSet(NAMES), views, count=1, progress=False)
+    monkeypatch.setattr(
+        contact_sheet, "draw_contact_sheet", lambda *given, **_: augmentations.append(given[2]) or sheet
+    )
+    (tmp_path / "recipe.yaml").write_text("short_side: 96\n")
+    for arguments in ((), ("--config", tmp_path / "recipe.yaml"), ("--crop-size", 64)):
+        assert san(*arguments)[0] == 0
+    usual, of_recipe, of_option = augmentations
+    recipe = Recipe(short_side=96)
+    config, processor = load_setting(recipe)
+    assert of_recipe == make_augmentation(recipe, load_images(dataset), LabelSet(NAMES), config, processor)
+    # 60 x 40 pixels, in whole patches
+    assert of_recipe.crop_size == (96, 144)
+    assert usual.crop_size != of_recipe.crop_size
+    assert of_option == replace(usual, crop_size=(64, 64))
+
+
+def test_damaged_images_are_left_out_where_that_is_meant(san, dataset, tmp_path):
+    rows = Dataset.from_parquet(str(dataset)).cast_column("image", ImageFeature(decode=False)).to_list()
+    rows[1]["image"]["bytes"] = rows[1]["image"]["bytes"][:60]
+    Dataset.from_list(rows).to_parquet(dataset)
+    code, _, error = san("--count", 3)
+    assert code == 2
+    assert "data.parquet, example 1" in error[0]
+    code, out, _ = san("--count", 3, "--skip-damaged")
+    assert code == 0
+    assert "images that cannot be used: examples 1" in out
+
+
 def test_labels_are_painted_in_their_colours_beside_the_view(dataset):
     only_road = load_images(dataset).select([1])
     augmentation = Augmentation((64,), 256, (64, 64), photometric=False)
@@ -101,7 +138,9 @@ def test_labels_are_painted_in_their_colours_beside_the_view(dataset):
     ("arguments", "words"),
     [
         (("--short-sides", "64,wide"), ("64,wide",)),
-        (("--short-sides", "5000"), ("max_long_side",)),
+        (("--short-sides", "0"), ("'0'",)),
+        (("--model", "nowhere"), ("nowhere",)),
+        (("--config", "nowhere.yaml"), ("nowhere.yaml",)),
         (("--count", "0"), ("--count",)),
         (("--count", "100000"), ("--count", "100000", "256")),
         (("--crop-size", "100000"), ("--crop-size", "100000", "4096")),

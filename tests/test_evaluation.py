@@ -1,6 +1,7 @@
 """Evaluation: its figures, its files, its processes, and what is left of a run that was cut."""
 
 import csv
+import io
 import json
 import os
 import socket
@@ -19,11 +20,12 @@ from PIL import Image
 
 from modeling_san.commands.main import main
 from modeling_san.processing import views_san
+from modeling_san.processing.fingerprints import digest_weights
 from modeling_san.processing.segmenter import Segmenter
 from modeling_san.training import data
 from modeling_san.training import evaluate as evaluation
 from modeling_san.training.evaluate import evaluate, format_table, model_index, save_overlays
-from modeling_san.training.label_sets import LabelSet
+from modeling_san.training.label_sets import LabelSet, load_label_set
 from modeling_san.training.plots import plot_class_iou
 
 NAMES = ("sky", "road", "car", "tree")
@@ -212,7 +214,10 @@ def test_files_hold_what_was_measured(tiny, small_processor, images, label_set, 
         progress=False,
         about=about,
     )
-    assert json.loads((tmp_path / "results.json").read_text()) == {**results, **about, "tta": False, "limit": None}
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written.pop("weights") == digest_weights(tiny.state_dict())
+    assert written.pop("evaluation")
+    assert written == {**results, **about, "tta": False, "limit": None}
     rows = list(csv.DictReader((tmp_path / "per_class.csv").open()))
     counts = counts_by_hand(tiny, small_processor, images)
     assert [row["class"] for row in rows] == list(NAMES)
@@ -393,6 +398,57 @@ def test_what_others_have_in_the_folder_stays(tiny, small_processor, images, lab
         evaluate(tiny, small_processor, images, label_set, output_dir=tmp_path, progress=False, overlays=1)
     assert all((tmp_path / name).read_text() == "mine" for name in foreign)
     assert len(list((tmp_path / "overlays").iterdir())) == 2 + 2
+
+
+@pytest.mark.usefixtures("without_plot")
+def test_results_of_another_evaluation_are_not_replaced(make_model, small_processor, images, label_set, tmp_path):
+    arguments = {"output_dir": tmp_path, "progress": False, "overlays": 1}
+    model = make_model()
+    evaluate(model, small_processor, images, label_set, **arguments)
+    before = run_files(tmp_path)
+    with torch.no_grad():
+        model.background_embedding += 1
+    for other in ({}, {"limit": 3}):
+        with pytest.raises(ValueError, match=r"results\.json holds other results"):
+            evaluate(model, small_processor, images, label_set, **arguments, **other)
+    assert run_files(tmp_path) == before
+
+
+@pytest.mark.usefixtures("without_plot")
+@pytest.mark.parametrize("streamed", [False, True], ids=["map", "stream"])
+def test_damaged_images_are_counted_and_left_out_where_that_is_meant(
+    tiny, small_processor, images, label_set, tmp_path, monkeypatch, streamed
+):
+    file = io.BytesIO()
+    images[3]["image"].save(file, "png")
+    eps = io.BytesIO()
+    images[4]["image"].save(eps, "eps")
+    damaged = list(images)
+    damaged[0] = {**images[3], "image": {"bytes": file.getvalue()[:200], "path": None}}
+    damaged[4] = {**images[4], "image": {"bytes": eps.getvalue(), "path": "holiday.jpg"}}
+    damaged[5] = {**images[5], "annotation": np.full((2, 2), 0)}
+    read = IterableDataset.from_generator(lambda: iter(damaged)) if streamed else damaged
+    arguments = {"output_dir": tmp_path, "progress": False, "overlays": 1, "save_every": 0.0}
+    with pytest.raises(data.ImageError, match="val, example 0: "):
+        evaluate(tiny, small_processor, read, label_set, **arguments, about={"dataset": "val"})
+    with cut_after(monkeypatch, 5), pytest.raises(Cut):
+        evaluate(tiny, small_processor, read, label_set, **arguments, skip_damaged=True)
+    results = evaluate(tiny, small_processor, read, label_set, **arguments, skip_damaged=True)
+    assert (results["images"], results["damaged_images"]) == (4, 3)
+    sound = [images[index] for index in (1, 2, 3, 6)]
+    expected = evaluate(tiny, small_processor, sound, label_set, progress=False)
+    assert results == {**expected, "damaged_images": 3}
+
+
+def test_classes_that_no_image_holds_are_named(tiny, small_processor, images, label_set, caplog):
+    evaluate(tiny, small_processor, images, label_set, progress=False)
+    assert "1 of 4 classes are in no label map of these images: tree" in caplog.text
+    masks = [{**one, "annotation": np.where(np.asarray(one["annotation"]) == 1, 255, 0)} for one in images]
+    binary = LabelSet(("background", "lesion"))
+    evaluate(tiny, small_processor, masks, binary, progress=False)
+    assert "--map 255=1" in caplog.text
+    mapped = load_label_set(binary, value_map={255: 1})
+    assert evaluate(tiny, small_processor, masks, mapped, progress=False)["per_class_iou"]["lesion"] is not None
 
 
 PROCESSES = """

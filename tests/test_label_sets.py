@@ -13,7 +13,7 @@ from PIL import Image
 from modeling_san.commands.datasets import open_dataset
 from modeling_san.commands.main import make_parser
 from modeling_san.processing import load_vocabulary
-from modeling_san.training.label_sets import LabelSet, load_label_set
+from modeling_san.training.label_sets import LabelSet, load_label_set, parse_map
 from modeling_san.training.sources import load_images
 
 NAMES = ("sky", "road", "tree")
@@ -68,6 +68,31 @@ def test_other_ways_to_store_labels(tmp_path):
     # Classes from 1 on, and no label at 0
     stored = np.array([[0, 1, 3, 255]])
     assert LabelSet(NAMES, reduce_labels=True).read(stored).tolist() == [[255, 0, 2, 255]]
+
+
+@pytest.mark.parametrize(
+    ("given", "stored", "read"),
+    [
+        ({"value_map": {255: 1}, "ignore_index": 254}, [0, 255, 254], [0, 1, 254]),
+        ({"value_map": {0: 1, 1: 0}}, [0, 1, 255], [1, 0, 255]),
+        ({"value_map": {7: 255}}, [0, 7, 2], [0, 255, 2]),
+        ({"ignore_index": -100}, [-100, 2, 0], [255, 2, 0]),
+        ({"ignore_index": -1, "reduce_labels": True}, [-1, 0, 3], [255, 255, 2]),
+    ],
+)
+def test_values_stand_for_others_where_that_is_said(tmp_path, given, stored, read):
+    assert load_label_set(NAMES, **given).read(np.array([stored])).tolist() == [read]
+    file = tmp_path / "classes.json"
+    renamed = {"map" if name == "value_map" else name: value for name, value in given.items()}
+    file.write_text(json.dumps({"classes": NAMES, **renamed}))
+    assert load_label_set(file).read(np.array([stored])).tolist() == [read]
+
+
+def test_values_are_given_as_on_the_command_line():
+    assert parse_map(["255=1", " -1 = 0"]) == {255: 1, -1: 0}
+    for wrong in (["255"], ["a=b"], ["1=-1"], ["1=2", "1=3"], ["=1"], ["123456=1"]):
+        with pytest.raises(ValueError, match="write OLD=NEW"):
+            parse_map(wrong)
 
 
 def test_847_classes_and_65535_for_no_label_are_read():
@@ -142,7 +167,9 @@ def test_a_file_says_how_label_maps_are_stored(tmp_path):
         ({"ignore_index": "255"}, "`ignore_index` is '255'"),
         ({"ignore_index": True}, "`ignore_index` is True"),
         ({"ignore_index": 2}, "ignore_index is 2"),
-        ({"ignore_index": -1}, "ignore_index is -1"),
+        ({"map": {"255": "one"}}, "'one'"),
+        ({"map": {"255": 1}, "colors": COLORS}, "mapped"),
+        ({"map": [255]}, "`map` is"),
         ({"ignore_index": 65536}, "at most 65535"),
         ({"reduce_labels": 1}, "`reduce_labels` is 1"),
         ({"reduce_labels": True, "colors": COLORS}, "do not reduce"),

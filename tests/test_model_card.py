@@ -15,6 +15,7 @@ from modeling_san import BUILTIN_MODEL, SANConfig, SANForOpenVocabSegmentation
 from modeling_san.conversion import RELEASED_CONFIGS
 from modeling_san.hub_card import make_model_card
 from modeling_san.hub_card.model_card import PUBLISHED_BENCHMARKS, PUBLISHED_RESULTS
+from modeling_san.processing.fingerprints import digest_weight_files
 from modeling_san.training.evaluate import evaluate
 from modeling_san.training.label_sets import load_label_set
 from modeling_san.training.recipe import Recipe
@@ -119,6 +120,17 @@ def test_another_models_figures_are_not_called_measured_on_these_weights(folder,
     assert "0.2604" in section(card, f"Measured on another model, `{model.removeprefix('/home/me/')}`")
     assert "model-index" not in str(card)
     assert "the lowest IoU" not in card.text
+
+
+def test_figures_of_other_weights_of_the_same_name_are_not_these_weights(folder, results):
+    for weights, section_of in (
+        (digest_weight_files(folder), "Measured on these weights"),
+        ("0" * 32, "Measured on another model, `my-model` with other weights"),
+    ):
+        write(folder / "results.json", {**results, "weights": weights})
+        card = make_model_card(folder)
+        assert "0.2604" in section(card, section_of)
+        assert ("model-index" in str(card)) == ("these" in section_of)
 
 
 def test_without_measurements_the_card_says_so_has_no_index_and_changes_nothing_in_the_folder(folder):

@@ -1,6 +1,5 @@
 """Official benchmark folders become parquet files: pixel for pixel, complete, and whatever interrupts it."""
 
-import fcntl
 import io
 import json
 import os
@@ -19,6 +18,7 @@ from PIL import Image, ImageOps
 from scipy.io import savemat
 
 from modeling_san.commands.main import main
+from modeling_san.processing.files import locked_folder
 from modeling_san.processing.vocabulary_san import load_vocabulary, vocabulary_names
 from modeling_san.training import prepare as prepare_module
 from modeling_san.training.data import load_images
@@ -376,11 +376,8 @@ def test_other_images_or_shards_do_not_mix_with_those_of_before(tmp_path, finish
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
     source, output = make_ade(tmp_path / "in"), tmp_path / "out"
-    (output / ".unfinished").mkdir(parents=True)
-    with open(output / ".unfinished/lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another process is writing to"):
-            run("ade20k_150", source, output)
+    with locked_folder(output), pytest.raises(ValueError, match=f"process {os.getpid()} .* is writing to"):
+        run("ade20k_150", source, output)
     run("ade20k_150", source, output)
     assert len(label_maps(output)) == 3
 

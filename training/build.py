@@ -25,7 +25,7 @@ from modeling_san.processing.device import pick_device_and_dtype
 from modeling_san.processing.wording_san import one_line
 from modeling_san.training.augmentation import Augmentation
 from modeling_san.training.callbacks import ignore_stop_signals
-from modeling_san.training.data import Collator, EndlessOrder, StreamedImages, TrainingImages, to_arrays
+from modeling_san.training.data import Collator, EndlessOrder, StreamedImages, TrainingImages, read_examples
 from modeling_san.training.label_sets import LabelSet
 from modeling_san.training.recipe import TRAINABLE, Recipe
 
@@ -100,6 +100,23 @@ def load_model(recipe: Recipe, checkpoint: Path | None) -> tuple[OpenVocabularyM
     return model, processor
 
 
+def load_setting(recipe: Recipe) -> tuple[Any, SANProcessor]:
+    """
+    Config and processor, at its working size, of the model that a recipe starts from; no weights are read.
+
+    Raises:
+        ValueError: where they cannot be loaded.
+    """
+    source = str(recipe.model or BUILTIN_MODEL)
+    try:
+        config_class, _, processor_class = classes_of(source)
+        config, processor = config_class.from_pretrained(source), processor_class.from_pretrained(source)
+    except Exception as error:
+        raise ValueError(f"{source} cannot be loaded as a model to train: {one_line(error)}.") from error
+    set_short_side(processor, recipe)
+    return config, processor
+
+
 def _templates(recipe: Recipe) -> str | list[str] | None:
     if not recipe.templates:
         return None
@@ -135,13 +152,19 @@ def prepare_model(recipe: Recipe, model: Any, processor: SANProcessor, label_set
         model.add_clip_prompts(recipe.num_clip_prompts)
     model.apply_trainable()
     config.semantic_loss_ignore_index = label_set.ignore_index
-    # A small model says which words it knows; those are the ones it is trained on last.
-    config.training_labels = None if config.training_labels is None else list(label_set.names)
-    if recipe.short_side is not None:
-        processor.image_processor.size = {"shortest_edge": recipe.short_side, "longest_edge": 4 * recipe.short_side}
+    # A small model says which words it knows: those that its text encoder was trained on last
+    if config.training_labels is not None and model.trains_text_encoder():
+        config.training_labels = list(label_set.names)
+    set_short_side(processor, recipe)
     model.set_labels(label_set.names, processor)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+
+
+def set_short_side(processor: SANProcessor, recipe: Recipe) -> None:
+    """Give a processor the working size that the recipe names, if it names one."""
+    if recipe.short_side is not None:
+        processor.image_processor.size = {"shortest_edge": recipe.short_side, "longest_edge": 4 * recipe.short_side}
 
 
 def is_decayed(name: str) -> bool:
@@ -205,14 +228,20 @@ def make_batches(
         )
     batch_size = recipe.batch_size // (processes * parts)
     shares = {"batch_size": batch_size, "rank": accelerator.process_index, "world_size": processes}
-    augmentation = _make_augmentation(recipe, images, label_set, model, processor)
+    augmentation = make_augmentation(recipe, images, label_set, model.config, processor)
     views = (images, label_set, processor.image_processor, augmentation, recipe.seed)
     order = None
     dataset: torch.utils.data.Dataset
     if isinstance(images, IterableDataset):
-        dataset = StreamedImages(*views, **shares, buffer_size=recipe.shuffle_buffer, skip=step * parts)
+        dataset = StreamedImages(
+            *views,
+            **shares,
+            buffer_size=recipe.shuffle_buffer,
+            skip=step * parts,
+            skip_damaged=recipe.skip_damaged,
+        )
     else:
-        dataset = TrainingImages(*views)
+        dataset = TrainingImages(*views, skip_damaged=recipe.skip_damaged)
         order = EndlessOrder(len(dataset), recipe.seed, start=step * recipe.batch_size, **shares)
     prompts = {}
     if model.trains_text_encoder():
@@ -230,15 +259,28 @@ def make_batches(
     return iter(loader)
 
 
-def _make_augmentation(
-    recipe: Recipe, images: Any, label_set: LabelSet, model: OpenVocabularyModel, processor: SANProcessor
+def make_augmentation(
+    recipe: Recipe, images: Any, label_set: LabelSet, config: Any, processor: SANProcessor
 ) -> Augmentation:
-    """The recipe's; what it leaves out follows from the working size and the first image's shape."""
-    divisor, stride = model.config.size_divisor, model.config.mask_stride
+    """
+    The recipe's; what it leaves out follows from the working size and the first image's shape.
+
+    Args:
+        recipe: what to do.
+        images: labelled images.
+        label_set: what the values of label maps mean.
+        config: of the model that is trained.
+        processor: of the model, with the size that it works at.
+
+    Raises:
+        ValueError: where a crop is not made of whole patches.
+    """
+    divisor, stride = config.size_divisor, config.mask_stride
     short_side = int(processor.image_processor.size["shortest_edge"])
     crop_size = recipe.crop_size
     if not crop_size:
-        image, _ = to_arrays(next(iter(images)), label_set)
+        on_damage = (lambda index, error: None) if recipe.skip_damaged else None
+        _, image, _ = next(read_examples(images, label_set, on_damage=on_damage))
         scale = short_side / min(image.size)
         crop_size = [max(divisor, round(side * scale / divisor) * divisor) for side in image.size[::-1]]
     if any(side % stride for side in crop_size):
@@ -256,9 +298,12 @@ def _make_augmentation(
 __all__ = [
     "is_decayed",
     "load_model",
+    "load_setting",
     "make_accelerator",
+    "make_augmentation",
     "make_batches",
     "make_optimizer",
     "make_schedule",
     "prepare_model",
+    "set_short_side",
 ]

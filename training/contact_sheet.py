@@ -5,19 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from modeling_san.processing.drawing import label_colors, overlay
+from modeling_san.processing.images_san import open_image
 from modeling_san.processing.wording_san import listed
 from modeling_san.training.augmentation import Augmentation
-from modeling_san.training.data import read_example
+from modeling_san.training.data import ImageError, read_example
 from modeling_san.training.label_sets import LabelSet
 from modeling_san.training.sources import undecoded
+
+MARK = PngInfo()
+"""What says in a PNG file that it is a contact sheet."""
+MARK.add_text("Software", "san contact-sheet")
 
 _VIEW_SIDE = 512
 _GAP = 16
@@ -37,6 +44,7 @@ class ContactSheet:
         pixels: `(C + 1,)`, labelled pixels of each class in whole images, behind them those without a label.
         without_labels: indices of the images without any label.
         names: of the classes.
+        damaged: indices of the images that cannot be used, and were left out.
     """
 
     image: Image.Image
@@ -45,6 +53,7 @@ class ContactSheet:
     pixels: np.ndarray
     without_labels: tuple[int, ...]
     names: tuple[str, ...]
+    damaged: tuple[int, ...] = ()
 
     def lines(self) -> list[str]:
         """The findings, a few lines of text."""
@@ -61,6 +70,7 @@ class ContactSheet:
             *([f"{len(missing)} not seen: {listed(missing, _LISTED)}"] if missing else []),
             f"pixels without a label: {_percent(self.pixels[-1] / total)}",
             f"images without any label: {without if self.without_labels else 'none'}",
+            *([f"images that cannot be used: examples {listed(self.damaged, _LISTED)}"] if self.damaged else []),
         ]
 
 
@@ -72,6 +82,7 @@ def draw_contact_sheet(
     count: int = 16,
     seed: int = 0,
     progress: bool = True,
+    skip_damaged: bool = False,
 ) -> ContactSheet:
     """
     Draw random views of a data set as training sees them.
@@ -83,6 +94,7 @@ def draw_contact_sheet(
         count: number of views; where there are fewer images, some are shown several times.
         seed: of the choice of images and of the augmentation, as in training.
         progress: whether to show a progress bar.
+        skip_damaged: leave out, and count, images that cannot be used, instead of ending at the first.
 
     Returns:
         the sheet, and what was found.
@@ -94,11 +106,18 @@ def draw_contact_sheet(
         raise ValueError(f"count is {count} and seed {seed}: pass a count of at least 1 and a seed of at least 0.")
     pixels = np.zeros(len(label_set) + 1, dtype=np.int64)
     seen: dict[int, bool] = {}
+    damaged: set[int] = set()
     cells = []
     colors = label_colors(label_set.names)
     chosen = _chosen(undecoded(dataset), count, seed)
     for epoch, index, example in tqdm(chosen, total=count, desc="drawing", unit="view", disable=not progress):
-        image, label_map = read_example(example, label_set, f"example {index}")
+        try:
+            image, label_map = read_example(example, label_set, f"example {index}")
+        except ImageError:
+            if not skip_damaged:
+                raise
+            damaged.add(index)
+            continue
         if index not in seen:
             counts = np.bincount(np.minimum(label_map, len(label_set)).ravel(), minlength=len(pixels))
             pixels += counts
@@ -108,14 +127,26 @@ def draw_contact_sheet(
         view, labels = _enlarged(view, labels)
         painted = overlay(view, labels, label_set.names, colors=colors, max_entries=14)
         cells.append(side_by_side({f"example {index}": view, "": painted}))
+    if not cells:
+        raise ValueError("no image can be drawn: there is none that can be read.")
     return ContactSheet(
         image=arrange(cells, columns=1 if count < 3 else 2),
         images=len(dataset) if isinstance(dataset, Dataset) else None,
         sampled=len(seen),
         pixels=pixels,
         without_labels=tuple(index for index, labelled in seen.items() if not labelled),
+        damaged=tuple(sorted(damaged)),
         names=label_set.names,
     )
+
+
+def is_contact_sheet(path: Path) -> bool:
+    """Whether a file was written as a contact sheet, and may be replaced by another one."""
+    try:
+        with open_image(path, "the sheet") as image:
+            return image.info.get("Software") == "san contact-sheet"
+    except ValueError:
+        return False
 
 
 def side_by_side(panels: Mapping[str, Image.Image], title_size: int = 15) -> Image.Image:
@@ -167,4 +198,4 @@ def _percent(share: float) -> str:
     return "< 0.1 %" if 0 < share < 0.001 else f"{100 * share:.1f} %"
 
 
-__all__ = ["ContactSheet", "arrange", "draw_contact_sheet", "side_by_side"]
+__all__ = ["MARK", "ContactSheet", "arrange", "draw_contact_sheet", "is_contact_sheet", "side_by_side"]

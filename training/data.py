@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice, takewhile
 from typing import Any
@@ -20,7 +20,7 @@ from torch.utils.data import get_worker_info
 
 from modeling_san.processing import SANImageProcessor
 from modeling_san.processing.images_san import open_image, read_byte_image
-from modeling_san.processing.wording_san import one_line
+from modeling_san.processing.wording_san import listed, one_line
 from modeling_san.training.augmentation import Augmentation
 from modeling_san.training.label_sets import LabelSet
 from modeling_san.training.sources import load_images, undecoded
@@ -82,7 +82,12 @@ def read_example(example: Mapping[str, Any], label_set: LabelSet, name: str) -> 
 
 
 def read_examples(
-    images: Any, label_set: LabelSet, indices: Sequence[int] = range(sys.maxsize), *, source: str = ""
+    images: Any,
+    label_set: LabelSet,
+    indices: Sequence[int] = range(sys.maxsize),
+    *,
+    source: str = "",
+    on_damage: Callable[[int, ImageError], object] | None = None,
 ) -> Iterator[tuple[int, Image.Image, np.ndarray]]:
     """
     Examples of some indices, decoded one after the other; no others are decoded.
@@ -92,12 +97,13 @@ def read_examples(
         label_set: what the values of label maps mean.
         indices: which, in ascending order; those behind the last example are left out.
         source: what errors put before the example's index.
+        on_damage: told of an example that cannot be used, which is passed over then.
 
     Yields:
         index, image and label map.
 
     Raises:
-        ImageError: an example cannot be used; its index is named.
+        ImageError: an example cannot be used and there is no `on_damage`; its index is named.
     """
     images = undecoded(images)
     examples: Iterator[tuple[int, Any]]
@@ -107,20 +113,67 @@ def read_examples(
         passing = islice(enumerate(images), indices[-1] + 1 if indices else 0)
         examples = (pair for pair in passing if pair[0] in indices)
     for index, example in examples:
-        yield index, *read_example(example, label_set, f"{source}example {index}")
+        try:
+            image, label_map = read_example(example, label_set, f"{source}example {index}")
+        except ImageError as error:
+            if on_damage is None:
+                raise
+            on_damage(index, error)
+        else:
+            yield index, image, label_map
 
 
 def check_first_images(
-    dataset: Dataset | IterableDataset, label_set: LabelSet, source: object, *, count: int = 8
-) -> None:
+    dataset: Dataset | IterableDataset,
+    label_set: LabelSet,
+    source: object,
+    *,
+    count: int = 8,
+    skip_damaged: bool = False,
+) -> np.ndarray:
     """
     Meet unreadable images and wrong label lists before training, not in the middle of it.
 
+    Args:
+        dataset: examples with `image` and `annotation`.
+        label_set: what the values of label maps mean.
+        source: what errors call the data set.
+        count: how many images to look at.
+        skip_damaged: whether one that can be read is enough.
+
+    Returns:
+        `(C,)`, how many pixels each class has in these images.
+
     Raises:
-        ImageError: the first of `count` images that cannot be used, and why; `source` is what it calls the data set.
+        ImageError: the first of them that cannot be used, and why.
     """
-    for _ in read_examples(dataset, label_set, range(count), source=f"{source}, "):
-        pass
+    damage: list[ImageError] = []
+    on_damage = (lambda index, error: damage.append(error)) if skip_damaged else None
+    counts = np.zeros(len(label_set), dtype=np.int64)
+    readable = 0
+    for _, _, label_map in read_examples(dataset, label_set, range(count), source=f"{source}, ", on_damage=on_damage):
+        readable += 1
+        labelled = label_map[label_map != label_set.ignore_index]
+        counts += np.bincount(labelled, minlength=len(counts))
+    if damage and not readable:
+        raise damage[0]
+    return counts
+
+
+def describe_missing_classes(counts: Sequence[int] | np.ndarray, names: Sequence[str], where: str) -> str | None:
+    """
+    A sentence about the classes that no pixel has; None where all have some.
+
+    Args:
+        counts: pixels of each class.
+        names: of the classes.
+        where: the images that were looked at.
+    """
+    missing = [name for name, number in zip(names, counts, strict=True) if not number]
+    if not missing:
+        return None
+    hint = " (label maps of 0 and 255 need --map 255=1)" if len(names) == 2 else ""
+    return f"{len(missing)} of {len(names)} classes are in no label map of {where}: {listed(missing, 10)}{hint}"
 
 
 def _as_image(value: Any, what: str) -> Image.Image | np.ndarray:
@@ -156,12 +209,18 @@ class _Views:
         self.augmentation = augmentation
         self.seed = seed
         # Shared: of all workers one says it
-        self._has_warned = torch.zeros((), dtype=torch.bool).share_memory_()
+        self._has_warned, self._has_met_damage = torch.zeros(2, dtype=torch.bool).share_memory_()
         # What the processor does to bytes is a factor and a shift for each channel: black and white show them
         ends = np.repeat(np.array([0, 255], dtype=np.uint8)[None, :, None], 3, axis=2)
         outputs = image_processor(ends, do_resize=False, do_pad=False, return_tensors="np")
         black, white = outputs["pixel_values"][0, :, 0].astype(np.float64).T[..., None, None]
         self._factor, self._shift = ((white - black) / 255).astype(np.float32), black.astype(np.float32)
+
+    def warn_of_damage(self, error: ImageError) -> None:
+        """Say once that images are left out, and which was the first."""
+        if not self._has_met_damage:
+            self._has_met_damage.fill_(True)
+            _logger.warning("left out: %s Others like it are not named.", error)
 
     def make(self, example: Mapping[str, Any], epoch: int, index: int) -> dict[str, Tensor]:
         """
@@ -204,6 +263,7 @@ class TrainingImages(torch.utils.data.Dataset):
         image_processor: normalises images.
         augmentation: random scale, crop, colours and flip.
         seed: of the augmentation.
+        skip_damaged: put the next image in the place of one that cannot be used.
     """
 
     def __init__(
@@ -213,8 +273,11 @@ class TrainingImages(torch.utils.data.Dataset):
         image_processor: SANImageProcessor,
         augmentation: Augmentation,
         seed: int = 0,
+        *,
+        skip_damaged: bool = False,
     ) -> None:
         self.dataset = undecoded(dataset)
+        self.skip_damaged = skip_damaged
         self._views = _Views(label_set, image_processor, augmentation, seed)
         # Shared: workers that outlive an epoch hear of the next one
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -234,8 +297,15 @@ class TrainingImages(torch.utils.data.Dataset):
         Raises:
             ImageError: the image cannot be used; its index is named.
         """
-        epoch, index = divmod(int(number), len(self))
-        return self._views.make(self.dataset[index], int(self._epoch) + epoch, index)
+        epoch, first = divmod(int(number), len(self))
+        for index in [*range(first, len(self)), *range(first)]:
+            try:
+                return self._views.make(self.dataset[index], int(self._epoch) + epoch, index)
+            except ImageError as error:
+                if not self.skip_damaged:
+                    raise
+                self._views.warn_of_damage(error)
+        raise ImageError("no image of the data set can be used.")
 
 
 class StreamedImages(torch.utils.data.IterableDataset):
@@ -259,6 +329,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
             the pause, if processes, workers and batch size are the same; what is skipped is read but not decoded.
         buffer_size: encoded images that each reader holds to draw from.
         epochs: how often to go through the images; None never ends.
+        skip_damaged: pass over images that cannot be used. After a pause the stream begins so many images earlier.
     """
 
     def __init__(
@@ -275,8 +346,10 @@ class StreamedImages(torch.utils.data.IterableDataset):
         skip: int = 0,
         buffer_size: int = 256,
         epochs: int | None = None,
+        skip_damaged: bool = False,
     ) -> None:
         self.dataset = undecoded(dataset)
+        self.skip_damaged = skip_damaged
         self._views = _Views(label_set, image_processor, augmentation, seed)
         self.seed = seed
         self.batch_size = batch_size
@@ -305,7 +378,12 @@ class StreamedImages(torch.utils.data.IterableDataset):
         used = len(range(role, self.skip, workers)) * self.batch_size
         examples = self._shuffled(self.rank * workers + role, self.world_size * workers)
         for epoch, index, example in islice(examples, used, None):
-            yield self._views.make(example, epoch, index)
+            try:
+                yield self._views.make(example, epoch, index)
+            except ImageError as error:
+                if not self.skip_damaged:
+                    raise
+                self._views.warn_of_damage(error)
 
     def _shuffled(self, reader: int, readers: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
         """Epoch, index and encoded example of all that one reader takes, in its order."""
@@ -416,6 +494,7 @@ __all__ = [
     "StreamedImages",
     "TrainingImages",
     "check_first_images",
+    "describe_missing_classes",
     "load_images",
     "read_example",
     "read_examples",

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import logging
 import math
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -31,11 +29,18 @@ from tqdm import tqdm
 from modeling_san.open_vocabulary import OpenVocabularyModel
 from modeling_san.processing import SANProcessor, normalize_labels
 from modeling_san.processing.drawing import overlay
-from modeling_san.processing.files import replacing_file, write_json, write_text
+from modeling_san.processing.files import (
+    locked_folder,
+    refuse_foreign_files,
+    replacing_file,
+    write_json,
+    write_text,
+)
+from modeling_san.processing.fingerprints import digest_json, digest_weights
 from modeling_san.processing.segmenter import Segmenter, Vocabulary
 from modeling_san.processing.wording_san import listed
 from modeling_san.training.contact_sheet import arrange, side_by_side
-from modeling_san.training.data import read_examples
+from modeling_san.training.data import ImageError, describe_missing_classes, read_examples
 from modeling_san.training.label_sets import LabelSet
 from modeling_san.training.metrics import RESULTS_FILE, ConfusionMatrix
 from modeling_san.training.plots import plot_class_iou
@@ -50,7 +55,12 @@ MEASURES = {
 
 OVERLAYS_FOLDER = "overlays"
 
-_OVERLAY_FILE = re.compile(r"(best|worst)_\d+_image_\d+\.png")
+_FILES = (
+    *("per_class.csv", "per_class_iou.png", "confusion_matrix.npz", "model-index.yml"),
+    *(f"{OVERLAYS_FOLDER}/{kind}_[0-9]*_image_[0-9]*.png" for kind in ("best", "worst")),
+)
+"""What lies in a folder beside the results, as patterns."""
+
 _PROGRESS_PREFIX = ".evaluating-"
 
 _logger = logging.getLogger(__name__)
@@ -71,6 +81,7 @@ def evaluate(
     class_embeds: Tensor | None = None,
     overlays: int = 4,
     save_every: float = 30.0,
+    skip_damaged: bool = False,
     about: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """
@@ -84,7 +95,7 @@ def evaluate(
         output_dir: folder for `results.json`, `per_class.csv`, `per_class_iou.png`, `confusion_matrix.npz`,
             `model-index.yml` and overlays of the best and worst images. What is counted is kept there in a hidden
             file while the evaluation runs, and a run that was cut goes on from it: same model, data, options and
-            processes only. All processes have to see the folder.
+            processes only. All processes have to see the folder. Results of the same evaluation are replaced.
         tta: average the scores of six sizes, each with its mirror image.
         limit: evaluate the first images only.
         subsets: class names that get means of their own, by the name of the subset.
@@ -95,15 +106,17 @@ def evaluate(
         overlays: how many of the best and how many of the worst images to draw into `output_dir`, which segments
             them once more.
         save_every: seconds between saves of what is counted.
+        skip_damaged: leave out, and count, images that cannot be read, instead of ending at the first.
         about: `model`, `dataset` and `split` as they are to be called in the results.
 
     Returns:
         `mean_iou`, `mean_accuracy`, `overall_accuracy`, `frequency_weighted_iou`, `images`, `unlabelled_images`
-        (no pixel of theirs has a label), `per_class_iou` and `per_class_accuracy` by name (None for a class that does
-        not occur), and the means of each subset in `subsets`; in every process the same.
+        (no pixel of theirs has a label), `damaged_images` (left out), `per_class_iou` and `per_class_accuracy` by name
+        (None for a class that does not occur), and the means of each subset in `subsets`; in every process the same.
 
     Raises:
-        ValueError: an image cannot be used, a subset names unknown classes, or no pixel has a label.
+        ValueError: an image cannot be used, a subset names unknown classes, no pixel has a label, or the folder is
+            in use, holds another evaluation's results or somebody's own files of such names.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: pass at least 1, or None for all images.")
@@ -115,44 +128,60 @@ def evaluate(
     segmenter = Segmenter(model, processor)
     end = min(limit or sys.maxsize, len(images) if hasattr(images, "__len__") else sys.maxsize)
     share = range(rank, end, processes)
-    with _evaluating(model):
+    with locked_folder(folder) if folder is not None and rank == 0 else nullcontext(), _evaluating(model):
         vocabulary = _choose_vocabulary(segmenter, label_set, class_embeds)
         counted, state = _Counted(label_set), None
         if folder is not None:
-            run = _fingerprint(segmenter, vocabulary, label_set, images, tta=tta, limit=limit)
+            about["weights"] = digest_weights(model.state_dict())
+            run = about["evaluation"] = _fingerprint(
+                segmenter,
+                vocabulary,
+                label_set,
+                images,
+                source,
+                weights=about["weights"],
+                tta=tta,
+                limit=limit,
+                skip_damaged=skip_damaged,
+            )
+            _refuse_others(folder, run)
             state = folder / f"{_PROGRESS_PREFIX}{run}-{rank}-of-{processes}.json"
             counted.load(state)
-        saved, left = monotonic(), share[len(counted.scores) :]
-        for _, image, true in tqdm(
-            read_examples(images, label_set, left, source=source),
+        saved, left = monotonic(), share[counted.seen :]
+        for index, image, true in tqdm(
+            read_examples(
+                images, label_set, left, source=source, on_damage=counted.add_damage if skip_damaged else None
+            ),
             total=None if end == sys.maxsize else len(share),
-            initial=len(counted.scores),
+            initial=counted.seen,
             desc="evaluating",
             unit="image",
             disable=not progress or rank > 0,
         ):
-            counted.add(segmenter(image, vocabulary, tta=tta)[0].label_map, true)
+            counted.add(index, segmenter(image, vocabulary, tta=tta)[0].label_map, true)
             if state is not None and monotonic() - saved >= save_every:
                 counted.save(state)
                 saved = monotonic()
         if state is not None:
             counted.save(state)
 
-        parts: list[Any] = [(counted.confusion.table, dict(zip(share, counted.scores, strict=False)))]
+        parts: list[Any] = [(counted.confusion.table, counted.scores, counted.damaged)]
         parts = parts if accelerator is None else gather_object(parts)
         confusion = ConfusionMatrix(len(label_set))
-        confusion.table = torch.stack([table for table, _ in parts]).sum(0)
-        scores = {index: score for _, scores in parts for index, score in scores.items()}
+        confusion.table = torch.stack([table for table, *_ in parts]).sum(0)
+        scores = {index: score for _, scores, _ in parts for index, score in scores.items()}
+        damaged = sum(len(damaged) for *_, damaged in parts)
         if not confusion.counts.any():
-            raise ValueError("no pixel of the images has a label: there is nothing to measure.")
-        results = _results(confusion, scores, label_set, members)
+            left_out = f" ({damaged} cannot be read)" if damaged else ""
+            raise ValueError(f"no pixel of the images{left_out} has a label: there is nothing to measure.")
+        missing = describe_missing_classes(confusion.counts.sum(1).tolist(), label_set.names, "these images")
+        if missing and rank == 0:
+            _logger.warning("%s.", missing)
+        results = _results(confusion, scores, label_set, members, damaged)
         if folder is None:
             return results
         if rank == 0:
             _write_results(folder, results, confusion, label_set, {**about, "tta": tta, "limit": limit}, members)
-            for path in (folder / OVERLAYS_FOLDER).glob("*.png"):
-                if _OVERLAY_FILE.fullmatch(path.name):
-                    path.unlink()
         _wait(accelerator)
         paths = {
             index: folder / OVERLAYS_FOLDER / f"{kind}_{place}_image_{index:06d}.png"
@@ -161,10 +190,10 @@ def evaluate(
         }
         own = {index: paths[index] for index in sorted(paths)[rank::processes]}
         _draw(segmenter, vocabulary, images, label_set, own, tta=tta)
-    _wait(accelerator)
-    if rank == 0:
-        for path in folder.glob(f"{_PROGRESS_PREFIX}*.json*"):
-            path.unlink()
+        _wait(accelerator)
+        if rank == 0:
+            for path in folder.glob(f"{_PROGRESS_PREFIX}{run}-*.json"):
+                path.unlink()
     return results
 
 
@@ -178,7 +207,8 @@ def save_overlays(
     count: int = 4,
 ) -> list[Path]:
     """
-    Draw the first `count` images with their label maps and what the model makes of them; the rest as for `evaluate`.
+    Draw the first `count` images that can be read with their label maps and what the model makes of them; the rest as
+    for `evaluate`.
 
     Returns:
         a PNG for each image, in `folder`.
@@ -326,51 +356,88 @@ def _choose_vocabulary(segmenter: Segmenter, label_set: LabelSet, class_embeds: 
 
 
 class _Counted:
-    """What a process has counted: pixels of each class, and the mean IoU of each image, NaN without any label."""
+    """
+    What a process has counted: pixels of each class, the mean IoU of each image by its index, NaN without any label,
+    and the indices of images that cannot be read.
+    """
 
     def __init__(self, label_set: LabelSet) -> None:
         self.confusion = ConfusionMatrix(len(label_set), label_set.ignore_index)
-        self.scores: list[float] = []
+        self.scores: dict[int, float] = {}
+        self.damaged: list[int] = []
 
-    def add(self, predicted: Tensor, true: np.ndarray) -> None:
+    @property
+    def seen(self) -> int:
+        return len(self.scores) + len(self.damaged)
+
+    def add(self, index: int, predicted: Tensor, true: np.ndarray) -> None:
         image = ConfusionMatrix(self.confusion.num_labels, self.confusion.ignore_index)
         image.update(predicted, true)
         self.confusion.merge(image)
-        self.scores.append(image.mean_iou())
+        self.scores[index] = image.mean_iou()
+
+    def add_damage(self, index: int, error: ImageError) -> None:
+        if not self.damaged:
+            _logger.warning("left out: %s Others like it are counted, but not named.", error)
+        self.damaged.append(index)
 
     def save(self, path: Path) -> None:
-        write_text(path, json.dumps({"table": self.confusion.table.tolist(), "scores": self.scores}))
+        state = {
+            "table": self.confusion.table.tolist(),
+            "scores": [*map(list, self.scores.items())],
+            "damaged": self.damaged,
+        }
+        write_text(path, json.dumps(state))
 
     def load(self, path: Path) -> None:
         """Go on from what the same run has saved, if it has."""
-        try:
+        with suppress(OSError, ValueError, KeyError, TypeError):
             state = json.loads(path.read_text(encoding="utf-8"))
-            self.confusion.table, self.scores = torch.tensor(state["table"]), state["scores"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return
+            table, scores, damaged = torch.tensor(state["table"]), dict(state["scores"]), list(state["damaged"])
+            self.confusion.table, self.scores, self.damaged = table, scores, damaged
+
+
+def _refuse_others(folder: Path, run: str) -> None:
+    """
+    Refuse a folder in which this evaluation has nothing to replace.
+
+    Raises:
+        ValueError: there are another evaluation's results, or files of unknown origin.
+    """
+    path = folder / RESULTS_FILE
+    if not path.exists():
+        return refuse_foreign_files(folder, _FILES, RESULTS_FILE)
+    found = None
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(path.read_text(encoding="utf-8"))["evaluation"]
+    if found != run:
+        raise ValueError(
+            f"{path} holds other results than those of this model, data and options: choose another folder."
+        )
 
 
 def _fingerprint(
-    segmenter: Segmenter, vocabulary: Vocabulary, label_set: LabelSet, images: Any, **options: Any
+    segmenter: Segmenter, vocabulary: Vocabulary, label_set: LabelSet, images: Any, source: str, **options: Any
 ) -> str:
     """Says whether two runs would count the same: hash of the model, the data set and the options."""
-    model, digest = segmenter.model, hashlib.blake2b(digest_size=8)
-    for name, tensor in {**model.state_dict(), "class_embeds": vocabulary.class_embeds}.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    about = {
-        "config": model.config.to_json_string(use_diff=False),
-        "device": model.device.type,
-        "processor": segmenter.processor.image_processor.to_json_string(),
-        "labels": label_set,
-        "images": len(images) if hasattr(images, "__len__") else None,
-        "data": getattr(images, "_fingerprint", None),
-        **options,
-    }
-    digest.update(json.dumps(about, sort_keys=True, default=repr).encode())
-    for _, image, label_map in read_examples(images, label_set, range(1)):
-        digest.update(image.tobytes() + label_map.tobytes())
-    return digest.hexdigest()
+    on_damage = (lambda index, error: None) if options["skip_damaged"] else None
+    first = [
+        digest_json([image.tobytes(), label_map.tobytes()])
+        for _, image, label_map in read_examples(images, label_set, range(1), source=source, on_damage=on_damage)
+    ]
+    return digest_json(
+        {
+            "config": segmenter.model.config.to_json_string(use_diff=False),
+            "dtype": segmenter.model.dtype,
+            "class_embeds": digest_weights({"class_embeds": vocabulary.class_embeds}),
+            "processor": segmenter.processor.image_processor.to_json_string(),
+            "labels": label_set,
+            "images": len(images) if hasattr(images, "__len__") else None,
+            "data": getattr(images, "_fingerprint", None),
+            "first": first,
+            **options,
+        }
+    )
 
 
 def _draw(
@@ -384,7 +451,7 @@ def _draw(
 ) -> list[Path]:
     """Draw comparisons of the images of some indices; those that there are not are left out."""
     drawn = []
-    for index, image, true in read_examples(images, label_set, list(paths)):
+    for index, image, true in read_examples(images, label_set, list(paths), on_damage=lambda index, error: None):
         [segmentation] = segmenter(image, vocabulary, tta=tta)
         with replacing_file(paths[index]) as beside:
             draw_comparison(image, true, segmentation.label_map.numpy(), label_set).save(beside, format="PNG")
@@ -405,11 +472,13 @@ def _results(
     scores: Mapping[int, float],
     label_set: LabelSet,
     members: Mapping[str, Sequence[int]],
+    damaged: int,
 ) -> dict[str, Any]:
     return {
         **{name: getattr(confusion, name)() for name in MEASURES},
         "images": len(scores),
         "unlabelled_images": sum(map(math.isnan, scores.values())),
+        "damaged_images": damaged,
         "per_class_iou": dict(zip(label_set.names, map(_number, confusion.iou().tolist()), strict=True)),
         "per_class_accuracy": dict(zip(label_set.names, map(_number, confusion.accuracy().tolist()), strict=True)),
         "subsets": {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +39,7 @@ class LabelSet:
         reduce_labels: whether stored maps count classes from 1 and keep 0 for "no label".
         colors: colour of each class where label maps are coded in colours, red, green and blue.
         ignore_color: colour of "no label" in such maps, if they have one.
+        value_map: pairs of a stored value and the one that it stands for, before all else.
     """
 
     names: tuple[str, ...]
@@ -45,6 +47,7 @@ class LabelSet:
     reduce_labels: bool = False
     colors: tuple[Color, ...] | None = None
     ignore_color: Color | None = None
+    value_map: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse values that contradict each other."""
@@ -56,6 +59,8 @@ class LabelSet:
                 f"most {_WIDE_IGNORE_INDEX}: choose {_default_ignore_index(self.names)}; where 0 stands for no "
                 "label, leave it out of the names and reduce the labels."
             )
+        if self.value_map and self.colors is not None:
+            raise ValueError("values cannot be mapped where colours name the classes: leave the map out.")
         if self.colors is None:
             if self.ignore_color is not None:
                 raise ValueError("ignore_color is of no use without colors: give a colour for each class.")
@@ -100,11 +105,16 @@ class LabelSet:
         if getattr(image, "mode", "") == "F" or getattr(getattr(image, "dtype", None), "kind", "") == "f":
             raise ValueError(f"{what} holds floats: store one class index per pixel, as whole numbers.")
         stored = read_map(image, what)
+        # All at once: a value that one pair makes is not another's old one
+        label_map = stored.copy()
+        for old, new in self.value_map:
+            label_map[stored == old] = new
+        stored = label_map
         ignored = stored == self.ignore_index
         if self.reduce_labels:
             ignored |= stored == 0
         label_map = stored - self.reduce_labels
-        outside = (label_map >= len(self.names)) & ~ignored
+        outside = ((label_map >= len(self.names)) | (label_map < 0)) & ~ignored
         if outside.any():
             first, zero, hint = (
                 (1, "0 and ", "") if self.reduce_labels else (0, "", ", or reduce the labels if 0 does")
@@ -112,7 +122,7 @@ class LabelSet:
             raise ValueError(
                 f"{what} holds {_most_frequent(stored[outside], str)}, but there are {len(self.names)} labels "
                 f"({first} to {len(self.names) - 1 + first}, {zero}{self.ignore_index} = no label): give every class "
-                f"a name, or say which value stands for no label (ignore index){hint}."
+                f"a name, say which value stands for no label (ignore index), or map it to another one{hint}."
             )
         return np.where(ignored, np.int32(self.ignore_index), label_map)
 
@@ -139,6 +149,7 @@ def load_label_set(
     source: str | os.PathLike | None = None,
     ignore_index: int | None = None,
     reduce_labels: bool = False,
+    value_map: Mapping[int, int] | None = None,
 ) -> LabelSet:
     """
     Find the classes of a data set.
@@ -152,6 +163,7 @@ def load_label_set(
         ignore_index: value of label maps that stands for "no label"; by default the label set's or file's own, else
             255, or 65535 where there are more than 255 classes.
         reduce_labels: whether label maps count classes from 1 and keep 0 for "no label"; a file may say so, too.
+        value_map: stored values that mean other ones, see `parse_map`; a file may say so, too, as `map`.
 
     Raises:
         ValueError: there are no such labels, or they cannot be used.
@@ -169,7 +181,32 @@ def load_label_set(
     elif facts["ignore_index"] is None:
         facts["ignore_index"] = _default_ignore_index(facts["names"])
     facts["reduce_labels"] = facts["reduce_labels"] or reduce_labels
+    mapped = dict(facts.get("value_map", ())) | dict(value_map or {})
+    if facts["ignore_index"] < 0:
+        # Images hold no negative numbers, which arrays may
+        no_label = _default_ignore_index(facts["names"])
+        mapped, facts["ignore_index"] = {facts["ignore_index"]: no_label} | mapped, no_label
+    facts["value_map"] = tuple(sorted(mapped.items()))
     return LabelSet(**facts)
+
+
+def parse_map(pairs: Iterable[str]) -> dict[int, int]:
+    """
+    Values of label maps and what they stand for.
+
+    Args:
+        pairs: texts such as "255=1".
+
+    Raises:
+        ValueError: one has another form, or a value is given twice.
+    """
+    mapped: dict[int, int] = {}
+    for pair in pairs:
+        found = re.fullmatch(r"\s*(-?\d{1,5})\s*[=:]\s*(\d{1,5})\s*", str(pair))
+        if not found or int(found[1]) in mapped:
+            raise ValueError(f"map is {pair!r}: write OLD=NEW with whole numbers, each OLD once, for example 255=1.")
+        mapped[int(found[1])] = int(found[2])
+    return mapped
 
 
 def _facts(labels: str | os.PathLike | Iterable[str] | LabelSet) -> dict[str, Any]:
@@ -188,7 +225,8 @@ def _facts(labels: str | os.PathLike | Iterable[str] | LabelSet) -> dict[str, An
             f"those names, or a file with {FILE_FORMS}."
         )
     facts = read_label_file(os.fspath(labels))
-    return {"names": facts.pop("classes"), **facts}
+    value_map = tuple(facts.pop("map", {}).items())
+    return {"names": facts.pop("classes"), "value_map": value_map, **facts}
 
 
 def _default_ignore_index(names: Sequence[str]) -> int:
@@ -239,4 +277,4 @@ def _most_frequent(stored: np.ndarray, write: Callable[[int], str]) -> str:
     )
 
 
-__all__ = ["LabelSet", "load_label_set"]
+__all__ = ["LabelSet", "load_label_set", "parse_map"]

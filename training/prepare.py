@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +23,14 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from modeling_san.processing.files import remove_unfinished, replacing_file, write_json, write_text
+from modeling_san.processing.files import (
+    LOCK_FILE,
+    locked_folder,
+    remove_unfinished,
+    replacing_file,
+    write_json,
+    write_text,
+)
 from modeling_san.processing.wording_san import listed, one_line
 from modeling_san.training.official_files import (
     FoundSplit,
@@ -177,27 +182,22 @@ def _claimed(output: Path, preset: Preset) -> Iterator[None]:
     Raises:
         ValueError: it holds something else, or another process writes there.
     """
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file: pass a folder to write to.")
-    work = output / _WORK
-    shards = list(output.glob("*.parquet"))
-    if not work.is_dir() and not shards and output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty, and not from `san prepare`: pass an empty or a new folder.")
-    for path in shards:
-        if _facts_of(path).get("preset") != preset.name:
-            raise ValueError(f"{path} was not written by `san prepare {preset.name}`: pass another folder.")
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w", encoding="utf-8") as lock:
-        try:
-            # The system lets go of the lock however the process ends.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another process is writing to {output}: wait for it, or pass another folder."
-            ) from error
+    with locked_folder(output):
+        work = output / _WORK
+        shards = list(output.glob("*.parquet"))
+        is_new = not work.is_dir() and not shards
+        if is_new and any(not path.name.startswith(LOCK_FILE) for path in output.iterdir()):
+            raise ValueError(f"{output} is not empty, and not from `san prepare`: pass an empty or a new folder.")
+        for path in shards:
+            if _facts_of(path).get("preset") != preset.name:
+                raise ValueError(f"{path} was not written by `san prepare {preset.name}`: pass another folder.")
+        work.mkdir(parents=True, exist_ok=True)
         remove_unfinished(output)
         yield
-        shutil.rmtree(work, ignore_errors=True)
+        # The shards have moved to their place; what else lies there stays
+        for folder in (*(work / split for split in preset.splits), work):
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _facts_of(path: Path) -> dict[str, Any]:

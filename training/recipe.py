@@ -74,6 +74,8 @@ class Recipe:
     label_column: str | None = _option(None, "column of the label maps (default: recognised)")
     reduce_labels: bool = _option(False, "0 in the label maps means no label, and all others move down by one")
     ignore_index: int | None = _option(None, "value in the label maps for no label (default: the label set's)")
+    map: list[str] = _option([], "values of the label maps that mean another one, as OLD=NEW, such as 255=1")
+    skip_damaged: bool = _option(False, "leave out images that cannot be read, instead of ending at the first")
     streaming: bool = _option(False, "read the data set as it comes, without downloading or indexing it first")
     shuffle_buffer: int = _option(1000, "images to shuffle among where the data set is streamed")
     validation: str | None = _option(None, "data set to evaluate on (default: none)")

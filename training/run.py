@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,9 +22,19 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
+import modeling_san
+from modeling_san import processing
 from modeling_san.open_vocabulary import OpenVocabularyModel
 from modeling_san.processing import SANProcessor
-from modeling_san.processing.files import new_folder, remove_unfinished, write_json, write_text
+from modeling_san.processing.files import (
+    locked_folder,
+    new_folder,
+    refuse_foreign_files,
+    remove_folder,
+    remove_unfinished,
+    write_json,
+    write_text,
+)
 from modeling_san.processing.wording_san import one_line
 from modeling_san.training.build import (
     load_model,
@@ -32,27 +44,42 @@ from modeling_san.training.build import (
     make_schedule,
     prepare_model,
 )
-from modeling_san.training.callbacks import JsonLinesTracker, say, warn
-from modeling_san.training.data import check_first_images, load_images
-from modeling_san.training.label_sets import LabelSet, load_label_set
+from modeling_san.training.callbacks import CURVES_FILE, METRICS_FILE, JsonLinesTracker, say, warn
+from modeling_san.training.data import check_first_images, describe_missing_classes, load_images
+from modeling_san.training.label_sets import LabelSet, load_label_set, parse_map
+from modeling_san.training.metrics import RESULTS_FILE
 from modeling_san.training.recipe import Recipe
 
 RECIPE_FILE = "recipe.yaml"
 CHECKPOINTS = "checkpoints"
 PROGRESS_FILE = "progress.json"
+NON_FINITE_FILE = "non_finite.json"
 
-_CHECKPOINT = re.compile(r"step-(\d+)")
+_STEP = re.compile(r"step-\d{8,}")
+_RECIPE_HEAD = "# The recipe of the run in this folder; `san train --config` reads it.\n"
+_FILES = (
+    *(CHECKPOINTS, RECIPE_FILE, RESULTS_FILE, METRICS_FILE, CURVES_FILE, NON_FINITE_FILE, "overlays"),
+    *("config.json", "model*.safetensors*", "processor_config.json", "preprocessor_config.json"),
+    *("tokenizer*.json", "special_tokens_map.json", "vocab.json", "merges.txt"),
+    # The code that travels with a model
+    *(file.name for part in (modeling_san, processing) for file in Path(*part.__path__).glob("[a-z]*.py")),
+)
+"""What a run leaves in its folder, as patterns."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands: what a checkpoint holds, as JSON, beside the state that Accelerate saves."""
+    """
+    Where a run stands: what a checkpoint holds, as JSON, beside the state that Accelerate saves. `files` are the names
+    of all that was written there.
+    """
 
     step: int = 0
     best_step: int | None = None
     best_mean_iou: float = -1.0
     processes: int = 1
     results: dict[str, Any] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -97,16 +124,39 @@ class Run:
         return self.accelerator.unwrap_model(self.model)
 
 
-def prepare_run(recipe: Recipe) -> Run:
+@contextmanager
+def run_folder(recipe: Recipe) -> Iterator[Path]:
     """
-    Make or resume all that a run needs.
+    The folder of a run, held by its main process for the block.
 
     Raises:
-        ValueError: where recipe, data and model do not fit together; the sentence says what to change.
+        ValueError: the recipe names none, another run holds it, or it has files that no run left there.
     """
     for name in ("output_dir", "dataset"):
         if not getattr(recipe, name):
             raise ValueError(f"{name} is missing: a run needs it.")
+    folder = Path(str(recipe.output_dir))
+    # Before Accelerate knows of processes, launchers do
+    with locked_folder(folder) if os.environ.get("RANK", "0") == "0" else nullcontext(folder):
+        if not _checkpoints(folder) and not _is_recipe_of_run(folder / RECIPE_FILE):
+            refuse_foreign_files(folder, _FILES, f"{RECIPE_FILE} of a run")
+        yield folder
+
+
+def _is_recipe_of_run(path: Path) -> bool:
+    try:
+        return path.read_text(encoding="utf-8").startswith(_RECIPE_HEAD)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def prepare_run(recipe: Recipe) -> Run:
+    """
+    Make or resume all that a run needs, in the folder that `run_folder` holds.
+
+    Raises:
+        ValueError: where recipe, data and model do not fit together; the sentence says what to change.
+    """
     folder = Path(str(recipe.output_dir))
     checkpoint = _find_checkpoint(recipe, folder)
     progress = Progress() if checkpoint is None else _read_progress(checkpoint)
@@ -121,12 +171,17 @@ def prepare_run(recipe: Recipe) -> Run:
         source=recipe.dataset,
         ignore_index=recipe.ignore_index,
         reduce_labels=recipe.reduce_labels,
+        value_map=parse_map(recipe.map),
     )
-    check_first_images(images, label_set, recipe.dataset)
+    looked_at = 64
+    counts = check_first_images(images, label_set, recipe.dataset, count=looked_at, skip_damaged=recipe.skip_damaged)
+    missing = describe_missing_classes(counts, label_set.names, f"the first {looked_at} images of {recipe.dataset}")
+    if missing and accelerator.is_main_process:
+        warn(f"{missing}.")
     validation = None
     if recipe.validation is not None:
         validation = _load_images(recipe, recipe.validation, recipe.validation_split)
-        check_first_images(validation, label_set, recipe.validation)
+        check_first_images(validation, label_set, recipe.validation, skip_damaged=recipe.skip_damaged)
     else:
         progress.results = {}
     prepare_model(recipe, model, processor, label_set)
@@ -181,12 +236,15 @@ def _prepare_folder(run: Run) -> None:
     for path in _checkpoints(run.folder):
         if _step_of(path) > step:
             target = path.with_name(f"abandoned-{path.name}")
-            shutil.rmtree(target, ignore_errors=True)
+            for number in count(2):
+                if not target.exists():
+                    break
+                target = path.with_name(f"abandoned-{path.name}-{number}")
             path.rename(target)
             warn(f"the run begins anew at step {step}; a later checkpoint is now called {target}.")
     if step and (changes := _changes(run.folder / RECIPE_FILE, recipe)):
         warn(f"the run continues with another recipe: {'; '.join(changes)}")
-    write_text(run.folder / RECIPE_FILE, recipe.to_yaml())
+    write_text(run.folder / RECIPE_FILE, _RECIPE_HEAD + recipe.to_yaml())
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in run.unwrapped.parameters()]
     trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
     processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
@@ -225,7 +283,8 @@ def write_checkpoint(run: Run) -> str:
         with new_folder(path) if is_main else TemporaryDirectory() as beside:
             run.accelerator.save_state(str(beside))
             write_model(run, Path(beside))
-            write_json(Path(beside, PROGRESS_FILE), asdict(run.progress))
+            written = sorted(str(file.relative_to(beside)) for file in Path(beside).rglob("*") if file.is_file())
+            write_json(Path(beside, PROGRESS_FILE), asdict(run.progress) | {"files": [*written, PROGRESS_FILE]})
         if is_main:
             _remove_old_checkpoints(run)
     return f"The state after step {run.progress.step} is in {path}."
@@ -276,8 +335,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    found = [path for path in (folder / CHECKPOINTS).glob("step-*") if _CHECKPOINT.fullmatch(path.name)]
-    return sorted(found, key=_step_of)
+    found = (folder / CHECKPOINTS).glob(f"step-*/{PROGRESS_FILE}")
+    return sorted((path.parent for path in found if _STEP.fullmatch(path.parent.name)), key=_step_of)
 
 
 def _step_of(path: Path) -> int:
@@ -285,13 +344,18 @@ def _step_of(path: Path) -> int:
 
 
 def _remove_old_checkpoints(run: Run) -> None:
-    """The latest stay, and the best."""
+    """The latest stay, the best, and those that somebody put files of their own into."""
     for path in _checkpoints(run.folder)[: -run.recipe.keep_checkpoints]:
-        if _step_of(path) != run.progress.best_step:
-            # Under another name first: a folder called step-... is never half deleted.
-            doomed = path.with_name(f"{path.name}.unfinished-old")
-            path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        if _step_of(path) != run.progress.best_step and _holds_only_its_own(path):
+            remove_folder(path)
+
+
+def _holds_only_its_own(checkpoint: Path) -> bool:
+    try:
+        own = set(_read_progress(checkpoint).files)
+    except ValueError:
+        return False
+    return own >= {str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if file.is_file()}
 
 
 def _find_checkpoint(recipe: Recipe, folder: Path) -> Path | None:
@@ -348,12 +412,14 @@ def _cannot_be_resumed(checkpoint: Path, error: Exception) -> ValueError:
 
 __all__ = [
     "CHECKPOINTS",
+    "NON_FINITE_FILE",
     "RECIPE_FILE",
     "Progress",
     "Run",
     "as_saved",
     "latest_checkpoint",
     "prepare_run",
+    "run_folder",
     "write_checkpoint",
     "write_model",
 ]

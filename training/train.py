@@ -22,13 +22,23 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from modeling_san.processing.files import filling_folder, write_json
+from modeling_san.processing.fingerprints import digest_weight_files
 from modeling_san.processing.wording_san import one_line
 from modeling_san.training.callbacks import CURVES_FILE, METRICS_FILE, Interval, stop_signals, warn
 from modeling_san.training.evaluate import evaluate, save_overlays
 from modeling_san.training.metrics import RESULTS_FILE
 from modeling_san.training.plots import plot_curves
 from modeling_san.training.recipe import Recipe
-from modeling_san.training.run import Run, as_saved, latest_checkpoint, prepare_run, write_checkpoint, write_model
+from modeling_san.training.run import (
+    NON_FINITE_FILE,
+    Run,
+    as_saved,
+    latest_checkpoint,
+    prepare_run,
+    run_folder,
+    write_checkpoint,
+    write_model,
+)
 
 _MOST_SKIPPED = 50
 """Steps in a row that an fp16 scaler may leave out; it halves its scale with each."""
@@ -55,7 +65,12 @@ def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
         NonFiniteLossError: after saving the state before the step.
         OSError: where the final model cannot be saved.
     """
-    run = prepare_run(recipe)
+    with run_folder(recipe):
+        return _train(prepare_run(recipe), progress)
+
+
+def _train(run: Run, progress: bool) -> dict[str, Any]:
+    recipe = run.recipe
     accelerator, state = run.accelerator, run.progress
     start, began, skipped = state.step, time.monotonic(), 0
     show = progress and accelerator.is_main_process
@@ -171,7 +186,7 @@ def _non_finite_loss(run: Run, terms: dict[str, float], indices: list[int]) -> N
     step = run.progress.step + 1
     if run.accelerator.is_main_process:
         report = {"step": step, "terms": {name: str(value) for name, value in terms.items()}, "images": images}
-        write_json(run.folder / "non_finite.json", report)
+        write_json(run.folder / NON_FINITE_FILE, report)
     named = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
     return NonFiniteLossError(
         f"the loss or its gradient in step {step} is not finite ({named}), on the images with indices {images}. "
@@ -201,7 +216,13 @@ def _evaluate(run: Run, show: bool) -> None:
         if model.trains_text_encoder():
             model.set_labels(run.label_set.names, run.processor)
         what = (model, run.processor, run.validation, run.label_set)
-        state.results = evaluate(*what, limit=recipe.validation_limit, progress=show, accelerator=run.accelerator)
+        state.results = evaluate(
+            *what,
+            limit=recipe.validation_limit,
+            progress=show,
+            accelerator=run.accelerator,
+            skip_damaged=recipe.skip_damaged,
+        )
         if is_main and recipe.overlays:
             folder = run.folder / "overlays" / f"step-{state.step:08d}"
             _draw("overlays", lambda: save_overlays(*what, folder, count=recipe.overlays))
@@ -278,7 +299,8 @@ def _save_final_model(run: Run) -> None:
                 f"resume: auto, from {latest}."
             ) from error
         if run.progress.results:
-            write_json(run.folder / RESULTS_FILE, run.progress.results)
+            weights = digest_weight_files(run.folder)
+            write_json(run.folder / RESULTS_FILE, {**run.progress.results, "weights": weights})
         _draw_curves(run.folder)
     run.accelerator.wait_for_everyone()
 

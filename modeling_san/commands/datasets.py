@@ -32,6 +32,16 @@ def add_dataset_options(parser: argparse.ArgumentParser, split: str) -> None:
     parser.add_argument(
         "--ignore-index", type=int, metavar="VALUE", help="stands for no label (default: the label set's, else 255)"
     )
+    parser.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="a value in the label maps that means another one, such as 255=1; may be given several times",
+    )
+    parser.add_argument(
+        "--skip-damaged", action="store_true", help="leave out images that cannot be read, instead of ending at one"
+    )
 
 
 def open_dataset(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -42,7 +52,7 @@ def open_dataset(args: argparse.Namespace) -> tuple[Any, Any]:
         ValueError: it cannot be read, or its labels cannot.
     """
     from modeling_san.training.data import load_images
-    from modeling_san.training.label_sets import load_label_set
+    from modeling_san.training.label_sets import load_label_set, parse_map
 
     quiet_datasets()
     images = load_images(
@@ -58,6 +68,7 @@ def open_dataset(args: argparse.Namespace) -> tuple[Any, Any]:
         source=args.dataset,
         ignore_index=args.ignore_index,
         reduce_labels=args.reduce_labels,
+        value_map=parse_map(args.map),
     )
     return images, label_set
 

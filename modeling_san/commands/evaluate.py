@@ -32,6 +32,7 @@ _EXAMPLE = """\
 example:
   san evaluate --model my-model --dataset val.parquet --labels classes.json
   san evaluate --model san-vit-b-16 --dataset ade20k --split validation --labels ade20k_150 --tta --output ade-150
+  san evaluate --dataset masks --labels "background, lesion" --map 255=1 --skip-damaged
   san evaluate --dataset val.parquet --labels classes.json --subset base=base.txt --subset novel="car, bicyclist"
   accelerate launch --num_processes 8 -m modeling_san.commands.main evaluate --model san-vit-b-16 \\
       --dataset ade20k --labels ade20k_847
@@ -58,7 +59,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="NAME=FILE_OR_NAMES",
         help="classes that get means of their own: a file, or names with commas between; may be given several times",
     )
-    add_output_option(parser, default="evaluation")
+    add_output_option(parser, default="outputs/evaluation")
     parser.add_argument(
         "--overlays",
         type=integer_between(0),
@@ -104,13 +105,15 @@ def run(args: argparse.Namespace) -> int:
         accelerator=accelerator,
         class_embeds=class_embeds,
         overlays=args.overlays,
+        skip_damaged=args.skip_damaged,
         about={"model": loaded.name, "dataset": args.dataset, "split": args.split},
     )
     if accelerator.is_main_process:
         say(format_table(results))
-        without = results["unlabelled_images"]
-        ignored = f", {without} of them without any label" if without else ""
-        say(f"{results['images']} images{ignored}; results in {folder}")
+        without, damaged = results["unlabelled_images"], results["damaged_images"]
+        notes = f", {without} of them without any label" if without else ""
+        notes += f", {damaged} left out as they cannot be read" if damaged else ""
+        say(f"{results['images']} images{notes}; results in {folder}")
     accelerator.end_training()
     return 0
 

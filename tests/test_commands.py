@@ -310,7 +310,7 @@ def save_half(path):
 
 
 BAD_IMAGES = {
-    "missing": (lambda path: None, "No such file"),
+    "missing": (lambda path: None, "there is no file"),
     "null\0byte": (lambda path: None, "null"),
     "truncated": (save_half, "truncated"),
     "zero-byte": (lambda path: path.touch(), "0 bytes"),

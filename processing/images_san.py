@@ -77,6 +77,12 @@ def open_image(source: str | os.PathLike | bytes | IO[bytes], name: str | None =
     return image
 
 
+def image_endings() -> frozenset[str]:
+    """What names of files end in that hold images as `open_image` opens them, in lower case with the dot."""
+    formats = _readable_formats()
+    return frozenset(ending for ending, its_format in Image.registered_extensions().items() if its_format in formats)
+
+
 def flatten_images(images: Any) -> list[Any]:
     """One image, a batch array (batch, ...), or lists of either, nested at will, as a flat list of images.
 

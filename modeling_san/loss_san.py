@@ -32,8 +32,10 @@ def masks_from_label_map(label_map: Tensor, num_labels: int, ignore_index: int) 
     Raises:
         ValueError: where the map holds a value outside the vocabulary.
     """
+    # PyTorch compares no integers of 16 bits without a sign with others
+    label_map = label_map.long()
     classes = label_map.unique()
-    classes = classes[classes != ignore_index].long()
+    classes = classes[classes != ignore_index]
     outside = [value for value in classes.tolist() if not 0 <= value < num_labels]
     if outside:
         raise ValueError(

@@ -272,7 +272,7 @@ class SANImageProcessor(PilBackend):
         if maps is not None:
             label_maps = []
             for index, item in enumerate(maps):
-                label_map = read_map(item, f"segmentation map {index}")
+                label_map = read_map(item, f"segmentation map {index}", also=(ignore_index,))
                 _check_same_size(label_map.shape, full_sizes[index], index)
                 label_maps.append(resize_map(label_map, image_size(images[index])))
             data["labels"] = _padded_labels(label_maps, pixel_values.shape[-2:], ignore_index, do_reduce_labels)

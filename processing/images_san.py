@@ -7,7 +7,7 @@ which one it is, what it is, and what to pass.
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from threading import Lock
@@ -18,6 +18,8 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
+from .wording_san import one_line
+
 _EXIF_ORIENTATION = 0x0112
 _ON_ITS_SIDE = (5, 6, 7, 8)
 _CHANNELS = (1, 3, 4)
@@ -25,35 +27,60 @@ _Result = TypeVar("_Result")
 
 _ACCEPTED = "a PIL image, a path, a numpy array or a torch tensor"
 
-RASTER_FORMATS = ("PNG", "JPEG", "MPO", "JPEG2000", "WEBP", "TIFF", "BMP", "GIF", "PPM", "TGA", "QOI", "AVIF", "HEIF")
+RASTER_FORMATS = (
+    *("PNG", "JPEG", "MPO", "JPEG2000", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "GIF", "ICO", "PPM", "TGA", "QOI"),
+)
 """Formats that image files are read in, as far as PIL has them."""
 
 
-def open_image(source: str | os.PathLike | bytes | IO[bytes], name: str = "the image") -> Image.Image:
+def open_image(source: str | os.PathLike | bytes | IO[bytes], name: str | None = None) -> Image.Image:
     """Open an image file of a usual format; PIL reads its pixels later.
 
     Any other format is refused: PIL hands some to programs of the system, EPS to Ghostscript for one, which is too
-    much trust in files that may come from anywhere.
+    much trust in files that may come from anywhere. So is an image of more pixels than `PIL.Image.MAX_IMAGE_PIXELS`
+    (None: of any number): it takes gigabytes, however small its file is.
 
     Args:
         source: a path, the content of a file, or an open file.
-        name: what an error calls it, for example "image 2".
+        name: what an error calls it, for example "image 2"; by default its path.
 
     Raises:
-        ValueError: there is no such file, or it holds no image in one of `RASTER_FORMATS`.
+        ValueError: it cannot be read, is no image in one of `RASTER_FORMATS`, or has too many pixels.
     """
-    Image.init()
-    formats = [image_format for image_format in RASTER_FORMATS if image_format in Image.OPEN]
-    shown = repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "it"
+    path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
+    what = ": ".join(part for part in (name, path and repr(path)) if part) or "the image"
+    formats = _readable_formats()
     try:
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
+        size = f"{image.width} x {image.height}"
+        is_bomb = Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        size, is_bomb = "far more", True
     except FileNotFoundError as error:
-        raise ValueError(f"{name}: there is no file {shown}: check the path") from error
+        raise ValueError(f"{name or 'the image'}: there is no file {path!r}: check the path") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{what} is a folder: pass the images in it") from error
     # Plugins stumble over damaged files in ways of their own
     except Exception as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise ValueError(f"{what} cannot be read ({error.strerror}): check the path") from error
+        if path is not None and os.path.isfile(path) and not os.path.getsize(path):
+            raise ValueError(f"{what} is empty (0 bytes): it may not have been copied completely") from error
         raise ValueError(
-            f"{name}: {shown} cannot be opened as an image ({error}): pass {', '.join(formats)}"
+            f"{what} cannot be opened as an image ({one_line(error)}): pass {', '.join(formats)}"
         ) from error
+    if is_bomb:
+        raise ValueError(
+            f"{what} has {size} pixels, more than the {Image.MAX_IMAGE_PIXELS:,} that are read: shrink it, or raise "
+            "PIL.Image.MAX_IMAGE_PIXELS"
+        )
+    return image
+
+
+def image_endings() -> frozenset[str]:
+    """What names of files end in that hold images as `open_image` opens them, in lower case with the dot."""
+    formats = _readable_formats()
+    return frozenset(ending for ending, its_format in Image.registered_extensions().items() if its_format in formats)
 
 
 def flatten_images(images: Any) -> list[Any]:
@@ -207,18 +234,20 @@ def draft_image(
         return drafted.resize((new_width, new_height), Image.Resampling(resample), box=draft[1]), full_size
 
 
-def read_map(segmentation_map: Any, name: str) -> np.ndarray:
+def read_map(segmentation_map: Any, name: str, *, also: Collection[int] = ()) -> np.ndarray:
     """One label map as an array (height, width) of int32.
 
-    A palette image counts by its indices, not by its colours.
+    A palette image counts by its indices, not by its colours. Grey that is stored as three equal channels, or with an
+    alpha channel that is opaque, counts as grey.
 
     Args:
-        segmentation_map: a PIL image, a path, a numpy array or a torch tensor of class indices, (height, width) or
-            with one channel before or behind.
+        segmentation_map: a PIL image, a path, a numpy array or a torch tensor of class indices, (height, width), or
+            with channels before or behind.
         name: what an error calls it, for example "segmentation map 2".
+        also: values that may occur beside 0 ... 65535, such as -1 where that stands for no class.
 
     Raises:
-        ValueError: it cannot be read, is empty, has several channels, or holds anything but indices in 0 ... 65535.
+        ValueError: it cannot be read, is empty, is in colours or transparent, or holds other values.
     """
     if isinstance(segmentation_map, (str, os.PathLike)):
         segmentation_map = open_image(segmentation_map, name)
@@ -227,7 +256,7 @@ def read_map(segmentation_map: Any, name: str) -> np.ndarray:
     array = _as_array(segmentation_map, name)
     if array.size == 0:
         raise ValueError(f"{name} has no pixels (shape {_shape(array)}): pass one class index per pixel")
-    return _to_indices(_without_channel_axis(array, name), name)
+    return _to_indices(_one_channel(array, name, isinstance(segmentation_map, torch.Tensor)), name, also)
 
 
 def to_byte_scale(image: np.ndarray, name: str) -> np.ndarray:
@@ -318,6 +347,11 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
         raise ValueError(f"{name} has no pixels (size {image.size}): pass an image of at least 1 x 1")
     if isinstance(image, ImageFile.ImageFile) and image.tile and image.fp is None:
         raise ValueError(f"{name} was closed before it was decoded: pass it inside its `with` block, or pass its path")
+    if isinstance(image, ImageFile.ImageFile) and image.tile and image.format not in RASTER_FORMATS:
+        raise ValueError(
+            f"{name} is a file of the format {image.format}, which is not decoded here: pass one of "
+            f"{', '.join(_readable_formats())}, or decode it before (image.load())"
+        )
     with _decoding(name):
         image.load()
         # exif_transpose copies what is upright already, which most images are
@@ -331,7 +365,15 @@ def _decoding(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{name} cannot be decoded ({error}): the file may be damaged or cut off") from error
+        raise ValueError(
+            f"{name} cannot be decoded ({one_line(error)}): the file may be damaged or cut off"
+        ) from error
+
+
+def _readable_formats() -> list[str]:
+    """Those of `RASTER_FORMATS` that PIL has."""
+    Image.init()
+    return [image_format for image_format in RASTER_FORMATS if image_format in Image.OPEN]
 
 
 def _as_array(item: Any, name: str) -> np.ndarray:
@@ -397,30 +439,37 @@ def _to_values(array: np.ndarray, name: str) -> np.ndarray:
     return array
 
 
-def _without_channel_axis(array: np.ndarray, name: str) -> np.ndarray:
-    """(height, width), (1, height, width) or (height, width, 1) -> (height, width)."""
-    if array.ndim == 3 and array.shape[0] == 1:
-        return array[0]
-    if array.ndim == 3 and array.shape[-1] == 1:
-        return array[..., 0]
-    if array.ndim != 2:
+def _one_channel(array: np.ndarray, name: str, is_tensor: bool) -> np.ndarray:
+    """(height, width) out of a map with channels before or behind: grey, once or three times, and perhaps alpha."""
+    if array.ndim == 2:
+        return array
+    # Where both ends could be channels: arrays have them last, tensors first
+    ends = (0, -1) if is_tensor or array.shape[0] == 1 else (-1, 0)
+    axis = next((axis for axis in ends if array.ndim == 3 and array.shape[axis] in (1, 2, 3, 4)), None)
+    if axis is None:
+        raise ValueError(f"{name} has shape {_shape(array)}, expected (height, width): pass one class index per pixel")
+    grey, *others = np.moveaxis(array, axis, 0)
+    if len(others) % 2 and not (others.pop() == (np.iinfo(array.dtype).max if array.dtype.kind == "u" else 255)).all():
+        raise ValueError(f"{name} is transparent in places: store one class index per pixel, without an alpha channel")
+    if not all(np.array_equal(grey, other) for other in others):
         raise ValueError(
-            f"{name} has shape {_shape(array)}, expected (height, width): pass one class index per pixel; colours "
-            "have to be turned into indices before"
+            f"{name} is in colours (shape {_shape(array)}): store one class index per pixel; training and evaluation "
+            "read colours too, if the label file names the classes' `colors`"
         )
-    return array
+    return grey
 
 
-def _to_indices(array: np.ndarray, name: str) -> np.ndarray:
-    """Class indices as int32."""
+def _to_indices(array: np.ndarray, name: str, also: Collection[int]) -> np.ndarray:
+    """Class indices as int32, in 0 ... 65535 or among those others."""
     if array.dtype.kind not in "buif":
         raise ValueError(f"{name} holds values of type {array.dtype}: expected class indices")
-    if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
+    if array.dtype.kind == "f" and not (np.isfinite(array) & (array == np.rint(array))).all():
         raise ValueError(f"{name} holds floats that are no whole numbers: pass one class index per pixel")
     low, high = int(array.min()), int(array.max())
-    # Below 0 are some tools' words for "no label"
-    if low < -32768 or high > 65535:
-        raise ValueError(f"{name} holds indices from {low} to {high}: expected -32768 ... 65535")
+    others = [value for value in also if not 0 <= value <= 65535]
+    if (low < 0 or high > 65535) and not (((array >= 0) & (array <= 65535)) | np.isin(array, others)).all():
+        expected = " or ".join(["0 ... 65535", *map(str, others)])
+        raise ValueError(f"{name} holds indices from {low} to {high}: expected {expected}")
     return np.ascontiguousarray(array, dtype=np.int32)
 
 

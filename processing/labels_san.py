@@ -1,9 +1,12 @@
 """What people type as labels, made uniform: one string per label, synonyms joined by `|`."""
 
 import csv
+import html
 import itertools
 import unicodedata
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 
 SYNONYM_SEPARATOR = "|"
 """Between names of one label, as in "car|automobile"."""
@@ -90,6 +93,37 @@ def _split_line(text: str) -> list[str]:
 def split_synonyms(label: str) -> list[str]:
     """Names that share one label: "car|automobile" -> ["car", "automobile"]."""
     return label.split(SYNONYM_SEPARATOR)
+
+
+def repair_prompt(prompt: str) -> str:
+    """
+    A prompt as CLIP's original tokenizer reads it, which transformers' does not: "men\u2019s room" as "men's room".
+
+    Typographic quotes, ligatures, full-width letters and broken encodings are repaired by ftfy, HTML entities are
+    resolved, and white space is folded. Labels themselves stay as they were written: people look for those, and names
+    must not depend on what is installed.
+
+    Args:
+        prompt: a label in its template.
+    """
+    # Nearly all are, and this is a thousand times faster
+    if prompt.isascii() and prompt.isprintable() and "&" not in prompt:
+        return prompt
+    return " ".join(html.unescape(html.unescape(_ftfy()(prompt))).split())
+
+
+@cache
+def _ftfy() -> Callable[[str], str]:
+    """What repairs a text; the text as it is where ftfy is not installed, as beside a model with its own code."""
+    try:
+        from ftfy import fix_text
+    except ImportError:
+        warnings.warn(
+            "labels with letters beyond ASCII may be read in another way than CLIP learned them: pip install ftfy",
+            stacklevel=2,
+        )
+        return str
+    return fix_text
 
 
 def _normalize_label(label: str, position: int) -> str:

@@ -12,7 +12,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Text
 from transformers.utils import TensorType
 
 from .image_processing_san import SANImageProcessor, SANImageProcessorKwargs
-from .labels_san import normalize_labels, split_synonyms
+from .labels_san import normalize_labels, repair_prompt, split_synonyms
 from .templates_san import DEFAULT_TEMPLATES, Templates, resolve_templates
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class SANProcessor(ProcessorMixin):
         names = normalize_labels(labels)
         patterns = self.templates if templates is None else resolve_templates(templates)[1]
         prompts = [
-            [pattern.replace("{}", synonym) for synonym in split_synonyms(name) for pattern in patterns]
+            [repair_prompt(pattern.replace("{}", synonym)) for synonym in split_synonyms(name) for pattern in patterns]
             for name in names
         ]
         flat = [prompt for of_label in prompts for prompt in of_label]

@@ -256,7 +256,7 @@ def test_labels_and_templates_that_cannot_be_used_are_refused(
     segment, image, tmp_path, monkeypatch, option, value, fact
 ):
     monkeypatch.chdir(tmp_path)
-    files = {"names": b'{"names": ["sky"]}', "half": b'["sky", "road"', "bytes": b"\xff\xfe\x00sky"}
+    files = {"names": b'{"names": ["sky"]}', "half": b'["sky", "road"', "bytes": b"caf\xe9"}
     files |= {"photo": b"a photo", "empty": b"", "number": b'{"prompts": 3}'}
     for name, content in files.items():
         Path(name).write_bytes(content)
@@ -310,7 +310,7 @@ def save_half(path):
 
 
 BAD_IMAGES = {
-    "missing": (lambda path: None, "No such file"),
+    "missing": (lambda path: None, "there is no file"),
     "null\0byte": (lambda path: None, "null"),
     "truncated": (save_half, "truncated"),
     "zero-byte": (lambda path: path.touch(), "0 bytes"),

@@ -22,9 +22,10 @@ from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcesso
 INSTALLED = ("transformers", "torch", "pillow")
 """All that a user of a folder has to install; what these require comes with them."""
 
-ABSENT = ("modeling_san", "accelerate", "datasets", "evaluate", "scipy", "torchvision")
+ABSENT = ("modeling_san", "accelerate", "datasets", "evaluate", "ftfy", "scipy", "torchvision")
 
-MAY_BE_IMPORTED = {"transformers", "torch", "numpy", "PIL", "huggingface_hub"} | sys.stdlib_module_names
+MAY_BE_IMPORTED = {"transformers", "torch", "numpy", "PIL", "huggingface_hub", "ftfy"} | sys.stdlib_module_names
+"""ftfy where it is installed."""
 
 PACKAGE_ONLY = {"auto.py", "builtin.py", "conversion.py", "export.py", "files.py", "segment_dataset.py"}
 

@@ -208,6 +208,28 @@ def test_the_only_split_there_is_is_taken_whatever_it_is_called(tmp_path, caplog
     assert "'train'" in caplog.text
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["two folders", "two folders with splits", "splits with two folders"])
+def test_of_images_beside_label_maps_the_images_alone_are_segmented(tmp_path, form, streaming):
+    folder = write(tmp_path, form)
+    for path in list(folder.rglob("*/2.png")):
+        if "annotations" in path.parts or "masks" in path.parts:
+            path.unlink()
+    images = load_images(folder, labelled=False, streaming=streaming)
+    assert images.column_names == ["image"]
+    assert sorted(example["image"].getpixel((0, 0)) for example in images) == [(value,) * 3 for value in (0, 1, 2)]
+
+
+@pytest.mark.parametrize("ending", ["gif", "GIF", "qoi", "ppm", "tif"])
+def test_files_of_every_format_are_found_in_two_folders(tmp_path, ending):
+    write_folders(tmp_path)
+    for path in list((tmp_path / "annotations").iterdir()):
+        mask = Image.open(path)
+        (mask.convert("RGB") if ending == "qoi" else mask).save(path.with_suffix(f".{ending}"))
+        path.unlink()
+    assert len(load_images(tmp_path)) == 3
+
+
 def test_images_without_label_maps_are_left_out_and_counted(tmp_path, caplog):
     write_folders(tmp_path)
     (tmp_path / "annotations" / "1.png").unlink()

@@ -475,7 +475,7 @@ def test_ids_beyond_255_survive(processor):
     ("label_map", "sentence"),
     [
         (np.zeros((3, 3), np.uint8), "segmentation map 0 has 3 x 3 pixels"),
-        (np.zeros((40, 50, 3), np.uint8), "one class index per pixel"),
+        (random_image(40, 50), "one class index per pixel"),
         (np.full((40, 50), -1), "indices from -1"),
         (np.full((40, 50), 0.5), "no whole numbers"),
         ([np.zeros((40, 50), np.uint8)] * 2, "2 segmentation maps for 1 images"),

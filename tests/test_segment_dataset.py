@@ -331,6 +331,17 @@ def test_unreadable_images_are_recorded_and_the_others_labelled_unless_it_is_to_
     assert "row 2" in errors[-1]
 
 
+def test_label_maps_beside_the_images_are_not_segmented(run, tmp_path):
+    for kind, names in (("images", "abc"), ("annotations", "ab")):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        for name in names:
+            (tmp_path / "data" / kind / f"{name}.png").write_bytes(encoded(0))
+    code, lines, _ = run(dataset=tmp_path / "data")
+    assert code == 0
+    assert lines[0].startswith("3 images")
+    assert len(loaded(tmp_path / "out")) == 3
+
+
 def test_no_readable_image_at_all_is_an_error(run, tmp_path):
     code, _, errors = run(dataset=write_dataset(tmp_path / "bad.parquet", [b"no image"] * 3))
     assert code == 2

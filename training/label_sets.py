@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub import hf_hub_download
-from PIL import Image
 
 from modeling_san.processing import load_vocabulary, vocabulary_names
 from modeling_san.processing.images_san import open_image, read_image, read_map
@@ -96,15 +95,10 @@ class LabelSet:
         return self._read_indices(image, what) if self.colors is None else self._read_colors(image, what)
 
     def _read_indices(self, image: Any, what: str) -> np.ndarray:
-        if isinstance(image, Image.Image) and len(image.getbands()) > 1:
-            raise ValueError(
-                f"{what} is an image in colours (mode {image.mode}): name the classes' `colors` in the label file, or "
-                "store one class index per pixel."
-            )
         # A label is no measurement, even where the floats are whole numbers
         if getattr(image, "mode", "") == "F" or getattr(getattr(image, "dtype", None), "kind", "") == "f":
             raise ValueError(f"{what} holds floats: store one class index per pixel, as whole numbers.")
-        stored = read_map(image, what)
+        stored = read_map(image, what, also=[old for old, _ in self.value_map])
         # All at once: a value that one pair makes is not another's old one
         label_map = stored.copy()
         for old, new in self.value_map:

@@ -13,6 +13,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, IterableDataset, Value, get_dataset_split_names, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
 
+from modeling_san.processing.images_san import image_endings
 from modeling_san.processing.wording_san import one_line
 
 IMAGE_COLUMNS = ("image", "pixel_values", "img", "picture")
@@ -30,7 +31,6 @@ LABEL_COLUMNS = (
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "JPEGImages")
 LABEL_FOLDERS = ("annotations", "annotation", "labels", "label", "masks", "mask", "SegmentationClass")
 
-_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _SPLIT_FOLDERS = {"train": ("train", "training"), "validation": ("validation", "val", "valid")}
 _FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
 _STREAM_SHARDS = 64
@@ -55,7 +55,7 @@ def load_images(
     Args:
         source: a parquet or arrow file, a pattern such as `data/train-*.parquet`, a folder (of such files, written by
             `save_to_disk`, an image folder with a metadata file, or two folders such as `images` and `annotations`
-            that hold files of the same names), or a Hub id.
+            that hold files of the same names; of those the images alone where it is not labelled), or a Hub id.
         split: which part of it; where there is only one, as in a file, that one is taken whatever it is called.
         streaming: read the data set as it is used instead of copying it into a cache; its length stays unknown.
         image_column: where the images are; recognised by its name by default.
@@ -145,8 +145,8 @@ def _open(source: str, split: str, streaming: bool, labelled: bool) -> Any:
         dataset = load_from_disk(source)
         if not isinstance(dataset, Dataset):
             dataset = dataset[_find_split(source, split, list(map(str, dataset)))]
-    elif labelled and path.is_dir():
-        dataset = _open_two_folders(path, split)
+    elif path.is_dir() and (labelled or not any(path.glob("metadata.*"))):
+        dataset = _open_two_folders(path, split, labelled)
     if dataset is not None:
         parts = min(_STREAM_SHARDS, len(dataset))
         return dataset.to_iterable_dataset(num_shards=parts) if streaming and parts else dataset
@@ -171,8 +171,8 @@ def _find_split(source: str, wanted: str, names: Sequence[str]) -> str:
     return names[0]
 
 
-def _open_two_folders(folder: Path, split: str) -> Dataset | None:
-    """Images and the label maps of the same names, from a folder of each; None where there are no such folders."""
+def _open_two_folders(folder: Path, split: str, labelled: bool) -> Dataset | None:
+    """Images and, if wanted, label maps of the same names, from a folder of each; None where there are no such two."""
     splits = _SPLIT_FOLDERS.get(split, (split,))
 
     def first(place: str, kinds: Sequence[str]) -> Path | None:
@@ -185,16 +185,24 @@ def _open_two_folders(folder: Path, split: str) -> Dataset | None:
             continue
         if place == "{kind}" and any(entry.is_dir() for kind in (images, labels) for entry in kind.iterdir()):
             raise ValueError(f"{images} and {labels} hold folders, but none called {' or '.join(splits)}")
+        if not labelled:
+            files = {"image": list(map(str, _image_files(images)))}
+            return Dataset.from_dict(files).cast_column("image", ImageFeature())
         return _pair(_files_by_stem(images), _files_by_stem(labels))
     return None
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """Images in a folder and those below."""
+    endings = image_endings()
+    paths = sorted(folder.rglob("*"))
+    return [path for path in paths if path.suffix.lower() in endings and not path.name.startswith(".")]
 
 
 def _files_by_stem(folder: Path) -> dict[str, str]:
     """Images in a folder and those below, by their path without ending."""
     files: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in _IMAGE_ENDINGS or path.name.startswith("."):
-            continue
+    for path in _image_files(folder):
         stem = path.relative_to(folder).with_suffix("").as_posix()
         if stem in files:
             raise ValueError(f"{files[stem]} and {path} share the name {stem!r}: keep one of them")

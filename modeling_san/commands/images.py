@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from modeling_san.processing.wording_san import one_line
 
 from .errors import CommandError
 
@@ -80,33 +77,12 @@ def load_image(path: Path) -> np.ndarray:
     Raises:
         CommandError: says why the file is no image that can be read.
     """
-    from PIL import Image
-
     from modeling_san.processing.images_san import open_image, read_byte_image
 
     try:
-        size = path.stat().st_size
-    except (OSError, ValueError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        raise CommandError(f"{path} cannot be read ({reason}): check the path") from error
-    if path.is_dir():
-        raise CommandError(f"{path} is a folder: pass the images in it, for example {path}/*.jpg")
-    if size == 0 and path.is_file():
-        raise CommandError(f"{path} is empty (0 bytes): it may not have been copied completely")
-    try:
-        with warnings.catch_warnings():
-            # Images of this size would take gigabytes; PIL itself refuses them from twice as many pixels only
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with open_image(path) as image:
-                return read_byte_image(image, str(path))
-    except Image.DecompressionBombWarning as error:
-        raise CommandError(
-            f"{path} has more than the {Image.MAX_IMAGE_PIXELS or 0:,} pixels that are read: shrink it before"
-        ) from error
+        with open_image(path) as image:
+            return read_byte_image(image, repr(str(path)))
     except MemoryError as error:
         raise CommandError(f"{path} does not fit into memory: shrink it before") from error
     except ValueError as error:
         raise CommandError(str(error)) from error
-    except Exception as error:
-        # Decoders of damaged files raise what they please
-        raise CommandError(f"{path} cannot be read: {one_line(error)}") from error

@@ -79,7 +79,9 @@ def _recognise(text: str) -> str | list[str]:
         labels = normalize_labels(os.fsencode(text).decode("utf-8"))
     except ValueError as error:
         raise CommandError(f"--labels: {error}") from error
-    if len(labels) == 1 and (Path(text).suffix in (".json", ".txt") or get_close_matches(text, vocabulary_names())):
+    if len(labels) == 1 and (
+        Path(text).suffix in (".json", ".txt", ".csv", ".tsv") or get_close_matches(text, vocabulary_names())
+    ):
         raise CommandError(
             f"--labels {text}: there is no such file and no such label set: check the spelling; the sets are "
             f"{', '.join(vocabulary_names())}"

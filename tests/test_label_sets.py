@@ -122,8 +122,8 @@ def test_colours_stand_for_classes():
         ([[70000]], {}, ["70000"]),
         ([[0.0, 1.0]], {}, ["floats"]),
         (colored(STORED), {"colors": COLORS}, ["(9, 9, 9) on 1 pixel:"]),
-        (Image.new("RGB", (4, 3)), {}, ["mode RGB"]),
-        (Image.new("LA", (4, 3)), {}, ["mode LA"]),
+        (Image.fromarray(colored(STORED)), {}, ["colours", "`colors`"]),
+        (Image.new("LA", (4, 3)), {}, ["transparent"]),
         (Image.new("F", (4, 3)), {}, ["floats"]),
     ],
 )

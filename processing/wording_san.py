@@ -1,8 +1,21 @@
-"""How messages shorten what others said and what is long."""
+"""How messages shorten what others said and what is long, and tame what came from anywhere."""
 
+import re
 from collections.abc import Iterable
 
 _LINES = 6
+
+# All but tabs and line breaks, and what turns the direction of writing
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def escaped(text: str) -> str:
+    """
+    A text with those characters written out that a terminal obeys, such as "\\x1b".
+
+    Labels, file names and models come from anywhere; whatever is printed goes through this.
+    """
+    return _CONTROL_CHARACTERS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def one_line(error: BaseException | str) -> str:
@@ -31,4 +44,4 @@ def listed(items: Iterable[object], limit: int = 5) -> str:
     return ", ".join(texts[:limit]) + more
 
 
-__all__ = ["listed", "one_line"]
+__all__ = ["escaped", "listed", "one_line"]

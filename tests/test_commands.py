@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import coarse_image
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from PIL import EpsImagePlugin, Image
 from safetensors.torch import load_file, save_file
 
@@ -201,6 +201,31 @@ def test_what_a_terminal_would_obey_is_printed_escaped(segment, tmp_path):
     assert any(r"missing\x1b[31m" in line for line in err)
     assert ESCAPE not in "".join(out + [line for line in err if "error" in line])
     assert read_summary(tmp_path / "out", path.stem)["image"] == str(path)
+
+
+def test_names_that_a_model_brings_are_printed_escaped(segment, image, tmp_path):
+    model = shutil.copytree(BUILTIN_MODEL, tmp_path / "model")
+    names = json.loads((model / "config.json").read_text())["id2label"]
+    names = {index: f"{ESCAPE}{name}" for index, name in names.items()}
+    change_config(model, id2label=names, label2id={name: int(index) for index, name in names.items()})
+    code, out, err = segment(image, labels=None, model=model)
+    assert code == 0, err
+    assert r"\x1b[31m" in out[0]
+    assert ESCAPE not in "".join(out + err)
+
+
+def test_what_the_package_logs_is_said_in_one_line_and_escaped(san, tmp_path):
+    data = tmp_path / f"data{ESCAPE}"
+    rows = {"image": [Image.new("RGB", (64, 64))], "annotation": [Image.new("L", (64, 64))]}
+    DatasetDict({"test": Dataset.from_dict(rows)}).save_to_disk(str(data))
+    options = ("--labels", f"sky{ESCAPE}, road", "--count", 1, "--output", tmp_path / "sheet.png")
+    code, out, err = san("contact-sheet", "--dataset", data, *options)
+    assert code == 0, err
+    [warning] = [line for line in err if "no split" in line]
+    assert warning.startswith("san: warning: ")
+    assert r"data\x1b[31m" in warning
+    assert any(r"sky\x1b[31m" in line for line in out)
+    assert ESCAPE not in "".join([warning, *out])
 
 
 def test_a_file_name_may_be_any_bytes(segment, image, tmp_path):

@@ -169,6 +169,13 @@ def test_a_data_set_is_read_from_every_form(tmp_path, form, streaming):
     assert all(label_map.shape == SIZE and label_map[0, -1] == 1 for _, label_map in examples)
 
 
+@pytest.mark.parametrize("form", ["parquet", "saved", "two folders"])
+def test_a_data_set_may_have_a_name_that_could_be_a_pattern(tmp_path, form):
+    source = write(tmp_path, form)
+    named = source.rename(source.with_name(f"street[1]?*{source.suffix}"))
+    assert len(load_images(named)) == 3
+
+
 def test_columns_are_chosen_by_name_even_where_others_would_be_recognised_or_hold_paths(tmp_path):
     source = parquet(tmp_path, make_dataset(2, "photo", "truth"))
     images = load_images(source, image_column="photo", label_column="truth")

@@ -19,6 +19,7 @@ from accelerate.tracking import GeneralTracker, on_main_process
 from tqdm import tqdm
 
 from modeling_san.processing.files import write_text
+from modeling_san.processing.wording_san import escaped
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
@@ -28,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 def say(message: str) -> None:
     """A line on stderr that does not tear the progress bar."""
-    tqdm.write(f"san: {message}", file=sys.stderr)
+    tqdm.write(f"san: {escaped(message)}", file=sys.stderr)
 
 
 def warn(message: str) -> None:

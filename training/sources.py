@@ -137,8 +137,10 @@ def _open(source: str, split: str, streaming: bool, labelled: bool) -> Any:
     # Its overloads know no plain truth value for streaming
     load: Any = load_dataset
     if path.suffix in _FILE_FORMATS:
-        return load(_FILE_FORMATS[path.suffix], data_files=source, split="train", streaming=streaming)
-    if glob.has_magic(source):
+        # A file may have a name that could be a pattern
+        files = glob.escape(source) if path.is_file() else source
+        return load(_FILE_FORMATS[path.suffix], data_files=files, split="train", streaming=streaming)
+    if glob.has_magic(source) and not path.exists():
         raise ValueError(f"a pattern has to end in {' or '.join(_FILE_FORMATS)}")
     dataset: Any = None
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():

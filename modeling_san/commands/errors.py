@@ -1,14 +1,10 @@
 """What a command says: results on standard output, and in one line what it cannot do, with what to do instead."""
 
-import re
+import logging
 import sys
 from typing import TextIO
 
-from modeling_san.processing.wording_san import one_line
-
-# All but tabs and line breaks, and what turns the direction of writing: labels, file names and models come from
-# anywhere, and a terminal obeys what it is sent
-_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+from modeling_san.processing.wording_san import escaped, one_line
 
 
 class CommandError(Exception):
@@ -30,10 +26,17 @@ def say(message: str) -> None:
     _write(message, sys.stdout)
 
 
+class MessageHandler(logging.Handler):
+    """Says what the package logs as commands say it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record as a warning, or as an error if it is one."""
+        (report_error if record.levelno >= logging.ERROR else warn)(record.getMessage())
+
+
 def _write(text: str, stream: TextIO) -> None:
     from tqdm import tqdm
 
-    escaped = _CONTROL_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
-    tqdm.write(escaped, file=stream)
+    tqdm.write(escaped(text), file=stream)
     # A long run that is piped into a file or another program is to be followed as it goes
     stream.flush()

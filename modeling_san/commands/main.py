@@ -1,6 +1,7 @@
 """The console command `san`."""
 
 import io
+import logging
 import os
 import sys
 import warnings
@@ -10,7 +11,7 @@ from types import ModuleType
 
 from modeling_san import __version__
 
-from .errors import CommandError, report_error
+from .errors import CommandError, MessageHandler, report_error
 from .parser import CommandParser
 
 # Each is a module beside this one, with `add_parser(subparsers)` and `run(args)`
@@ -37,6 +38,8 @@ example:
   san segment street.jpg --labels "sky, road, building, car|automobile"
   san COMMAND --help
 """
+
+_MESSAGES = MessageHandler(logging.WARNING)
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -70,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.others = others
     if args.others and args.command not in _TAKES_OTHERS:
         parser.error(f"unrecognized arguments: {' '.join(args.others)}")
+    logging.getLogger(__package__.partition(".")[0]).addHandler(_MESSAGES)
     # Names of files may be any bytes, and the terminal need not have letters for them
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):

@@ -20,6 +20,7 @@ _HOMES = {
     "SANForSemanticSegmentation": "modeling_san.modeling_san",
     "SANImageProcessor": "modeling_san.processing",
     "SANOutput": "modeling_san.modeling_san",
+    "SANSemanticSegmenterOutput": "modeling_san.modeling_san",
     "SANPreTrainedModel": "modeling_san.modeling_san",
     "SANProcessor": "modeling_san.processing",
 }
@@ -33,6 +34,7 @@ __all__ = [
     "SANOutput",
     "SANPreTrainedModel",
     "SANProcessor",
+    "SANSemanticSegmenterOutput",
 ]
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
         SANForSemanticSegmentation,
         SANOutput,
         SANPreTrainedModel,
+        SANSemanticSegmenterOutput,
     )
     from modeling_san.processing import SANImageProcessor, SANProcessor
 

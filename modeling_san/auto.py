@@ -43,6 +43,7 @@ def register_model(config_class: Any, model_class: Any, semantic_class: Any = No
         semantic_class: its `ForSemanticSegmentation`, if it has one.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, AutoProcessor
+    from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 
     from .processing import SANImageProcessor, SANProcessor
 
@@ -52,6 +53,8 @@ def register_model(config_class: Any, model_class: Any, semantic_class: Any = No
         AutoModelForSemanticSegmentation.register(config_class, semantic_class, exist_ok=True)
     AutoImageProcessor.register(config_class, image_processor_classes={"pil": SANImageProcessor}, exist_ok=True)
     AutoProcessor.register(config_class, SANProcessor, exist_ok=True)
+    # Pipelines look for one beside every image processor's code, and would ask whether to trust it
+    VIDEO_PROCESSOR_MAPPING.register(config_class, {}, exist_ok=True)
     _registered[config_class.model_type] = ModelClasses(config_class, model_class, SANProcessor)
 
 

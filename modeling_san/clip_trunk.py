@@ -173,6 +173,9 @@ def attend(layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
     attended, _ = implementation(
         attention, query, key, value, mask, scaling=attention.scale, dropout=dropout, is_causal=False
     )
+    if is_torchdynamo_exporting():
+        # Exporters replace the attention by one whose result lies in memory in another order
+        attended = attended.clone(memory_format=torch.contiguous_format)
     return attended.flatten(2)
 
 

@@ -53,8 +53,6 @@ class SANOutput(ModelOutput):
     Attributes:
         loss (`Tensor` of shape `()`, *optional*):
             Sum of all weighted terms; given when labels are.
-        logits (`Tensor` of shape `(batch, classes, height / 4, width / 4)`, *optional*):
-            Logarithms of the classes' scores, from [`SANForSemanticSegmentation`] only.
         masks_queries_logits (`Tensor` of shape `(batch, queries, height / 16, width / 16)`):
             One mask per query; 0 outside an image's own padded size where sizes are mixed.
         class_queries_logits (`Tensor` of shape `(batch, queries, classes + 1)`):
@@ -87,7 +85,6 @@ class SANOutput(ModelOutput):
     """
 
     loss: Tensor | None = None
-    logits: Tensor | None = None
     masks_queries_logits: Tensor | None = None
     class_queries_logits: Tensor | None = None
     mask_embeds: Tensor | None = None
@@ -100,6 +97,44 @@ class SANOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     side_hidden_states: tuple[Tensor, ...] | None = None
     side_attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class SANSemanticSegmenterOutput(ModelOutput):
+    """
+    What [`SANForSemanticSegmentation`] says of a batch: [`SANOutput`] without `class_embeds`, and with
+
+    Attributes:
+        logits (`Tensor` of shape `(batch, classes, height / 4, width / 4)`):
+            Logarithms of the classes' scores.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    masks_queries_logits: Tensor | None = None
+    class_queries_logits: Tensor | None = None
+    mask_embeds: Tensor | None = None
+    attention_bias: Tensor | None = None
+    image_sizes: Tensor | None = None
+    auxiliary_logits: list[dict[str, Tensor]] | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    side_hidden_states: tuple[Tensor, ...] | None = None
+    side_attentions: tuple[Tensor, ...] | None = None
+
+
+class SANKwargs(TransformersKwargs, total=False):
+    """
+    Further arguments of a call. No parameters of `forward`, where `Trainer` would wait for all that are called labels.
+
+    Attributes:
+        mask_labels (`Sequence[Tensor]`): for each image `(masks, height, width)` of 0 and 1 ...
+        class_labels (`Sequence[Tensor]`): ... and `(masks,)`, the class of each mask.
+    """
+
+    mask_labels: Sequence[Tensor] | None
+    class_labels: Sequence[Tensor] | None
 
 
 class SANPreTrainedModel(OpenVocabularyModel):
@@ -257,9 +292,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
         class_embeds: Tensor | None = None,
         image_sizes: Tensor | None = None,
         labels: Tensor | None = None,
-        mask_labels: Sequence[Tensor] | None = None,
-        class_labels: Sequence[Tensor] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[SANKwargs],
     ) -> SANOutput:
         """
         Segment a batch of images with one vocabulary.
@@ -273,11 +306,10 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
             image_sizes: `(batch, 2)`, height and width of each image before padding. Each image is run on its own
                 padded size, so that what shares a batch never changes its answer.
             labels: `(batch, height, width)` class indices, `config.semantic_loss_ignore_index` = no label.
-            mask_labels: instead of `labels`, for each image `(masks, height, width)` of 0 and 1 ...
-            class_labels: ... and `(masks,)`, the class of each mask.
-            kwargs: `output_hidden_states` and `output_attentions`, whether to return what each layer of CLIP and of
-                the side adapter says, by default as the config has it (sdpa has no attentions to return);
-                `return_dict=False` gives a tuple; a few that `Trainer` and data sets add are ignored.
+            kwargs: `mask_labels` and `class_labels` instead of `labels`, see [`SANKwargs`]; `output_hidden_states` and
+                `output_attentions`, whether to return what each layer of CLIP and of the side adapter says, by default
+                as the config has it (sdpa has no attentions to return); `return_dict=False` gives a tuple; a few that
+                `Trainer` and data sets add are ignored.
 
         Returns:
             [`SANOutput`].
@@ -287,6 +319,7 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
             ValueError: for inputs of the wrong shape, or without a vocabulary; where hidden states or attentions are
                 asked of images of several padded sizes.
         """
+        mask_labels, class_labels = kwargs.pop("mask_labels", None), kwargs.pop("class_labels", None)
         wishes = [kwargs.pop(name) for name in list(kwargs) if name.startswith("output_")]
         refuse_unknown_arguments(type(self), kwargs)
         self._check_pixel_values(pixel_values)
@@ -435,6 +468,11 @@ class SANForOpenVocabSegmentation(SANPreTrainedModel):
 
     def _check_pixel_values(self, pixel_values: Tensor) -> None:
         channels, patch_size = self.config.vision_config.num_channels, self.config.side_patch_size
+        if not isinstance(pixel_values, Tensor):
+            raise TypeError(
+                f"pixel_values are a {type(pixel_values).__name__}: the model takes tensors, so pass "
+                'return_tensors="pt" to the processor.'
+            )
         shape = tuple(pixel_values.shape)
         if len(shape) != 4 or 0 in shape or shape[1] != channels:
             raise ValueError(f"pixel_values have shape {shape}: expected (batch, {channels}, height, width).")
@@ -497,12 +535,14 @@ class SANForSemanticSegmentation(SANForOpenVocabSegmentation):
     Example:
 
     ```python
+    >>> from PIL import Image
     >>> from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
     >>> from modeling_san import BUILTIN_MODEL
 
     >>> image_processor = AutoImageProcessor.from_pretrained(BUILTIN_MODEL)
     >>> model = AutoModelForSemanticSegmentation.from_pretrained(BUILTIN_MODEL, id2label={0: "red plain", 1: "grass"})
-    >>> model(**image_processor([Image.new("RGB", (128, 128), "red")])).logits.shape
+    >>> inputs = image_processor([Image.new("RGB", (128, 128), "red")], return_tensors="pt")
+    >>> model(**inputs).logits.shape
     torch.Size([1, 2, 32, 32])
     ```
     """
@@ -533,8 +573,8 @@ class SANForSemanticSegmentation(SANForOpenVocabSegmentation):
         pixel_values: Tensor,
         labels: Tensor | None = None,
         image_sizes: Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SANOutput:
+        **kwargs: Unpack[SANKwargs],
+    ) -> SANSemanticSegmenterOutput:
         """
         Segment a batch of images.
 
@@ -545,7 +585,7 @@ class SANForSemanticSegmentation(SANForOpenVocabSegmentation):
             kwargs: further arguments of [`SANForOpenVocabSegmentation.forward`]; see there.
 
         Returns:
-            [`SANOutput`] without `class_embeds`, and with `logits` `(batch, classes, height / 4, width / 4)`, the
+            [`SANSemanticSegmenterOutput`] with `logits` `(batch, classes, height / 4, width / 4)`, the
             logarithms of the scores: their argmax after bilinear upsampling to `(height, width)`, cut to `image_sizes`
             where images are padded, is the segmentation, up to pixels at the borders of regions, where
             post-processing interpolates masks instead.
@@ -554,9 +594,10 @@ class SANForSemanticSegmentation(SANForOpenVocabSegmentation):
         masks = self._enlarge_masks(output.masks_queries_logits.float(), pixel_values, image_sizes)
         probabilities = output.class_queries_logits.float().softmax(-1)[..., :-1]
         scores = probabilities.transpose(1, 2) @ masks.sigmoid().flatten(2)
-        output.logits = scores.clamp(min=torch.finfo(scores.dtype).tiny).log().unflatten(-1, masks.shape[-2:])
+        logits = scores.clamp(min=torch.finfo(scores.dtype).tiny).log().unflatten(-1, masks.shape[-2:])
         # Pipelines cut each tensor of a batch into the images' parts, and this one has none
-        return SANOutput(**{name: value for name, value in output.items() if name != "class_embeds"})
+        rest = {name: value for name, value in output.items() if name != "class_embeds"}
+        return SANSemanticSegmenterOutput(logits=logits, **rest)
 
     def _enlarge_masks(self, masks: Tensor, pixel_values: Tensor, image_sizes: Tensor | None) -> Tensor:
         """Masks at a quarter of the size, each image's by itself: none looks beyond the border it has alone."""
@@ -582,4 +623,11 @@ def _refuse_several_sizes(batches: Sequence[ImageBatch]) -> None:
 # Where the pipeline for image segmentation looks up which models it supports, of the library's own and of others.
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES.setdefault(SANConfig.model_type, SANForSemanticSegmentation.__name__)
 
-__all__ = ["SANForOpenVocabSegmentation", "SANForSemanticSegmentation", "SANOutput", "SANPreTrainedModel"]
+__all__ = [
+    "SANForOpenVocabSegmentation",
+    "SANForSemanticSegmentation",
+    "SANKwargs",
+    "SANOutput",
+    "SANPreTrainedModel",
+    "SANSemanticSegmenterOutput",
+]

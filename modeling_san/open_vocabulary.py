@@ -8,6 +8,7 @@ import copy
 import difflib
 import functools
 import inspect
+import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, can_r
 from transformers.utils.output_capturing import capture_outputs
 
 from .prompt_encoder import encode_prompts
+
+_logger = logging.getLogger(__name__)
 
 TEXT_BATCH_SIZE = 512
 """Prompts encoded at once; bounds the memory that long vocabularies take."""
@@ -171,6 +174,19 @@ class OpenVocabularyModel(PreTrainedModel):
             in_parts = any(whole.parent.glob(f"{whole.stem}-*-of-*{whole.suffix}"))
             (whole if in_parts else index).unlink()
 
+    def get_decoder(self) -> Any:
+        """The model itself: its text encoder writes no text, and is nobody's decoder."""
+        return self
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Not to be done: CLIP's vocabulary is fixed, and images, not words, are this model's input.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("the tokens of CLIP's text encoder are fixed: no others can be added.")
+
     # What trains
 
     def apply_trainable(self) -> None:
@@ -230,8 +246,14 @@ class OpenVocabularyModel(PreTrainedModel):
             unit vectors `(classes, projection_dim)`.
 
         Raises:
+            TypeError: for anything but a tensor.
             ValueError: for other shapes, or no classes.
         """
+        if not isinstance(input_ids, Tensor):
+            raise TypeError(
+                f"input_ids are a {type(input_ids).__name__}: pass the tensor that "
+                'processor(text=["sky", "road"], return_tensors="pt")["input_ids"] is.'
+            )
         if input_ids.dim() == 2:
             input_ids = input_ids[:, None]
             attention_mask = None if attention_mask is None else attention_mask[:, None]
@@ -278,8 +300,20 @@ class OpenVocabularyModel(PreTrainedModel):
         Args:
             labels: class names, in the order of their indices.
             processor: turns the labels into prompts.
+
+        Raises:
+            TypeError: labels are one text, and no list.
         """
-        inputs = processor(text=list(labels), return_tensors="pt")
+        if isinstance(labels, str):
+            raise TypeError(f'labels are the text {labels!r}: pass a list of class names, such as ["sky", "road"].')
+        labels = list(labels)
+        if unknown := self.unknown_words(labels):
+            _logger.warning(
+                "the text encoder was not trained on %s: expect poor results for these words, unless it is trained on "
+                "them.",
+                ", ".join(map(repr, unknown[:10])) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""),
+            )
+        inputs = processor(text=labels, return_tensors="pt")
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         # Where weights are offloaded there is no device to name, and hooks move what they get
         if self.device.type != "meta":
@@ -288,6 +322,17 @@ class OpenVocabularyModel(PreTrainedModel):
         self.config.has_stored_labels = True
         self.config.id2label = dict(enumerate(labels))
         self.config.label2id = {label: index for index, label in enumerate(labels)}
+
+    def unknown_words(self, labels: Sequence[str]) -> list[str]:
+        """Names among labels and their synonyms that the model says it was not trained on; none if it does not say."""
+        trained = getattr(self.config, "training_labels", None)
+        if not trained:
+            return []
+        known, asked = (
+            [" ".join(name.lower().split()) for label in given for name in label.split("|")]
+            for given in (trained, labels)
+        )
+        return [name for name in asked if name not in set(known)]
 
     def choose_class_embeds(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, class_embeds: Tensor | None
@@ -372,6 +417,7 @@ def refuse_unknown_arguments(model_class: type[PreTrainedModel], names: Collecti
         forwards = [vars(each)["forward"] for each in model_class.__mro__ if "forward" in vars(each)][:-1]
         known = dict.fromkeys(name for forward in forwards for name in inspect.signature(forward).parameters)
         choices = [*(known.keys() - {"self", "args", "kwargs"}), *(f"output_{name}" for name in _RECORDED)]
+        choices += ["mask_labels", "class_labels"]
         nearest = difflib.get_close_matches(unknown[0], choices, 1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"it takes {', '.join(sorted(choices))}."
         raise TypeError(f"the model takes no argument {unknown[0]!r}: {hint}")

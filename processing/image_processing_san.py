@@ -30,6 +30,14 @@ from .images_san import (
 )
 from .post_processing_san import MaskGeometry, score_map, segment
 
+try:
+    from transformers.image_processing_outputs import (
+        SemanticSegmentationPostProcessorOutput as SegmentationWithScores,
+    )
+except ImportError:
+    # Before transformers 5.24
+    SegmentationWithScores = BatchFeature  # type: ignore[misc, assignment]
+
 _SIZE_FORMS = '{"shortest_edge": 640, "longest_edge": 2560}, {"shortest_edge": 640} or {"height": 640, "width": 640}'
 
 
@@ -153,7 +161,7 @@ class SANImageProcessor(PilBackend):
             return maps
         scores = self.post_process_semantic_scores(outputs, target_sizes)
         return [
-            BatchFeature({"segmentation": label_map, "segmentation_scores": of_classes})
+            SegmentationWithScores({"segmentation": label_map, "segmentation_scores": of_classes})
             for label_map, of_classes in zip(maps, scores, strict=True)
         ]
 

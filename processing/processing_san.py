@@ -229,6 +229,34 @@ class SANProcessor(ProcessorMixin):
             templates = saved.get("templates", DEFAULT_TEMPLATES)
         return cls(image_processor, tokenizer, templates)
 
+    def batch_decode(self, token_ids: Any, **kwargs: Any) -> list[str]:
+        """
+        Prompts as texts.
+
+        Args:
+            token_ids: `input_ids` of any shape, `(labels, prompts, tokens)` or `(prompts, tokens)`.
+            kwargs: of the tokenizer, such as `skip_special_tokens`.
+
+        Returns:
+            one text for each row of tokens.
+        """
+        rows = torch.as_tensor(np.asarray(token_ids))
+        return self.tokenizer.batch_decode(rows.reshape(-1, rows.shape[-1]), **kwargs)
+
+    def post_process_instance_segmentation(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Not to be done, as `post_process_panoptic_segmentation`.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "masks of this model belong to classes, and do not tell one instance from another: use "
+            "post_process_semantic_segmentation."
+        )
+
+    post_process_panoptic_segmentation = post_process_instance_segmentation
+
     def to_dict(self) -> dict[str, Any]:
         """What is saved: the image processor's options, the templates with their name, and where the code is."""
         saved = super().to_dict()

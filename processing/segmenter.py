@@ -437,11 +437,13 @@ class Segmenter:
         if device.type == "cuda":
             pixel_values = pixel_values.pin_memory()
         with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
-            return self.model(
+            outputs = self.model(
                 pixel_values=pixel_values.to(device, non_blocking=True),
                 image_sizes=image_sizes,
                 class_embeds=vocabulary.class_embeds,
             )
+        _refuse_non_finite(self.model, outputs)
+        return outputs
 
     @torch.no_grad()
     def _encode(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
@@ -464,6 +466,21 @@ class Segmenter:
             height, width = prepared.pixel_values.shape[-2:]
             views += make_views(outputs, (height, width), image_size(pixels))
         return _finish(*segment_views(views, image_size(pixels)), vocabulary, threshold)
+
+
+def _refuse_non_finite(model: Any, outputs: Any) -> None:
+    """
+    Say what is wrong with a model whose scores are no numbers.
+
+    Raises:
+        ValueError: names the parameter, if it is one's fault.
+    """
+    scores = [value for name in _KEPT_OUTPUTS if (value := getattr(outputs, name, None)) is not None]
+    if all(torch.isfinite(value).all() for value in scores):
+        return
+    broken = next((name for name, value in model.named_parameters() if not torch.isfinite(value).all()), None)
+    cause = f"its weights {broken} are NaN or infinite" if broken else "try a higher precision, such as float32"
+    raise ValueError(f"the model's scores are NaN or infinite: {cause}")
 
 
 def _finish(label_map: Tensor, scores: Tensor, vocabulary: Vocabulary, threshold: float) -> Segmentation:

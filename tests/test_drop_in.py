@@ -348,3 +348,30 @@ def test_new_names_for_a_folder_without_a_tokenizer_are_one_clear_line(san, tmp_
     AutoImageProcessor.from_pretrained(san).save_pretrained(tmp_path)
     with pytest.raises(OSError, match=r"there is no processor in .* to encode id2label with"):
         AutoModelForSemanticSegmentation.from_pretrained(str(tmp_path), id2label={0: "sky", 1: "road"})
+
+
+def test_trainer_measures_the_loss_of_the_open_vocabulary_class(tmp_path):
+    """Trainer waits for all parameters that are called labels."""
+    images = [{"pixel_values": torch.zeros(3, 64, 64), "labels": torch.eye(64, dtype=torch.long)}] * 2
+    arguments = TrainingArguments(tmp_path, report_to="none", use_cpu=True, disable_tqdm=True)
+    model = SANForOpenVocabSegmentation.from_pretrained(BUILTIN_MODEL)
+    trainer = Trainer(model, arguments, eval_dataset=images, compute_metrics=lambda prediction: {"called": 1.0})
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] > 0
+    assert metrics["eval_called"] == 1
+
+
+def test_arrays_are_refused_in_a_sentence():
+    model = SANForOpenVocabSegmentation.from_pretrained(BUILTIN_MODEL)
+    inputs = SANProcessor.from_pretrained(BUILTIN_MODEL)(images=Image.new("RGB", (64, 64)))
+    with pytest.raises(TypeError, match="return_tensors"):
+        model(pixel_values=np.asarray(inputs["pixel_values"]))
+
+
+def test_the_stock_pipeline_asks_nothing_where_the_package_is_there(tmp_path, monkeypatch):
+    model = AutoModelForSemanticSegmentation.from_pretrained(BUILTIN_MODEL, id2label={0: "grass", 1: "red plain"})
+    model.save_pretrained(tmp_path)
+    AutoImageProcessor.from_pretrained(BUILTIN_MODEL).save_pretrained(tmp_path)
+    monkeypatch.setattr("builtins.input", pytest.fail)
+    segments = pipeline("image-segmentation", model=str(tmp_path))(Image.new("RGB", (64, 64), "red"))
+    assert {segment["label"] for segment in segments} <= {"grass", "red plain"}

@@ -16,7 +16,7 @@ from PIL import Image
 from torch._dynamo.exc import UserError, UserErrorType
 
 import modeling_san.export as exporting
-from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor
+from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANForSemanticSegmentation, SANProcessor
 from modeling_san.commands import export as command
 from modeling_san.commands.export import draw_batch
 from modeling_san.commands.main import main
@@ -440,3 +440,24 @@ def test_weights_beyond_one_file_are_refused(exported, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="less than 2 GiB"):
         write_onnx(exported.program, tmp_path / "a.onnx", {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_model_itself_exports_to_onnx_with_gradients_on(tmp_path):
+    pytest.importorskip("onnxscript")
+    ort = pytest.importorskip("onnxruntime")
+    labels = {0: "grass", 1: "red plain"}
+    model = SANForSemanticSegmentation.from_pretrained(BUILTIN_MODEL, id2label=labels).eval()
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values):
+            return self.model(pixel_values).logits
+
+    images = torch.rand(1, 3, 128, 192, generator=torch.Generator().manual_seed(0))
+    torch.onnx.export(Logits(), (images,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = ort.InferenceSession(tmp_path / "model.onnx")
+    [logits] = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(images).logits, atol=1e-3, rtol=1e-3)

@@ -124,12 +124,22 @@ def test_a_stack_counts_like_its_maps(metric):
 
 def test_new_figures_fit_a_count_by_hand(metric):
     results = metric.compute(
-        predictions=[[[0, 0, 1, 1]], [[2, 2, 1, 0]]], references=[[[0, 1, 1, 1]], [[2, 0, 255, 0]]], num_labels=4
+        predictions=[[[0, 0, 1, 1]], [[2, 2, 1, 0]]],
+        references=[[[0, 1, 1, 1]], [[2, 0, 255, 0]]],
+        num_labels=4,
+        return_confusion_matrix=True,
     )
     assert results["confusion_matrix"].tolist() == [[2, 0, 1, 0], [1, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
     # IoU 2/4, 2/3, 1/2 of 3, 3 and 1 pixels
     assert results["frequency_weighted_iou"] == pytest.approx((3 / 2 + 3 * 2 / 3 + 1 / 2) / 7)
     assert np.isnan(results["per_category_iou"][3])
+
+
+def test_what_a_trainer_stores_is_json_once_the_classes_are_listed(metric):
+    results = metric.compute(predictions=[[[0, 1]]], references=[[[0, 0]]], num_labels=2)
+    for name in ("per_category_iou", "per_category_accuracy"):
+        results[name] = results[name].tolist()
+    assert json.loads(json.dumps(results))["overall_accuracy"] == 0.5
 
 
 def test_847_classes_with_65535_ignored(metric):
@@ -139,7 +149,7 @@ def test_847_classes_with_65535_ignored(metric):
     prediction = rng.permutation(847)[np.minimum(reference, 846)]
     for _ in range(3):
         metric.add_batch(predictions=[torch.from_numpy(prediction)], references=[reference])
-    results = metric.compute(num_labels=847, ignore_index=65535)
+    results = metric.compute(num_labels=847, ignore_index=65535, return_confusion_matrix=True)
     assert results["confusion_matrix"].shape == (847, 847)
     assert_figures(results, count_by_hand([prediction] * 3, [reference] * 3, 847, 65535))
 

@@ -641,3 +641,36 @@ def test_products_with_queries_are_products_with_what_a_linear_layer_makes_of_pa
         if mlp is decoder.bias_mlp:
             products = decoder.bias_scaling.weight * products + decoder.bias_scaling.bias
         assert_close(ours.flatten(), products.flatten(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "fact"),
+    [
+        (lambda model, processor: model.set_labels("sky, road", processor), TypeError, "list"),
+        (lambda model, processor: model.get_class_embeds("sky"), TypeError, "str"),
+        (lambda model, processor: model.get_class_embeds(processor(text=["sky"])), TypeError, "BatchEncoding|Feature"),
+        (lambda model, processor: type(model).from_clip("some/clip"), TypeError, "CLIPModel"),
+        (lambda model, processor: model.resize_token_embeddings(9), NotImplementedError, "fixed"),
+        (lambda model, processor: processor.post_process_panoptic_segmentation(None), NotImplementedError, "classes"),
+    ],
+)
+def test_what_people_try_is_answered_in_a_sentence(make_model, processor, call, error, fact):
+    with pytest.raises(error, match=fact):
+        call(make_model(), processor)
+
+
+def test_any_iterable_of_labels_is_stored_and_words_that_were_not_read_are_named(make_model, processor, caplog):
+    model = make_model()
+    model.set_labels((label for label in ("sky", "red truck")), processor)
+    assert model.config.id2label == {0: "sky", 1: "red truck"}
+    assert not caplog.text
+    model.config.training_labels = ["sky|heaven", "Red  Truck"]
+    model.set_labels(("heaven", "red truck", "car"), processor)
+    assert "not trained on 'car':" in caplog.text
+    assert model.get_decoder() is model
+
+
+def test_only_the_semantic_class_has_logits(make_model, processor):
+    inputs = processor(images=Image.new("RGB", (64, 64)), text="sky, road", return_tensors="pt")
+    with pytest.raises(AttributeError, match="logits"):
+        _ = make_model()(**inputs).logits

@@ -721,3 +721,10 @@ def test_data_files_equal_the_published_ones():
     folder = Path(vocabulary_san.__file__).parent / "vocabularies"
     for name, published in json.loads((REFERENCE / "vocabularies.json").read_text()).items():
         assert fingerprint(folder / name) == published
+
+
+def test_prompts_come_back_as_texts(processor):
+    ids = processor(text=["sky", "red truck"], templates=["a photo of {}.", "a {}."])["input_ids"]
+    texts = processor.batch_decode(ids, skip_special_tokens=True)
+    assert len(texts) == 4
+    assert ["sky" in text for text in texts] == [True, True, False, False]

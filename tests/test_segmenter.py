@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor
 from modeling_san.processing import (
     SANImageProcessor,
-    SANProcessor,
     Segmentation,
     Segmenter,
     Vocabulary,
@@ -309,3 +309,14 @@ def test_copies_of_a_segmenter_start_empty_and_give_the_same(segment):
     for other in (copy.deepcopy(segment), pickle.loads(pickle.dumps(segment))):
         assert len(other._kept) == 0
         assert_same(other(random_image(), other.vocabulary(LABELS))[0], expected)
+
+
+def test_scores_that_are_no_numbers_are_refused_with_the_weights_that_make_them():
+    model = SANForOpenVocabSegmentation.from_pretrained(BUILTIN_MODEL).eval()
+    segmenter = Segmenter(model, SANProcessor.from_pretrained(BUILTIN_MODEL))
+    vocabulary = segmenter.vocabulary("grass, water")
+    with torch.no_grad():
+        model.visual_projection.weight *= float("nan")
+    for options in ({}, {"tta": True}):
+        with pytest.raises(ValueError, match=r"visual_projection\.weight"):
+            segmenter(Image.new("RGB", (96, 64), "green"), vocabulary, **options)

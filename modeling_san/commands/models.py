@@ -99,10 +99,11 @@ def load_model(name: str | None, device: torch.device) -> LoadedModel:
     except Exception as error:
         # Damaged files raise whatever their reader happens to: safetensors, JSON, tokenizers and configs differ
         raise CommandError(f"model {source} cannot be loaded: {one_line(error)}") from error
-    if unfit := sorted({*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}):
+    mismatched = (name for name, *_ in loading["mismatched_keys"])
+    if unfit := sorted({*loading["missing_keys"], *loading["unexpected_keys"], *mismatched}):
         raise CommandError(
-            f"model {source} lacks {len(unfit)} of its weights or has them in other shapes, {unfit[0]} for example: "
-            "write it anew with save_pretrained, `san convert` or `san train`"
+            f"model {source} has {len(unfit)} weights too few, too many or in other shapes than its config says, "
+            f"{unfit[0]} for example: write it anew with save_pretrained, `san convert` or `san train`"
         )
     check_tokenizer(
         processor.tokenizer,

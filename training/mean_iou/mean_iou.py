@@ -31,11 +31,12 @@ Args:
     nan_to_num (float, optional): what to put for classes that do not occur.
     label_map (dict, optional): true values to replace, old to new, all at once.
     reduce_labels (bool): take 1 off every true value, after `label_map`; 0 and 255 become 255.
+    return_confusion_matrix (bool): whether to return the counts as well, which no `trainer_state.json` can hold.
 
 Returns:
     dict of mean_iou, mean_accuracy, overall_accuracy and frequency_weighted_iou (floats), per_category_iou and
-    per_category_accuracy (arrays, NaN for a class that does not occur), and confusion_matrix (num_labels x num_labels
-    pixel counts, true classes down).
+    per_category_accuracy (arrays, NaN for a class that does not occur), and on request confusion_matrix (num_labels x
+    num_labels pixel counts, true classes down).
 
 Examples:
     >>> metric = evaluate.load(MEAN_IOU)
@@ -49,6 +50,7 @@ _OPTIONS: dict[str, Any] = {
     "nan_to_num": None,
     "label_map": None,
     "reduce_labels": False,
+    "return_confusion_matrix": False,
 }
 
 
@@ -57,11 +59,11 @@ class MeanIoU(evaluate.Metric):
     The metric; `evaluate.load(MEAN_IOU, ...)` makes it, too.
 
     Args:
-        kwargs: `num_labels`, `ignore_index`, `nan_to_num`, `label_map` and `reduce_labels` here are the defaults of
-            `compute`; the others are those of every metric. With `num_process` and `process_id`, `compute` adds up
-            the counts of all processes and returns the result in the first: through torch.distributed where that is
-            set up for as many processes, else as every metric does, through files in `cache_dir`, which all of them
-            have to see; evaluations at the same time then need an `experiment_id` each.
+        kwargs: `num_labels`, `ignore_index`, `nan_to_num`, `label_map`, `reduce_labels` and `return_confusion_matrix`
+            here are the defaults of `compute`; the others are those of every metric. With `num_process` and
+            `process_id`, `compute` adds up the counts of all processes and returns the result in the first: through
+            torch.distributed where that is set up for as many processes, else as every metric does, through files in
+            `cache_dir`, which all of them have to see; evaluations at the same time then need an `experiment_id` each.
     """
 
     def __init__(self, config_name: str | None = None, **kwargs: Any) -> None:
@@ -213,6 +215,7 @@ def _figures(
     nan_to_num: float | None,
     label_map: Mapping[int, int] | None,
     reduce_labels: bool,
+    return_confusion_matrix: bool,
 ) -> dict[str, Any]:
     """What `compute` returns, from the counts of (true, predicted) pairs and its options."""
     renamed = {int(old): int(new) for old, new in (label_map or {}).items()}
@@ -235,7 +238,7 @@ def _figures(
     }
     if nan_to_num is not None:
         figures = {name: np.nan_to_num(figure, nan=nan_to_num) for name, figure in figures.items()}
-    return {**figures, "confusion_matrix": confusion.counts.numpy().copy()}
+    return {**figures, **({"confusion_matrix": confusion.counts.numpy().copy()} if return_confusion_matrix else {})}
 
 
 def _is_stack(value: Any) -> bool:

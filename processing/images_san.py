@@ -371,8 +371,14 @@ def _decoding(name: str) -> Iterator[None]:
 
 
 def _readable_formats() -> list[str]:
-    """Those of `RASTER_FORMATS` that PIL has."""
+    """Those of `RASTER_FORMATS` that PIL has, by itself or by what is installed."""
     Image.init()
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        pass
+    else:
+        register_heif_opener()
     return [image_format for image_format in RASTER_FORMATS if image_format in Image.OPEN]
 
 

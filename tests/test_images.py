@@ -13,7 +13,7 @@ from PIL import EpsImagePlugin, Image, features
 
 from modeling_san import SANImageProcessor
 from modeling_san.loss_san import masks_from_label_map
-from modeling_san.processing import overlay
+from modeling_san.processing import images_san, overlay
 from modeling_san.processing.images_san import RASTER_FORMATS, image_endings, load_image, open_image, read_map
 from modeling_san.training.data import ImageError, read_examples
 from modeling_san.training.label_sets import LabelSet
@@ -59,10 +59,12 @@ def test_photographs_of_telephones_are_read_where_that_is_installed(monkeypatch)
     monkeypatch.setattr(Image, "ID", list(Image.ID))
     monkeypatch.setattr(Image, "EXTENSION", dict(Image.EXTENSION))
     assert ".heic" not in image_endings()
+    images_san._register_formats.cache_clear()
     monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
     assert ".heic" in image_endings()
     with pytest.raises(ValueError, match="AVIF, HEIF, TIFF"):
         open_image(b"no image")
+    images_san._register_formats.cache_clear()
 
 
 @pytest.mark.parametrize("image_format", WRITTEN)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from threading import Lock
 from typing import IO, Any, TypeVar
 
@@ -371,9 +372,20 @@ def _decoding(name: str) -> Iterator[None]:
 
 
 def _readable_formats() -> list[str]:
-    """Those of `RASTER_FORMATS` that PIL has."""
-    Image.init()
+    """Those of `RASTER_FORMATS` that PIL has, by itself or by what is installed."""
+    _register_formats()
     return [image_format for image_format in RASTER_FORMATS if image_format in Image.OPEN]
+
+
+@cache
+def _register_formats() -> None:
+    """Make PIL know its own formats, and HEIF."""
+    Image.init()
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return
+    register_heif_opener()
 
 
 def _as_array(item: Any, name: str) -> np.ndarray:

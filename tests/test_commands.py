@@ -336,6 +336,9 @@ def save_half(path):
 
 BAD_IMAGES = {
     "missing": (lambda path: None, "there is no file"),
+    "two\nlines": (lambda path: None, "there is no file"),
+    os.fsdecode(b"caf\xe9"): (lambda path: None, "there is no file"),
+    "n" * 300: (lambda path: None, "too long"),
     "null\0byte": (lambda path: None, "null"),
     "truncated": (save_half, "truncated"),
     "zero-byte": (lambda path: path.touch(), "0 bytes"),
@@ -357,7 +360,7 @@ def test_each_bad_image_is_refused_in_one_line_and_the_good_ones_beside_them_are
     assert (code, len(out)) == (2, 2)
     errors = [line for line in err if "san: error: " in line]
     for path, (_, fact), line in zip(paths, BAD_IMAGES.values(), errors, strict=True):
-        assert str(path).replace("\0", r"\x00") in line
+        assert repr(str(path)) in line
         assert fact in line
     assert {path.name for path in (tmp_path / "out").glob("*.json")} == {"street.json", "other.json"}
 

@@ -24,8 +24,9 @@ INSTALLED = ("transformers", "torch", "pillow")
 
 ABSENT = ("modeling_san", "accelerate", "datasets", "evaluate", "ftfy", "scipy", "torchvision")
 
-MAY_BE_IMPORTED = {"transformers", "torch", "numpy", "PIL", "huggingface_hub", "ftfy"} | sys.stdlib_module_names
-"""ftfy where it is installed."""
+IF_INSTALLED = {"ftfy", "pillow_heif"}
+
+MAY_BE_IMPORTED = {"transformers", "torch", "numpy", "PIL", "huggingface_hub"} | IF_INSTALLED | sys.stdlib_module_names
 
 PACKAGE_ONLY = {"auto.py", "builtin.py", "conversion.py", "export.py", "files.py", "segment_dataset.py"}
 

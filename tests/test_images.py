@@ -2,7 +2,9 @@
 
 import io
 import struct
+import sys
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ from PIL import EpsImagePlugin, Image, features
 
 from modeling_san import SANImageProcessor
 from modeling_san.loss_san import masks_from_label_map
-from modeling_san.processing import overlay
-from modeling_san.processing.images_san import RASTER_FORMATS, load_image, open_image, read_map
+from modeling_san.processing import images_san, overlay
+from modeling_san.processing.images_san import RASTER_FORMATS, image_endings, load_image, open_image, read_map
 from modeling_san.training.data import ImageError, read_examples
 from modeling_san.training.label_sets import LabelSet
 
@@ -46,6 +48,23 @@ def test_every_raster_format_is_read(image_format):
     assert image.shape == pixels.shape
     if image_format in LOSSLESS:
         assert np.array_equal(image, pixels)
+
+
+def test_photographs_of_telephones_are_read_where_that_is_installed(monkeypatch):
+    def register():
+        Image.register_open("HEIF", Image.OPEN["PNG"][0], lambda start: start.startswith(b"\x89PNG"))
+        Image.register_extension("HEIF", ".heic")
+
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    monkeypatch.setattr(Image, "EXTENSION", dict(Image.EXTENSION))
+    assert ".heic" not in image_endings()
+    images_san._register_formats.cache_clear()
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    assert ".heic" in image_endings()
+    with pytest.raises(ValueError, match="AVIF, HEIF, TIFF"):
+        open_image(b"no image")
+    images_san._register_formats.cache_clear()
 
 
 @pytest.mark.parametrize("image_format", WRITTEN)

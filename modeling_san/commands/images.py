@@ -25,8 +25,9 @@ def list_images(arguments: Sequence[str]) -> list[Path]:
     Raises:
         CommandError: there is none.
     """
-    given = ([argument] if argument != STANDARD_INPUT else sys.stdin for argument in arguments)
-    paths = list(dict.fromkeys(Path(line.rstrip("\r\n")) for lines in given for line in lines if line.strip()))
+    lines = (line.rstrip("\r\n") for line in sys.stdin)
+    given = ([argument] if argument != STANDARD_INPUT else filter(str.strip, lines) for argument in arguments)
+    paths = list(dict.fromkeys(map(Path, chain.from_iterable(given))))
     if not paths:
         raise CommandError("standard input holds no paths: write one path of an image per line")
     return paths

@@ -54,7 +54,7 @@ def register_model(config_class: Any, model_class: Any, semantic_class: Any = No
     AutoImageProcessor.register(config_class, image_processor_classes={"pil": SANImageProcessor}, exist_ok=True)
     AutoProcessor.register(config_class, SANProcessor, exist_ok=True)
     # Pipelines look for one beside every image processor's code, and would ask whether to trust it
-    VIDEO_PROCESSOR_MAPPING.register(config_class, {}, exist_ok=True)
+    VIDEO_PROCESSOR_MAPPING.register(config_class, {}, exist_ok=True)  # type: ignore[arg-type]
     _registered[config_class.model_type] = ModelClasses(config_class, model_class, SANProcessor)
 
 

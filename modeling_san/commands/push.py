@@ -19,7 +19,7 @@ The token is the one that `hf auth login` stores, or HF_TOKEN.
 _EXAMPLE = """\
 example:
   san push my-model me/my-model --dry-run
-  san push my-model me/my-model --private --license apache-2.0 --results evaluation
+  san push my-model me/my-model --private --license apache-2.0 --results outputs/evaluation
   san push my-model me/my-model --update --message "Train for longer"
 
 The card to look at and edit before:

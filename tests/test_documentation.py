@@ -1,5 +1,6 @@
 """What the documentation shows is so: commands parse, JSON is read, Python runs, links lead somewhere."""
 
+import doctest
 import json
 import re
 import shlex
@@ -24,6 +25,14 @@ NOTEBOOKS = sorted(path.relative_to(REPOSITORY) for path in REPOSITORY.glob("exa
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS = [(page, *block) for page in PAGES for block in BLOCK.findall((REPOSITORY / page).read_text(encoding="utf-8"))]
 NOT_RUN = "no-run"
+
+# The example of an export compiles for minutes: test_export makes and runs such programs
+FILES_WITH_EXAMPLES = sorted(
+    path.relative_to(REPOSITORY)
+    for folder in ("modeling_san", "processing", "training", "hub_card")
+    for path in (REPOSITORY / folder).rglob("*.py")
+    if path.name != "export.py" and ">>> " in path.read_text(encoding="utf-8")
+)
 
 
 def blocks_of(language, page=None):
@@ -97,6 +106,17 @@ def test_a_notebook_runs_from_top_to_bottom(notebook, namespace):
     for cell in cells:
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), namespace)
+
+
+@pytest.mark.parametrize("path", FILES_WITH_EXAMPLES, ids=str)
+def test_examples_in_docstrings_run(path, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    # The fences of Markdown, and the end of a docstring, end what an example is to print
+    text = re.sub(r'^\s*(```\w*|"""\s*)$', "", (REPOSITORY / path).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    examples = doctest.DocTestParser().get_doctest(text, {}, str(path), str(path), 0)
+    failed, attempted = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(examples)
+    assert attempted
+    assert not failed, capsys.readouterr().out
 
 
 def test_python_that_only_exports_can_provide_for_is_all_that_is_not_run():

@@ -39,8 +39,12 @@ Returns:
     num_labels pixel counts, true classes down).
 
 Examples:
+    >>> import evaluate
+    >>> from modeling_san.training.mean_iou import MEAN_IOU
+
     >>> metric = evaluate.load(MEAN_IOU)
-    >>> metric.compute(predictions=[[[0, 1], [1, 1]]], references=[[[0, 1], [0, 255]]], num_labels=2)["mean_iou"]
+    >>> results = metric.compute(predictions=[[[0, 1], [1, 1]]], references=[[[0, 1], [0, 255]]], num_labels=2)
+    >>> round(float(results["mean_iou"]), 2)
     0.5
 """
 

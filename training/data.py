@@ -185,11 +185,11 @@ def _as_image(value: Any, what: str) -> Image.Image | np.ndarray:
     if isinstance(value, (Image.Image, np.ndarray)):
         return value
     if isinstance(value, str) and "://" in value:
-        # Inside an archive, or on the Hub
+        # Inside an archive, or on the Hub; each file system has errors of its own
         try:
             with fsspec.open(value, "rb") as file:
                 value = file.read()
-        except (OSError, ValueError) as error:
+        except Exception as error:
             raise ValueError(f"{what} {value!r} cannot be read ({one_line(error)}).") from error
     if isinstance(value, (str, os.PathLike, bytes)):
         return open_image(value, what)

@@ -314,7 +314,8 @@ def _read_image(path: Path) -> tuple[bytes, tuple[int, int], int]:
             # An eighth of the size goes through all of a JPEG file in half the time.
             image.draft("RGB", (1, 1))
             image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    # Decoders of damaged files raise what they please
+    except Exception as error:
         raise UnreadableFileError(f"{path} cannot be read as an image: {one_line(error)}.") from error
     return content, size, orientation
 

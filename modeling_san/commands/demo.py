@@ -66,5 +66,5 @@ def run(args: argparse.Namespace) -> int:
     # Other models than the built-in one have no such file, or another of that name
     with suppress(OSError, ValueError, KeyError, TypeError):
         results = (Path(args.model or BUILTIN_MODEL) / RESULTS_FILE).read_text(encoding="utf-8")
-        say(f"\n{format_results(json.loads(results))}")
+        say(f"\nstored with the model, measured when it was trained:\n{format_results(json.loads(results))}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
@@ -20,6 +21,9 @@ from .labels_san import list_labels, normalize_labels, unknown_words
 from .templates_san import resolve_templates
 from .views_san import make_views, segment_views, view_sizes
 from .vocabulary_san import OTHER_LABEL, extend_labels
+from .wording_san import listed
+
+_logger = logging.getLogger(__name__)
 
 KEPT_VOCABULARIES = 16
 """Encoded vocabularies that a segmenter keeps, the least recently used goes first."""
@@ -285,7 +289,8 @@ class Segmenter:
         other_label: str = OTHER_LABEL,
     ) -> Vocabulary:
         """
-        Encode labels. Vocabularies are kept, until the text encoder changes: its weights, their precision or device.
+        Encode labels, with a logged warning of words that the model was not trained on. Vocabularies are kept, until
+        the text encoder changes: its weights, their precision or device.
 
         Args:
             labels: names, or a line of them separated by commas; None takes those stored with the model.
@@ -310,9 +315,17 @@ class Segmenter:
         if class_embeds is None or templates is not None:
             patterns = resolve_templates(self.processor.templates if templates is None else templates)[1]
             state = (id(self.processor), _text_encoder_state(self.model))
-            class_embeds = self._kept.get(
-                (tuple(names), tuple(patterns)), state, lambda: self._encode(names, patterns)
-            )
+
+            def encode() -> Tensor:
+                if unknown := self.unknown_words(given):
+                    _logger.warning(
+                        "the model was not trained on: %s; expect poor results for them. It was trained on: %s",
+                        listed(unknown, 10),
+                        listed(self.model.config.training_labels, 40),
+                    )
+                return self._encode(names, patterns)
+
+            class_embeds = self._kept.get((tuple(names), tuple(patterns)), state, encode)
         return Vocabulary((*given, *names[len(given) :]), class_embeds, len(given), extend, other_label)
 
     def unknown_words(self, labels: Iterable[str]) -> list[str]:

@@ -320,3 +320,12 @@ def test_scores_that_are_no_numbers_are_refused_with_the_weights_that_make_them(
     for options in ({}, {"tta": True}):
         with pytest.raises(ValueError, match=r"visual_projection\.weight"):
             segmenter(Image.new("RGB", (96, 64), "green"), vocabulary, **options)
+
+
+def test_words_that_were_never_read_give_one_warning(caplog):
+    model = SANForOpenVocabSegmentation.from_pretrained(BUILTIN_MODEL).eval()
+    segmenter = Segmenter(model, SANProcessor.from_pretrained(BUILTIN_MODEL))
+    for labels in ("red plain, grass", "grass, car|truck", "grass, car|truck"):
+        segmenter.vocabulary(labels)
+    [record] = caplog.records
+    assert "not trained on: car, truck;" in record.getMessage()

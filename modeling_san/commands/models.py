@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeling_san import BUILTIN_MODEL
-from modeling_san.processing.wording_san import listed, one_line
+from modeling_san.processing.wording_san import one_line
 
-from .errors import CommandError, warn
+from .errors import CommandError
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ class LoadedModel:
         self, labels: Sequence[str] | None, *, templates: str | Sequence[str] | None = None, extend: str = "none"
     ) -> Vocabulary:
         """
-        `Segmenter.vocabulary`, with a warning of words that the model was not trained on.
+        `Segmenter.vocabulary`, where a model without labels needs some.
 
         Raises:
             ValueError, CommandError: there are no labels, or they cannot be used.
@@ -48,12 +48,6 @@ class LoadedModel:
         if labels is None and self.model.config.stored_labels is None:
             raise CommandError(
                 f'model {self.name} has no labels of its own: name what to look for, for example --labels "sky, road"'
-            )
-        if labels and (unknown := self.segmenter.unknown_words(labels)):
-            trained = self.model.config.training_labels
-            warn(
-                f"model {self.name} was not trained on: {listed(unknown, 10)}; expect poor results for them. It was "
-                f"trained on: {listed(trained, 40)}"
             )
         return self.segmenter.vocabulary(labels, templates=templates, extend=extend)
 

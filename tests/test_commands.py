@@ -65,6 +65,12 @@ def change_config(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def with_layers(folder, number):
+    """The config of the image encoder, with fewer layers than the weights have."""
+    vision_config = json.loads((folder / "config.json").read_text())["vision_config"]
+    return {**vision_config, "num_hidden_layers": number}
+
+
 def assert_refused(result, *facts):
     """Exit code 2, nothing on standard output, and one line that holds the facts."""
     code, out, err = result
@@ -403,6 +409,7 @@ def leave_out_weights(folder):
         (lambda folder: change_config(folder, model_type="clip"), "'clip'"),
         (lambda folder: change_config(folder, model_type="nothing-known"), "'nothing-known'"),
         (lambda folder: change_config(folder, num_queries=7), "other shapes"),
+        (lambda folder: change_config(folder, vision_config=with_layers(folder, 3)), "vision_model.encoder.layers.3"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
         (lambda folder: os.truncate(folder / "model.safetensors", 1000), "cannot be loaded"),
         (leave_out_weights, "mask_decoder"),

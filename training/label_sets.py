@@ -99,11 +99,11 @@ class LabelSet:
         if getattr(image, "mode", "") == "F" or getattr(getattr(image, "dtype", None), "kind", "") == "f":
             raise ValueError(f"{what} holds floats: store one class index per pixel, as whole numbers.")
         stored = read_map(image, what, also=[old for old, _ in self.value_map])
-        # All at once: a value that one pair makes is not another's old one
-        label_map = stored.copy()
-        for old, new in self.value_map:
-            label_map[stored == old] = new
-        stored = label_map
+        if self.value_map:
+            # All at once: a value that one pair makes is not another's old one
+            given, stored = stored, stored.copy()
+            for old, new in self.value_map:
+                stored[given == old] = new
         ignored = stored == self.ignore_index
         if self.reduce_labels:
             ignored |= stored == 0

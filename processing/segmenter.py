@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .drawing import label_colors, label_png, overlay
 from .images_san import decode_images, image_size
-from .labels_san import list_labels, normalize_labels, unknown_words
+from .labels_san import list_labels, normalize_labels
 from .templates_san import resolve_templates
-from .views_san import make_views, segment_views, view_sizes
+from .views_san import MIN_WINDOW, View, cut_windows, make_views, segment_views, view_sizes
 from .vocabulary_san import OTHER_LABEL, extend_labels
 from .wording_san import listed
 
@@ -32,6 +32,7 @@ KEPT_LABELS = 50_000
 """Labels that all vocabularies kept may have together."""
 
 _LABELS_AT_ONCE = 512
+_WINDOWS_AT_ONCE = 8
 _KEPT_OUTPUTS = ("masks_queries_logits", "class_queries_logits", "logits", "image_sizes")
 
 
@@ -176,7 +177,7 @@ class Segmentation:
             ValueError: it was averaged over several views, whose outputs are not kept.
         """
         if self._segmenter is None:
-            raise ValueError("a segmentation averaged over several views has one size: ask for it without tta")
+            raise ValueError("a segmentation averaged over views has one size: ask for it without tta and window")
         [resized] = self._segmenter.post_process(self._outputs, [size], self.vocabulary, threshold=self._threshold)
         return resized
 
@@ -197,7 +198,7 @@ class Segmentation:
         if not isinstance(index, int) or not 0 <= index < len(self.labels):
             raise ValueError(f"there is no label {label!r} among the {len(self.labels)} of this segmentation")
         if self._segmenter is None:
-            raise ValueError("a segmentation averaged over several views has no heat maps: ask for it without tta")
+            raise ValueError("a segmentation averaged over views has no heat maps: ask for it without tta and window")
         classes, own = len(self.vocabulary.labels), self.vocabulary.num_own
         chosen = torch.zeros(classes + 1, dtype=torch.bool)
         chosen[:own][index : index + 1] = True
@@ -330,8 +331,7 @@ class Segmenter:
 
     def unknown_words(self, labels: Iterable[str]) -> list[str]:
         """Words that the model says it was not trained on; none where it does not say."""
-        trained = getattr(self.model.config, "training_labels", None)
-        return unknown_words(normalize_labels(labels), trained) if trained else []
+        return self.model.unknown_words(normalize_labels(labels))
 
     def prepare(self, images: Any, **options: Any) -> PreparedImages:
         """
@@ -352,16 +352,16 @@ class Segmenter:
     def segment(
         self,
         prepared: PreparedImages | Sequence[PreparedImages],
-        vocabulary: Vocabulary | None = None,
+        vocabulary: Vocabulary | Sequence[Vocabulary] | None = None,
         *,
         threshold: float = 0.0,
     ) -> list[Segmentation]:
         """
-        Label every pixel of prepared images; those of one padded size run together.
+        Label every pixel of prepared images; those of one padded size and vocabulary run together.
 
         Args:
             prepared: what `prepare` returned, or several of these.
-            vocabulary: to choose from; None takes the labels stored with the model.
+            vocabulary: to choose from, or one for each of `prepared`; None takes the labels stored with the model.
             threshold: in 0 ... 1; pixels whose best label scores less become "other".
 
         Returns:
@@ -371,21 +371,21 @@ class Segmenter:
             ValueError: there is no vocabulary, or the threshold is out of range.
         """
         check_threshold(threshold)
-        vocabulary = self.vocabulary() if vocabulary is None else vocabulary
         parts = [prepared] if isinstance(prepared, PreparedImages) else list(prepared)
+        vocabularies = self._vocabulary_of_each(vocabulary, len(parts))
         groups: dict[tuple[int, ...], list[int]] = {}
-        for position, part in enumerate(parts):
-            groups.setdefault(tuple(part.pixel_values.shape[-2:]), []).append(position)
+        for position, (part, own) in enumerate(zip(parts, vocabularies, strict=True)):
+            groups.setdefault((*part.pixel_values.shape[-2:], id(own)), []).append(position)
         found: dict[int, list[Segmentation]] = {}
         for positions in groups.values():
-            together = [parts[position] for position in positions]
+            together, shared = [parts[position] for position in positions], vocabularies[positions[0]]
             target_sizes = [size for part in together for size in part.target_sizes]
             outputs = self._run(
                 torch.cat([part.pixel_values for part in together]),
                 torch.cat([part.image_sizes for part in together]),
-                vocabulary,
+                shared,
             )
-            done = iter(self.post_process(outputs, target_sizes, vocabulary, threshold=threshold))
+            done = iter(self.post_process(outputs, target_sizes, shared, threshold=threshold))
             found |= {
                 position: [next(done) for _ in part.target_sizes]
                 for position, part in zip(positions, together, strict=True)
@@ -393,28 +393,45 @@ class Segmenter:
         return [segmentation for position in range(len(parts)) for segmentation in found[position]]
 
     def __call__(
-        self, images: Any, vocabulary: Vocabulary | None = None, *, threshold: float = 0.0, tta: bool = False
+        self,
+        images: Any,
+        vocabulary: Vocabulary | Sequence[Vocabulary] | None = None,
+        *,
+        threshold: float = 0.0,
+        tta: bool = False,
+        window: int | None = None,
     ) -> list[Segmentation]:
         """
         Label every pixel of images.
 
         Args:
             images: one image or a list: PIL images, paths, arrays or tensors.
-            vocabulary: to choose from; None takes the labels stored with the model.
+            vocabulary: to choose from, or one for each image; None takes the labels stored with the model.
             threshold: in 0 ... 1; pixels whose best label scores less become "other".
             tta: average the scores of six sizes of each image, each with its mirror image.
+            window: see larger images in square windows of this side in pixels, which overlap by a third of it, and
+                average the scores: small things are found, and the memory of the network is that of a window. Each
+                window is resized as an image is.
 
         Returns:
             one segmentation for each image.
 
         Raises:
-            ValueError: an image, the vocabulary or the threshold cannot be used.
+            ValueError: an image, the vocabulary or an option cannot be used.
         """
-        if not tta:
-            return self.segment(self.prepare(images), vocabulary, threshold=threshold)
         check_threshold(threshold)
-        vocabulary = self.vocabulary() if vocabulary is None else vocabulary
-        return [self._average_views(image, vocabulary, threshold) for image in decode_images(images)]
+        check_window(window)
+        if not tta and window is None and not isinstance(vocabulary, Sequence):
+            return self.segment(self.prepare(images), vocabulary, threshold=threshold)
+        decoded = decode_images(images)
+        found = []
+        for image, own in zip(decoded, self._vocabulary_of_each(vocabulary, len(decoded)), strict=True):
+            if not tta and (window is None or window >= max(image_size(image))):
+                found += self.segment(self.prepare(image), own, threshold=threshold)
+            else:
+                views = self._views(np.asarray(image), own, tta, window)
+                found.append(_finish(*segment_views(views, image_size(image)), own, threshold))
+        return found
 
     @torch.no_grad()
     def post_process(
@@ -469,16 +486,42 @@ class Segmenter:
             parts.append(self.model.get_class_embeds(inputs["input_ids"], inputs["attention_mask"]))
         return torch.cat(parts)
 
+    def _vocabulary_of_each(
+        self, vocabulary: Vocabulary | Sequence[Vocabulary] | None, images: int
+    ) -> Sequence[Vocabulary]:
+        """
+        One for each image.
+
+        Raises:
+            ValueError: there are more or fewer, or something else.
+        """
+        if vocabulary is None or isinstance(vocabulary, Vocabulary):
+            return [self.vocabulary() if vocabulary is None else vocabulary] * images
+        if isinstance(vocabulary, str) or not all(isinstance(each, Vocabulary) for each in vocabulary):
+            raise ValueError(f"vocabulary is {vocabulary!r:.80}: pass what segmenter.vocabulary(labels) gives")
+        if len(vocabulary) != images:
+            raise ValueError(f"there are {len(vocabulary)} vocabularies for {images} images: pass one for each")
+        return vocabulary
+
     @torch.no_grad()
-    def _average_views(self, image: Any, vocabulary: Vocabulary, threshold: float) -> Segmentation:
-        pixels = np.asarray(image)
-        views = []
-        for size in view_sizes(dict(self.processor.image_processor.size)):
-            prepared = self.prepare([pixels, np.ascontiguousarray(pixels[:, ::-1])], size=size)
-            outputs = self._run(prepared.pixel_values, prepared.image_sizes, vocabulary)
-            height, width = prepared.pixel_values.shape[-2:]
-            views += make_views(outputs, (height, width), image_size(pixels))
-        return _finish(*segment_views(views, image_size(pixels)), vocabulary, threshold)
+    def _views(self, pixels: np.ndarray, vocabulary: Vocabulary, tta: bool, window: int | None) -> Iterator[View]:
+        """What the model makes of each part of an image, from top to bottom, at each size."""
+        sides = [cut_windows(length, window) for length in image_size(pixels)]
+        parts = [(rows, columns) for rows in sides[0] for columns in sides[1]]
+        sizes: list[dict[str, Any]] = [{}]
+        if tta:
+            sizes = [{"size": size} for size in view_sizes(dict(self.processor.image_processor.size))]
+        for start in range(0, len(parts), _WINDOWS_AT_ONCE):
+            some = parts[start : start + _WINDOWS_AT_ONCE]
+            cut = [pixels[rows.pixels, columns.pixels] for rows, columns in some]
+            for options in sizes:
+                for mirrored in (False, True)[: 1 + tta]:
+                    images = [np.ascontiguousarray(image[:, ::-1] if mirrored else image) for image in cut]
+                    prepared = self.prepare(images, **options)
+                    outputs = self._run(prepared.pixel_values, prepared.image_sizes, vocabulary)
+                    size = prepared.pixel_values.shape[-2:]
+                    share = 1 / (len(sizes) * (1 + tta))
+                    yield from make_views(outputs, size, some, mirrored=mirrored, share=share)
 
 
 def _refuse_non_finite(model: Any, outputs: Any) -> None:
@@ -519,6 +562,17 @@ def check_threshold(threshold: Any) -> None:
     # NaN fails the comparison as well
     if not is_number or not 0 <= threshold <= 1:
         raise ValueError(f"threshold is {threshold!r}: pass a number from 0 (no other label) to 1")
+
+
+def check_window(window: Any) -> None:
+    """
+    Refuse what is neither None nor the side of a window.
+
+    Raises:
+        ValueError: it is no whole number, or too small.
+    """
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < MIN_WINDOW):
+        raise ValueError(f"window is {window!r}: pass the pixels of its side, at least {MIN_WINDOW}")
 
 
 def _text_encoder_state(model: Any) -> Hashable:
@@ -562,4 +616,4 @@ class _Kept:
             return self._entries[key]
 
 
-__all__ = ["PreparedImages", "Segment", "Segmentation", "Segmenter", "Vocabulary", "check_threshold"]
+__all__ = ["PreparedImages", "Segment", "Segmentation", "Segmenter", "Vocabulary", "check_threshold", "check_window"]

@@ -188,6 +188,16 @@ def test_pixels_that_no_label_is_sure_of_become_other(segment, image, tmp_path):
     assert "other" in [part["label"] for part in summary["segments"]]
 
 
+def test_large_images_are_seen_in_windows(segment, image, tmp_path):
+    labels = []
+    for options in ((), ("--window", 64), ("--window", 640)):
+        assert segment(image, *options)[0] == 0
+        labels.append(np.asarray(Image.open(tmp_path / "out" / "street_labels.png")))
+    assert np.array_equal(labels[0], labels[2])
+    assert not np.array_equal(labels[0], labels[1])
+    assert_refused(segment(image, "--window", 8), "window is 8")
+
+
 def test_a_full_disk_leaves_no_part_of_a_file(segment, image, tmp_path, monkeypatch):
     def write_bytes(path, content):
         with path.open("wb") as file:

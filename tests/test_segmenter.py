@@ -17,6 +17,7 @@ from modeling_san.processing import (
     Segmenter,
     Vocabulary,
     segmenter,
+    views_san,
     vocabulary_san,
 )
 from modeling_san.processing.views_san import view_sizes
@@ -238,6 +239,99 @@ def test_many_views_are_the_mean_of_their_scores(segment, model, processor):
     for refused in (lambda: found.resized((4, 4)), lambda: found.heat_map("sky")):
         with pytest.raises(ValueError, match="tta"):
             refused()
+
+
+def mean_of_windows(segment, image, vocabulary, window):
+    """Scores of all classes, window by window, each with the weight of a roof that falls to its ends."""
+    pixels = np.asarray(image)
+    height, width = pixels.shape[:2]
+    totals, weights = torch.zeros(len(vocabulary.labels), height, width), torch.zeros(height, width)
+    for top in starts(height, window):
+        for left in starts(width, window):
+            part = Image.fromarray(pixels[top : top + window, left : left + window])
+            with torch.no_grad():
+                outputs = segment.model(**segment.processor(images=part), class_embeds=vocabulary.class_embeds)
+            [scores] = segment.processor.post_process_semantic_scores(outputs, [part.size[::-1]])
+            sides = [roof(length, window) for length in scores.shape[1:]]
+            weight = sides[0][:, None] * sides[1]
+            rows, columns = slice(top, top + window), slice(left, left + window)
+            totals[:, rows, columns] += scores * weight
+            weights[rows, columns] += weight
+    return totals / weights
+
+
+def starts(length, window):
+    """As few windows as overlap by a third, from end to end."""
+    count = 1
+    while count * window - (count - 1) * (window // 3) < length:
+        count += 1
+    return [round(index * (length - window) / max(count - 1, 1)) for index in range(count)]
+
+
+def roof(length, window):
+    if length < window:
+        return torch.ones(length)
+    return torch.tensor([min(i + 0.5, window - i - 0.5, window // 3) for i in range(window)])
+
+
+@pytest.mark.parametrize("size", [(200, 90), (64, 300), (70, 50), (131, 133)])
+def test_windows_are_the_weighted_mean_of_their_scores(segment, size):
+    image, vocabulary = random_image(*size), segment.vocabulary(LABELS)
+    [found] = segment(image, vocabulary, window=64)
+    expected = mean_of_windows(segment, image, vocabulary, 64)
+    torch.testing.assert_close(found.scores, expected.amax(0), atol=1e-4, rtol=0)
+    clear = expected.topk(2, dim=0).values.diff(dim=0)[0] < -1e-4
+    assert torch.equal(found.label_map[clear], expected.argmax(0)[clear])
+    with pytest.raises(ValueError, match="window"):
+        found.resized((4, 4))
+
+
+def test_an_image_within_its_window_is_seen_as_a_whole(segment):
+    images, vocabulary = [random_image(), random_image(100, 90)], segment.vocabulary(LABELS)
+    found = segment(images, vocabulary, window=100)
+    for one, image in zip(found, images, strict=True):
+        assert_same(one, segment(image, vocabulary)[0])
+
+
+def test_windows_may_be_seen_at_many_sizes(segment):
+    image, vocabulary = random_image(90, 64), segment.vocabulary(LABELS)
+    [windows] = segment(image, vocabulary, window=64)
+    [both] = segment(image, vocabulary, window=64, tta=True)
+    assert not torch.equal(windows.scores, both.scores)
+    [left] = segment(image.crop((0, 0, 64, 64)), vocabulary, tta=True)
+    # Where one window sees alone
+    torch.testing.assert_close(both.scores[:, :20], left.scores[:, :20], atol=1e-4, rtol=0)
+
+
+def test_the_memory_of_windows_does_not_grow_with_the_height(segment, monkeypatch):
+    vocabulary, most = segment.vocabulary(LABELS), []
+    blocks = views_san._blocks
+    monkeypatch.setattr(views_san, "_blocks", lambda views, *args: most.append(len(views)) or blocks(views, *args))
+    segment(random_image(64, 1500), vocabulary, window=64)
+    assert max(most) == 2
+
+
+@pytest.mark.parametrize("window", [0, 63, -640, 640.0, True, "640"])
+def test_a_window_that_is_none_is_refused(segment, window):
+    with pytest.raises(ValueError, match=r"window is .*at least 64"):
+        segment(random_image(), segment.vocabulary(LABELS), window=window)
+
+
+def test_each_image_may_have_a_vocabulary_of_its_own(segment):
+    images = [random_image(*size, seed=seed) for seed, size in enumerate([(50, 40), (50, 40), (33, 33)])]
+    own = [segment.vocabulary(labels) for labels in (LABELS, ["red", "a"], LABELS)]
+    expected = [segment(image, vocabulary)[0] for image, vocabulary in zip(images, own, strict=True)]
+    prepared = [segment.prepare(image) for image in images]
+    for found in (segment(images, own), segment.segment(prepared, own)):
+        for one, alone in zip(found, expected, strict=True):
+            assert_same(one, alone)
+    for wrong, hint in (
+        (own[:2], "2 vocabularies for 3 images"),
+        ("sky", "vocabulary is 'sky'"),
+        ([LABELS], "segmenter"),
+    ):
+        with pytest.raises(ValueError, match=hint):
+            segment(images, wrong)
 
 
 def test_heat_maps_are_the_scores_of_each_label_and_the_sum_of_those_added(segment, model, processor, few_names):

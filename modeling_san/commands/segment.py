@@ -18,6 +18,7 @@ from .parser import (
     add_output_option,
     add_templates_option,
     make_folder,
+    positive_integer,
     share,
 )
 
@@ -36,6 +37,7 @@ _EXAMPLE = """\
 example:
   san segment pattern.png --labels "red striped, blue dotted, grass"
   san segment street.jpg --model ./san-vit-b-16 --labels "road, car|automobile" --extend-labels coco-all
+  san segment aerial.tif --labels "roof, street, tree, car" --window 640
   find photos -name "*.jpg" | san segment - --labels-file classes.json --output results
 
 Exit code 0 if every image was segmented, 2 if one was not; the others are written all the same.
@@ -61,6 +63,13 @@ def add_parser(subparsers: Any) -> None:
         help='pixels whose best label scores less become "other", 0 ... 1 (default: 0, none do)',
     )
     parser.add_argument(
+        "--window",
+        type=positive_integer,
+        metavar="PIXELS",
+        help="see larger images in overlapping square windows of this side, which finds small things; 640 shows the "
+        "network every pixel (default: the whole image at once)",
+    )
+    parser.add_argument(
         "--opacity", type=share, default=0.5, help="of the colours in the overlay, 0 ... 1 (default: 0.5)"
     )
     add_device_option(parser)
@@ -71,9 +80,11 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from modeling_san.processing.device import pick_device
+    from modeling_san.processing.segmenter import check_window
 
     from .models import load_model, quiet_libraries
 
+    check_window(args.window)
     quiet_libraries()
     paths = list_images(args.images)
     labels, templates = read_labels(args), read_templates(args.templates)
@@ -106,7 +117,7 @@ def _segment_file(
     start = time.perf_counter()
     image = load_image(path)
     try:
-        [segmentation] = loaded.segmenter(image, vocabulary, threshold=args.threshold)
+        [segmentation] = loaded.segmenter(image, vocabulary, threshold=args.threshold, window=args.window)
         overlay = write_results(
             segmentation, image, folder, name, source=str(path), model=loaded.name, opacity=args.opacity
         )

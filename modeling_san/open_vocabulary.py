@@ -111,13 +111,18 @@ class OpenVocabularyModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """
         Load as every transformers model; what is frozen in a new model is frozen in a loaded one. Names in `id2label`
-        other than the stored ones replace them as the vocabulary.
+        other than the stored ones replace them as the vocabulary. Weights have to be just those of the config, unless
+        the caller allows for others by `ignore_mismatched_sizes`, `output_loading_info` or a `state_dict`.
 
         Raises:
+            RuntimeError: weights are missing, left over or of other shapes.
             ValueError: where the labels to store have no names, or positions other than 0, 1, 2 ...
             OSError: where there are labels to store, and no processor beside the model to encode them with.
         """
         source, labels = pretrained_model_name_or_path, None
+        wants_report = kwargs.pop("output_loading_info", False)
+        # The library refuses other shapes only, and names them in its log
+        is_strict = not kwargs.get("ignore_mismatched_sizes") and not wants_report and "state_dict" not in kwargs
         places = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         if (saved := cls._read_config(source, places)) is not None:
             named = "id2label" in kwargs or "label2id" in kwargs
@@ -136,13 +141,20 @@ class OpenVocabularyModel(PreTrainedModel):
             processor = _load_processor(source, trust_remote_code=from_checkpoint, **places)
             config = copy.deepcopy(config)
             config.has_stored_labels = False
-        loaded = super().from_pretrained(source, *args, config=config, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model, report = super().from_pretrained(
+            source,
+            *args,
+            config=config,
+            output_loading_info=True,
+            **(kwargs | {"ignore_mismatched_sizes": True} if is_strict else kwargs),
+        )
+        if is_strict:
+            _refuse_unfit_weights(source, report)
         # Loading replaces parameters and with them their requires_grad.
         model.apply_trainable()
         if labels is not None:
             model.set_labels(labels, processor)
-        return loaded
+        return (model, report) if wants_report else model
 
     @classmethod
     def _labels_to_store(cls, config: Any, saved: Any) -> list[str] | None:
@@ -364,6 +376,16 @@ class OpenVocabularyModel(PreTrainedModel):
                 f"{self.config.projection_dim}) with at least one class, as get_class_embeds returns."
             )
         return class_embeds.float()
+
+
+def _refuse_unfit_weights(source: Any, report: Mapping[str, Any]) -> None:
+    mismatched = (name for name, *_ in report["mismatched_keys"])
+    if unfit := sorted({*report["missing_keys"], *report["unexpected_keys"], *mismatched}):
+        raise RuntimeError(
+            f"{source} has {len(unfit)} weights too few, too many or in other shapes than its config says, {unfit[0]} "
+            "for example: save the model into it once more, or pass ignore_mismatched_sizes=True to begin with new "
+            "ones where they do not fit."
+        )
 
 
 def _load_processor(source: Any, **options: Any) -> LabelProcessor:

@@ -66,18 +66,6 @@ def normalize_labels(labels: str | Iterable[str]) -> list[str]:
     return normalized
 
 
-def unknown_words(labels: Iterable[str], known: Iterable[str]) -> list[str]:
-    """
-    Words among labels and their synonyms that are not among those known.
-
-    Args:
-        labels: normalised labels.
-        known: labels too; each of their synonyms counts as known.
-    """
-    names = {name for label in known for name in split_synonyms(label)}
-    return [name for label in labels for name in split_synonyms(label) if name not in names]
-
-
 def _split_line(text: str) -> list[str]:
     """A line of labels, see `list_labels`."""
     try:

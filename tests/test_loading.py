@@ -275,6 +275,33 @@ def test_other_sizes_are_started_anew_when_asked_for_and_refused_otherwise(saved
     assert trained_names(loaded) == trained_names(saved)
 
 
+@both_classes
+@pytest.mark.parametrize(
+    ("options", "kind", "name"),
+    [
+        ({"num_clip_prompts": 1}, "mismatched_keys", "prompt_embedding"),
+        ({"side_num_layers": 4}, "missing_keys", "side_adapter.layers.3"),
+        ({"sls_token_format": "cls_token"}, "unexpected_keys", "sls_embedding"),
+    ],
+    ids=["other shapes", "missing", "left over"],
+)
+def test_weights_that_are_not_the_configs_are_refused_unless_asked_for(folder, model_class, options, kind, name):
+    with pytest.raises(RuntimeError, match=f"weights too few.*{name}.*ignore_mismatched_sizes") as caught:
+        model_class.from_pretrained(folder, **options)
+    assert "\n" not in str(caught.value)
+    _, report = model_class.from_pretrained(folder, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    assert name in str(report[kind])
+    model_class.from_pretrained(folder, ignore_mismatched_sizes=True, **options)
+
+
+def test_a_weight_that_is_missing_is_refused(saved, processor, tmp_path):
+    state = saved.state_dict()
+    del state["visual_projection.weight"]
+    saved.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(RuntimeError, match=r"1 weights too few.*visual_projection\.weight"):
+        SANForOpenVocabSegmentation.from_pretrained(tmp_path)
+
+
 # Labels at load time
 
 

@@ -45,13 +45,14 @@ def register_model(config_class: Any, model_class: Any, semantic_class: Any = No
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, AutoProcessor
     from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 
-    from .processing import SANImageProcessor, SANProcessor
+    from .processing import SANImageProcessor, SANImageProcessorPil, SANProcessor
 
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, model_class, exist_ok=True)
     if semantic_class is not None:
         AutoModelForSemanticSegmentation.register(config_class, semantic_class, exist_ok=True)
-    AutoImageProcessor.register(config_class, image_processor_classes={"pil": SANImageProcessor}, exist_ok=True)
+    backends = {"torchvision": SANImageProcessor, "pil": SANImageProcessorPil}
+    AutoImageProcessor.register(config_class, image_processor_classes=backends, exist_ok=True)
     AutoProcessor.register(config_class, SANProcessor, exist_ok=True)
     # Pipelines look for one beside every image processor's code, and would ask whether to trust it
     VIDEO_PROCESSOR_MAPPING.register(config_class, {}, exist_ok=True)  # type: ignore[arg-type]

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 _HOMES = {
     "drawing": ("label_colors", "label_png", "overlay", "palette"),
-    "image_processing_san": ("SANImageProcessor", "SANImageProcessorKwargs"),
-    "labels_san": ("normalize_labels", "split_synonyms", "unknown_words"),
+    "image_processing_san": ("SANImageProcessor", "SANImageProcessorKwargs", "SANImageProcessorPil"),
+    "labels_san": ("normalize_labels", "split_synonyms"),
     "pipeline_san": ("OpenVocabularySegmentationPipeline",),
     "processing_san": ("DEFAULT_TEMPLATES", "SANProcessor"),
     "segmenter": ("Segment", "Segmentation", "Segmenter", "Vocabulary"),
@@ -25,8 +25,8 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
     from .drawing import label_colors, label_png, overlay, palette
-    from .image_processing_san import SANImageProcessor, SANImageProcessorKwargs
-    from .labels_san import normalize_labels, split_synonyms, unknown_words
+    from .image_processing_san import SANImageProcessor, SANImageProcessorKwargs, SANImageProcessorPil
+    from .labels_san import normalize_labels, split_synonyms
     from .pipeline_san import OpenVocabularySegmentationPipeline
     from .processing_san import DEFAULT_TEMPLATES, SANProcessor
     from .segmenter import Segment, Segmentation, Segmenter, Vocabulary
@@ -49,6 +49,7 @@ __all__ = [
     "OpenVocabularySegmentationPipeline",
     "SANImageProcessor",
     "SANImageProcessorKwargs",
+    "SANImageProcessorPil",
     "SANProcessor",
     "Segment",
     "Segmentation",
@@ -64,7 +65,6 @@ __all__ = [
     "prompt_templates",
     "split_synonyms",
     "template_names",
-    "unknown_words",
     "vocabulary_names",
 ]
 

@@ -1,4 +1,7 @@
-"""Image processor of SAN on transformers' PIL backend: images in, padded batches out, and segmentations back."""
+"""Image processors of SAN: images in, padded batches out, and segmentations back.
+
+There are two, as of every model of transformers: one resizes with PIL, the other with torchvision, on any device.
+"""
 
 import os
 from collections.abc import Sequence
@@ -10,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers.image_processing_backends import PilBackend
-from transformers.image_processing_utils import BatchFeature
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
-from transformers.utils import TensorType
+from transformers.utils import TensorType, is_torchvision_available
 
 from .images_san import (
     draft_image,
@@ -62,10 +65,10 @@ class SANImageProcessorKwargs(ImagesKwargs, total=False):
     do_draft: bool
 
 
-class SANImageProcessor(PilBackend):
+class BaseSANImageProcessor(BaseImageProcessor):
     """Prepares images for SAN, and turns SAN's output into segmentations.
 
-    An image is resized with PIL's bilinear filter so that its short side is 640 pixels, unless its long side would
+    An image is resized with a bilinear filter so that its short side is 640 pixels, unless its long side would
     then pass 2560; normalised with CLIP's mean and standard deviation; and padded at the right and at the bottom with
     0, after normalisation, to a multiple of 32 (the inference recipe of the reference implementation). In a batch, all
     are padded to the largest padded size, and `image_sizes` says what is image, so that a model can run each one on
@@ -237,6 +240,20 @@ class SANImageProcessor(PilBackend):
                 "mask_stride, and both at least 1"
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: the options, and where the code is, which either backend loads."""
+        saved = super().to_dict()
+        if "auto_map" in saved:
+            module = BaseSANImageProcessor.__module__.rpartition(".")[2]
+            saved["auto_map"] = {self._auto_class: f"{module}.SANImageProcessor"}
+        return saved
+
+    def _resize_to(
+        self, image: Image.Image | np.ndarray, size: tuple[int, int], resample: Any, device: Any
+    ) -> torch.Tensor:
+        """An image that was read, as (3, height, width) of this size, uint8 or float32; the backend's."""
+        raise NotImplementedError
+
     def _preprocess_image_like_inputs(  # type: ignore[override]
         self,
         images: Any,
@@ -245,16 +262,17 @@ class SANImageProcessor(PilBackend):
         do_convert_rgb: bool,
         do_resize: bool,
         size: SizeDict,
-        resample: int,
+        resample: Any,
         do_rescale: bool,
         ignore_index: int,
         do_reduce_labels: bool,
         do_draft: bool,
         return_tensors: str | TensorType | None = None,
         input_data_format: str | ChannelDimension | None = None,
+        device: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Read, resize, and hand over to `_batch`; options come complete and checked from `preprocess`."""
+        """Read, resize, and make a batch; options come complete and checked from `preprocess`."""
         channels_first = None if input_data_format is None else str(_value(input_data_format)) == "channels_first"
         items = flatten_images(images)
         maps = None if segmentation_maps is None else flatten_maps(segmentation_maps, len(items))
@@ -271,20 +289,22 @@ class SANImageProcessor(PilBackend):
             if do_rescale and isinstance(image, np.ndarray):
                 image = to_byte_scale(image, name)
             full_size = full_size or image_size(image)
-            return resize_image(image, wanted_size(*full_size), resample), full_size
+            return self._resize_to(image, wanted_size(*full_size), resample, device), full_size
 
         images, full_sizes = zip(*side_by_side(prepare, len(items)), strict=True)
         pixel_values = _padded_batch(images, do_rescale=do_rescale, **kwargs)
-        sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)
-        data = {"pixel_values": pixel_values, "image_sizes": sizes}
+        sizes = np.array([image.shape[1:] for image in images], dtype=np.int64)
+        as_tensors = return_tensors == TensorType.PYTORCH
+        data = {"pixel_values": pixel_values if as_tensors else pixel_values.cpu().numpy(), "image_sizes": sizes}
         if maps is not None:
             label_maps = []
             for index, item in enumerate(maps):
                 label_map = read_map(item, f"segmentation map {index}", also=(ignore_index,))
                 _check_same_size(label_map.shape, full_sizes[index], index)
-                label_maps.append(resize_map(label_map, image_size(images[index])))
+                label_maps.append(resize_map(label_map, tuple(images[index].shape[1:])))
             data["labels"] = _padded_labels(label_maps, pixel_values.shape[-2:], ignore_index, do_reduce_labels)
-        return BatchFeature(data, tensor_type=return_tensors)
+        features = BatchFeature(data, tensor_type=return_tensors)
+        return features.to(device) if as_tensors and device is not None else features
 
     def _images_of(self, outputs: Any, target_sizes: Any) -> list[tuple[torch.Tensor, torch.Tensor, MaskGeometry]]:
         """Mask logits, class logits and geometry of each image in a batch of outputs."""
@@ -318,12 +338,37 @@ class SANImageProcessor(PilBackend):
         return MaskGeometry(own=own, padded=padded, image=image, target=target or image)
 
 
+class SANImageProcessorPil(BaseSANImageProcessor, PilBackend):
+    """`SANImageProcessor` on PIL, whose filter is that of the reference implementation."""
+
+    def _resize_to(
+        self, image: Image.Image | np.ndarray, size: tuple[int, int], resample: Any, device: Any
+    ) -> torch.Tensor:
+        # A copy, which PyTorch may write to
+        return torch.from_numpy(np.array(resize_image(image, size, resample))).permute(2, 0, 1)
+
+
+if is_torchvision_available():
+
+    class SANImageProcessor(BaseSANImageProcessor, TorchvisionBackend):
+        """`SANImageProcessorPil` on torchvision: resized values differ by 1 of 255 at most, on any `device`."""
+
+        def _resize_to(
+            self, image: Image.Image | np.ndarray, size: tuple[int, int], resample: Any, device: Any
+        ) -> torch.Tensor:
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)
+            return self.resize(pixels, SizeDict(height=size[0], width=size[1]), resample)
+
+else:
+    SANImageProcessor = SANImageProcessorPil  # type: ignore[assignment, misc]
+
+
 def _same_size(height: int, width: int) -> tuple[int, int]:
     return height, width
 
 
 def _padded_batch(
-    images: Sequence[np.ndarray],
+    images: Sequence[torch.Tensor],
     *,
     do_rescale: bool,
     rescale_factor: float,
@@ -334,9 +379,9 @@ def _padded_batch(
     pad_size: SizeDict | None,
     size_divisor: int,
     **_: Any,
-) -> np.ndarray:
-    """Rescale, normalise, and write each image (height, width, 3) into its corner of one batch of zeros."""
-    height, width = _canvas_size([image.shape[:2] for image in images], do_pad, pad_size, size_divisor)
+) -> torch.Tensor:
+    """Rescale, normalise, and write each image (3, height, width) into its corner of one batch of zeros."""
+    height, width = _canvas_size([tuple(image.shape[1:]) for image in images], do_pad, pad_size, size_divisor)
     # (value * factor - mean) / std, as one product and one difference
     factor, shift = np.full(3, rescale_factor if do_rescale else 1.0), np.zeros(3)
     if do_normalize:
@@ -344,11 +389,14 @@ def _padded_batch(
         if not std.all():
             raise ValueError(f"image_std is {image_std}: it may not hold 0")
         factor, shift = factor / std, mean / std
-    batch = np.zeros((len(images), 3, height, width), dtype=np.float32)
+    device = images[0].device
+    batch = torch.zeros(len(images), 3, height, width, device=device)
+    factors, shifts = (
+        torch.tensor(each, dtype=torch.float32, device=device)[:, None, None] for each in (factor, shift)
+    )
     for image, canvas in zip(images, batch, strict=True):
-        corner = canvas[:, : image.shape[0], : image.shape[1]]
-        np.multiply(np.moveaxis(image, -1, 0), factor.astype(np.float32)[:, None, None], out=corner)
-        corner -= shift.astype(np.float32)[:, None, None]
+        corner = canvas[:, : image.shape[1], : image.shape[2]]
+        torch.mul(image, factors, out=corner).sub_(shifts)
     return batch
 
 

@@ -11,7 +11,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 from transformers.utils import TensorType
 
-from .image_processing_san import SANImageProcessor, SANImageProcessorKwargs
+from .image_processing_san import SANImageProcessor, SANImageProcessorKwargs, SANImageProcessorPil
 from .labels_san import normalize_labels, repair_prompt, split_synonyms
 from .templates_san import DEFAULT_TEMPLATES, Templates, resolve_templates
 
@@ -198,6 +198,7 @@ class SANProcessor(ProcessorMixin):
         pretrained_model_name_or_path: str | os.PathLike,
         *,
         templates: Templates | None = None,
+        backend: str | None = None,
         **kwargs: Any,
     ) -> "SANProcessor":
         """Load a processor that `save_pretrained` wrote, from a folder or the Hub.
@@ -208,13 +209,15 @@ class SANProcessor(ProcessorMixin):
         Args:
             pretrained_model_name_or_path: the folder, or the name of a Hub repository.
             templates: prompt templates to use in place of the saved ones.
+            backend: of the image processor, "pil" or "torchvision"; None takes torchvision where it is installed.
             **kwargs: where and what to load, such as `revision`, `token`, `cache_dir`, `subfolder`; and options of the
                 image processor to change.
 
         Raises:
             OSError: there are no processor or no tokenizer files.
         """
-        image_processor = SANImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        image_processor_class = SANImageProcessorPil if backend == "pil" else SANImageProcessor
+        image_processor = image_processor_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
         places = {
             key: value for key, value in kwargs.items() if key not in SANImageProcessor.valid_kwargs.__annotations__
         }

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor
+from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANImageProcessor, SANProcessor
 
 # What each Auto class and each task gives, as {"name": class, ...}; every load is also tried with each answer to the
 # question whether a folder's code may run.
@@ -35,18 +35,21 @@ for folder in tampered:
 print(json.dumps(report))
 """
 
+IMAGE_PROCESSOR = f"{SANImageProcessor.__module__}.{SANImageProcessor.__name__}"
+"""Its name says which backend it is, where torchvision is not installed."""
+
 OUR_CLASSES = {
     "AutoConfig": "modeling_san.configuration_san.SANConfig",
     "AutoModel": "modeling_san.modeling_san.SANForOpenVocabSegmentation",
     "AutoModelForSemanticSegmentation": "modeling_san.modeling_san.SANForSemanticSegmentation",
     "AutoProcessor": "modeling_san.processing.processing_san.SANProcessor",
-    "AutoImageProcessor": "modeling_san.processing.image_processing_san.SANImageProcessor",
+    "AutoImageProcessor": IMAGE_PROCESSOR,
     "image-segmentation": "transformers.pipelines.image_segmentation.ImageSegmentationPipeline",
     "image-segmentation: model": "modeling_san.modeling_san.SANForSemanticSegmentation",
-    "image-segmentation: image processor": "modeling_san.processing.image_processing_san.SANImageProcessor",
+    "image-segmentation: image processor": IMAGE_PROCESSOR,
     "open-vocabulary-segmentation": "modeling_san.processing.pipeline_san.OpenVocabularySegmentationPipeline",
     "open-vocabulary-segmentation: model": "modeling_san.modeling_san.SANForOpenVocabSegmentation",
-    "open-vocabulary-segmentation: image processor": "modeling_san.processing.image_processing_san.SANImageProcessor",
+    "open-vocabulary-segmentation: image processor": IMAGE_PROCESSOR,
 }
 
 

@@ -254,7 +254,8 @@ def test_the_maps_in_the_saved_files_name_classes_that_are_there(saved):
     }
     for reference in {*entries.values(), *pipelines}:
         module, _, name = reference.partition(".")
-        classes = {n.name for n in ast.parse((saved / f"{module}.py").read_text()).body if isinstance(n, ast.ClassDef)}
+        nodes = ast.walk(ast.parse((saved / f"{module}.py").read_text()))
+        classes = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
         assert name in classes
 
 

@@ -2,17 +2,27 @@
 
 import unittest
 
+import numpy as np
 import torch
+from PIL import Image
 from tests.test_image_processing_common import (
     ImageProcessingTester,
     ImageProcessingTestMixin,
     PostProcessSemanticSegmentationTestMixin,
 )
+from transformers.utils import is_torchvision_available
 
-from modeling_san import SANImageProcessor
 from modeling_san.modeling_san import SANOutput
+from modeling_san.processing import SANImageProcessor, SANImageProcessorPil
 
 STRIDE = 16
+
+
+def _size(image):
+    """Height and width of what the library's tests make: PIL images, arrays and tensors."""
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    return image.shape[:2] if isinstance(image, np.ndarray) else image.shape[1:]
 
 
 class SANImageProcessingTester(ImageProcessingTester):
@@ -28,12 +38,20 @@ class SANImageProcessingTester(ImageProcessingTester):
         super().__init__(parent, batch_size=3, **kwargs)
 
     def _get_image_processing_classes(self):
-        return {"pil": SANImageProcessor}
+        backends = {"torchvision": SANImageProcessor} if is_torchvision_available() else {}
+        return {**backends, "pil": SANImageProcessorPil}
 
     def expected_output_image_shape(self, images):
-        """As of the library's, padded to a multiple of `size_divisor`."""
-        channels, *size = super().expected_output_image_shape(images)
-        return channels, *(-(-length // self.size_divisor) * self.size_divisor for length in size)
+        """The largest image, its sides rounded (the library cuts the fraction off) and padded to `size_divisor`."""
+        sizes = []
+        for image in images:
+            height, width = _size(image)
+            scale = min(
+                self.size["shortest_edge"] / min(height, width), self.size["longest_edge"] / max(height, width)
+            )
+            sizes.append([int(scale * length + 0.5) for length in (height, width)])
+        largest = (max(lengths) for lengths in zip(*sizes, strict=True))
+        return self.num_channels, *(-(-length // self.size_divisor) * self.size_divisor for length in largest)
 
     def prepare_post_process_semantic_segmentation_inputs(self):
         queries, height, width = 5, 8, 12

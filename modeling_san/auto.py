@@ -51,7 +51,7 @@ def register_model(config_class: Any, model_class: Any, semantic_class: Any = No
     AutoModel.register(config_class, model_class, exist_ok=True)
     if semantic_class is not None:
         AutoModelForSemanticSegmentation.register(config_class, semantic_class, exist_ok=True)
-    backends = {"torchvision": SANImageProcessor, "pil": SANImageProcessorPil}
+    backends: dict[str, type] = {"torchvision": SANImageProcessor, "pil": SANImageProcessorPil}
     AutoImageProcessor.register(config_class, image_processor_classes=backends, exist_ok=True)
     AutoProcessor.register(config_class, SANProcessor, exist_ok=True)
     # Pipelines look for one beside every image processor's code, and would ask whether to trust it

@@ -141,13 +141,14 @@ class OpenVocabularyModel(PreTrainedModel):
             processor = _load_processor(source, trust_remote_code=from_checkpoint, **places)
             config = copy.deepcopy(config)
             config.has_stored_labels = False
-        model, report = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             source,
             *args,
             config=config,
             output_loading_info=True,
             **(kwargs | {"ignore_mismatched_sizes": True} if is_strict else kwargs),
         )
+        model, report = loaded
         if is_strict:
             _refuse_unfit_weights(source, report)
         # Loading replaces parameters and with them their requires_grad.
@@ -370,7 +371,8 @@ class OpenVocabularyModel(PreTrainedModel):
                 "once with model.set_labels(labels, processor), or name them when the model is loaded: "
                 'from_pretrained(folder, id2label={0: "sky", 1: "road"}).'
             )
-        if class_embeds.dim() != 2 or len(class_embeds) == 0 or class_embeds.shape[1] != self.config.projection_dim:
+        # Not `len`, which would fix the number of classes of an exported program
+        if class_embeds.dim() != 2 or 0 in class_embeds.shape or class_embeds.shape[1] != self.config.projection_dim:
             raise ValueError(
                 f"class_embeds have shape {tuple(class_embeds.shape)}: expected (classes, "
                 f"{self.config.projection_dim}) with at least one class, as get_class_embeds returns."

@@ -280,7 +280,7 @@ class BaseSANImageProcessor(BaseImageProcessor):
         # Images in memory may share a file, or be one and the same object
         one_at_a_time = Lock()
 
-        def prepare(index: int) -> tuple[np.ndarray, tuple[int, int]]:
+        def prepare(index: int) -> tuple[torch.Tensor, tuple[int, int]]:
             item, name, full_size = items[index], f"image {index}", None
             with nullcontext() if isinstance(item, (str, os.PathLike)) else one_at_a_time:
                 if do_draft:
@@ -304,7 +304,9 @@ class BaseSANImageProcessor(BaseImageProcessor):
                 label_maps.append(resize_map(label_map, tuple(images[index].shape[1:])))
             data["labels"] = _padded_labels(label_maps, pixel_values.shape[-2:], ignore_index, do_reduce_labels)
         features = BatchFeature(data, tensor_type=return_tensors)
-        return features.to(device) if as_tensors and device is not None else features
+        if as_tensors and device is not None:
+            features.to(device)
+        return features
 
     def _images_of(self, outputs: Any, target_sizes: Any) -> list[tuple[torch.Tensor, torch.Tensor, MaskGeometry]]:
         """Mask logits, class logits and geometry of each image in a batch of outputs."""

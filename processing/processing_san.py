@@ -11,7 +11,12 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 from transformers.utils import TensorType
 
-from .image_processing_san import SANImageProcessor, SANImageProcessorKwargs, SANImageProcessorPil
+from .image_processing_san import (
+    BaseSANImageProcessor,
+    SANImageProcessor,
+    SANImageProcessorKwargs,
+    SANImageProcessorPil,
+)
 from .labels_san import normalize_labels, repair_prompt, split_synonyms
 from .templates_san import DEFAULT_TEMPLATES, Templates, resolve_templates
 
@@ -53,7 +58,7 @@ class SANProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor: SANImageProcessor | None = None,
+        image_processor: BaseSANImageProcessor | None = None,
         tokenizer: CLIPTokenizer | None = None,
         templates: Templates = DEFAULT_TEMPLATES,
     ) -> None:
@@ -216,7 +221,7 @@ class SANProcessor(ProcessorMixin):
         Raises:
             OSError: there are no processor or no tokenizer files.
         """
-        image_processor_class = SANImageProcessorPil if backend == "pil" else SANImageProcessor
+        image_processor_class: Any = SANImageProcessorPil if backend == "pil" else SANImageProcessor
         image_processor = image_processor_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
         places = {
             key: value for key, value in kwargs.items() if key not in SANImageProcessor.valid_kwargs.__annotations__

@@ -10,15 +10,10 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from conftest import trained_names
 from safetensors import safe_open
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.testing import assert_close
 from transformers import AutoProcessor
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from modeling_san import SANConfig, SANForOpenVocabSegmentation, SANForSemanticSegmentation, SANProcessor
-from modeling_san.side_adapter import SideAdapterLayer
 
 LABELS = ["sky", "road", "red car", "tree", "truck"]
 OTHERS = ["tree", "sky", "car", "truck", "road"]
@@ -202,54 +197,24 @@ def offload_with_a_map(model, folder):
     return SANForOpenVocabSegmentation.from_pretrained(folder, device_map=places, offload_folder=folder / "offloaded")
 
 
-def spread(model, folder):
-    """FSDP2, layer by layer; it takes no parameters without dimensions."""
-    mesh = init_device_mesh("cpu", (1,))
-    for module in model.modules():
-        if isinstance(module, (CLIPEncoderLayer, SideAdapterLayer)):
-            fully_shard(module, mesh=mesh)
-    register_fsdp_forward_method(fully_shard(model, mesh=mesh, ignored_params={model.logit_scale}), "get_class_embeds")
-    return model
-
-
-def spread_by_wrapping(model, folder):
-    """FSDP1."""
-    policy = ModuleWrapPolicy({CLIPEncoderLayer, SideAdapterLayer})
-    options = {"use_orig_params": True, "device_id": torch.device("cpu"), "ignored_states": [model.logit_scale]}
-    return FullyShardedDataParallel(model, auto_wrap_policy=policy, **options)
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    """A group of this process alone, which FSDP asks for."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.filterwarnings("ignore:FSDP is switching", "ignore:.*is deprecated")
 @pytest.mark.parametrize(
     "place",
     [
         lambda model, folder: cpu_offload(model, torch.device("cpu")),
         lambda model, folder: disk_offload(model, folder, torch.device("cpu")),
         offload_with_a_map,
-        spread,
-        spread_by_wrapping,
     ],
-    ids=["cpu_offload", "disk_offload", "device_map", "FSDP2", "FSDP1"],
+    ids=["cpu_offload", "disk_offload", "device_map"],
 )
 @torch.no_grad()
-def test_offloaded_and_spread_models_answer_as_whole_ones(saved, processor, image, one_process, tmp_path, place):
+def test_offloaded_models_answer_as_whole_ones(saved, processor, image, tmp_path, place):
     text = dict(processor(text=OTHERS))
     expected = [saved(image).class_queries_logits, saved(image, **text).class_queries_logits]
     model = place(copy.deepcopy(saved), tmp_path)
     assert_close(model(image).class_queries_logits, expected[0], atol=1e-4, rtol=1e-4)
     assert_close(model(image, **text).class_queries_logits, expected[1], atol=1e-4, rtol=1e-4)
-    if place is not spread_by_wrapping:
-        # Other methods than forward are not the wrapper's
-        model.set_labels(OTHERS, processor)
-        assert_close(model(image).class_queries_logits, expected[1], atol=1e-4, rtol=1e-4)
+    model.set_labels(OTHERS, processor)
+    assert_close(model(image).class_queries_logits, expected[1], atol=1e-4, rtol=1e-4)
 
 
 # Other sizes

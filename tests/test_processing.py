@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
-from transformers import CLIPTokenizer
+from transformers import AutoImageProcessor, AutoProcessor, CLIPTokenizer
+from transformers.utils import is_torchvision_available
 
 from modeling_san.processing import (
     SANImageProcessor,
+    SANImageProcessorPil,
     SANProcessor,
     extend_labels,
     load_vocabulary,
@@ -74,23 +76,56 @@ def test_no_image_is_so_thin_that_it_vanishes(image_processor):
     assert image_processor.resized_size(1, 100_000) == (1, 2560)
 
 
-def test_resizing_is_pils_bilinear_filter(image_processor):
+def test_resizing_is_pils_bilinear_filter():
     image = random_image(100, 130)
-    inputs = image_processor(image, size={"height": 64, "width": 96}, return_tensors="pt")
+    inputs = SANImageProcessorPil()(image, size={"height": 64, "width": 96}, return_tensors="pt")
     expected = normalized(Image.fromarray(image).resize((96, 64), Image.Resampling.BILINEAR))
     torch.testing.assert_close(own_part(inputs), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("suffix", "mode"), [(".jpg", "RGB"), (".jpg", "L"), (".jpg", "CMYK"), (".png", "RGBA")])
-def test_files_and_their_open_images_are_resized_to_the_very_bytes_of_pil(image_processor, suffix, mode, tmp_path):
+def test_files_and_their_open_images_are_resized_to_the_very_bytes_of_pil(suffix, mode, tmp_path):
     path = tmp_path / f"image{suffix}"
     Image.fromarray(random_image(100, 130)).convert(mode).save(path)
     with Image.open(path) as image:
         expected = np.asarray(image.convert("RGB").resize((96, 64), Image.Resampling.BILINEAR))
     options = {"size": {"height": 64, "width": 96}, "do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
     for image in (path, Image.open(path), np.asarray(Image.open(path).convert("RGB"))):
-        inputs = image_processor(image, **options)
+        inputs = SANImageProcessorPil()(image, **options)
         assert torch.equal(own_part(inputs), torch.from_numpy(expected.copy()).permute(2, 0, 1).float())
+
+
+@pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
+@pytest.mark.parametrize("shortest_edge", [64, 96, 150])
+def test_with_torchvision_resized_images_differ_by_one_level_at_most(shortest_edge):
+    images = [random_image(100, 130), Image.fromarray(random_image(90, 333)), random_image(120, 80) / 255.0]
+    maps = [
+        np.arange(height * width).reshape(height, width) % 7 for height, width in ((100, 130), (90, 333), (120, 80))
+    ]
+    options = {"size": {"shortest_edge": shortest_edge}, "do_normalize": False, "do_rescale": False}
+    ours, expected = (each()(images, maps, **options) for each in (SANImageProcessor, SANImageProcessorPil))
+    assert SANImageProcessor().backend == "torchvision"
+    assert set(ours) == set(expected)
+    for name in ("image_sizes", "labels"):
+        assert np.array_equal(ours[name], expected[name])
+    assert np.abs(ours["pixel_values"] - expected["pixel_values"]).max() <= 1
+
+
+def test_a_processor_is_loaded_with_the_backend_that_is_asked_for(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    for backend in ("pil", None, *(["torchvision"] if is_torchvision_available() else [])):
+        expected = SANImageProcessorPil if backend == "pil" else SANImageProcessor
+        for loaded in (
+            SANProcessor.from_pretrained(tmp_path, backend=backend).image_processor,
+            AutoProcessor.from_pretrained(tmp_path, backend=backend).image_processor,
+            AutoImageProcessor.from_pretrained(tmp_path, backend=backend),
+        ):
+            assert type(loaded) is expected
+
+
+def test_a_batch_comes_to_the_device_that_is_asked_for():
+    inputs = SANImageProcessorPil()(random_image(40, 50), np.zeros((40, 50), int), device="meta", return_tensors="pt")
+    assert {value.device.type for value in inputs.values()} == {"meta"}
 
 
 def test_padding_is_zero_after_normalisation_at_the_right_and_below(image_processor):
@@ -344,7 +379,7 @@ def test_draft_mode_resizes_what_pil_decodes_smaller(image_processor, photo):
 
 
 @pytest.mark.parametrize(("shortest_edge", "decoded"), [(30, 61), (60, 121), (61, 241), (120, 241), (121, 481)])
-def test_draft_mode_decodes_at_least_twice_the_size(image_processor, photo, shortest_edge, decoded, monkeypatch):
+def test_draft_mode_decodes_at_least_twice_the_size(photo, shortest_edge, decoded, monkeypatch):
     resize, heights = Image.Image.resize, []
 
     def watched_resize(image, *args, **kwargs):
@@ -352,7 +387,7 @@ def test_draft_mode_decodes_at_least_twice_the_size(image_processor, photo, shor
         return resize(image, *args, **kwargs)
 
     monkeypatch.setattr(Image.Image, "resize", watched_resize)
-    image_processor(photo, do_draft=True, size={"shortest_edge": shortest_edge})
+    SANImageProcessorPil()(photo, do_draft=True, size={"shortest_edge": shortest_edge})
     assert heights == [decoded]
 
 

@@ -1,4 +1,4 @@
-"""The demo page: an image, any words, and every pixel with its word. Needs Gradio, `pip install ".[app]"`."""
+"""The demo page: an image, any words, and every pixel with its word. Needs the extra "app"."""
 
 from __future__ import annotations
 

@@ -30,9 +30,8 @@ def encode_result(
         opacity: of the overlay's colours, 0 ... 1.
     """
     if kind == "summary":
-        files = {one: f"{name}{RESULT_ENDINGS[one]}" for one in ("overlay", "label_map")}
-        # A file's name need not be text: its bytes may be anything
-        names = {one: os.fsencode(file).decode("utf-8", "replace") for one, file in {"image": source, **files}.items()}
+        names = {"image": _as_text(source)}
+        names |= {one: _as_text(name + RESULT_ENDINGS[one]) for one in ("overlay", "label_map")}
         return (json.dumps(segmentation.summary(**names, model=model), indent=2, ensure_ascii=False) + "\n").encode()
     drawn = segmentation.overlay(image, opacity) if kind == "overlay" else segmentation.label_image()
     drawn.save(buffer := io.BytesIO(), format="PNG")
@@ -59,4 +58,32 @@ def write_results(
     return folder / (name + RESULT_ENDINGS["overlay"])
 
 
-__all__ = ["RESULT_ENDINGS", "encode_result", "write_results"]
+def replaces_results_only(folder: Path, name: str, *others: str) -> bool:
+    """
+    Whether writing results under a name loses nothing of somebody's own.
+
+    Args:
+        folder: to write to; it need not exist.
+        name: that the files' names would begin with.
+        others: names of further files to be written.
+
+    Returns:
+        true where none of the files is there, or the summary among them says that it belongs to such results.
+    """
+    files = [name + ending for ending in RESULT_ENDINGS.values()]
+    if not any(os.path.lexists(folder / file) for file in (*files, *others)):
+        return True
+    try:
+        summary = json.loads((folder / (name + RESULT_ENDINGS["summary"])).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    names = {one: _as_text(name + RESULT_ENDINGS[one]) for one in ("overlay", "label_map")}
+    return isinstance(summary, dict) and "segments" in summary and summary == {**summary, **names}
+
+
+def _as_text(name: str) -> str:
+    """A file's name need not be text: its bytes may be anything."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+__all__ = ["RESULT_ENDINGS", "encode_result", "replaces_results_only", "write_results"]

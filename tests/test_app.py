@@ -173,7 +173,7 @@ def test_the_command_says_which_package_is_missing(monkeypatch, san):
     monkeypatch.setitem(sys.modules, "gradio", None)
     code, _, [error] = san("app")
     assert code == 2
-    assert 'pip install ".[app]"' in error
+    assert 'pip install "modeling-san[app]"' in error
 
 
 def test_a_port_that_is_none_or_taken_is_refused_in_a_line(san):

@@ -432,7 +432,7 @@ def test_arguments_that_cannot_be_used_are_refused(
 @pytest.mark.parametrize("library", ["onnx", "onnxruntime", "onnxscript"])
 def test_a_missing_library_is_named_with_the_command_that_helps(san, monkeypatch, tmp_path, library):
     monkeypatch.setitem(sys.modules, library, None)
-    assert_refused(san("built-in", tmp_path / "a.onnx"), library, 'pip install ".[onnx]"')
+    assert_refused(san("built-in", tmp_path / "a.onnx"), library, 'pip install "modeling-san[onnx]"')
 
 
 def test_weights_beyond_one_file_are_refused(exported, monkeypatch, tmp_path):

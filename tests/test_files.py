@@ -92,6 +92,35 @@ def test_a_command_replaces_what_it_wrote_and_nothing_else(command, dataset, tmp
         assert files_of(folder) == {name: MINE, "progress/notes.txt": MINE}
 
 
+@pytest.mark.parametrize("taken", ["_overlay.png", "_labels.png", ".json"])
+@pytest.mark.parametrize("command", ["segment", "demo"])
+def test_results_never_take_the_place_of_another_file(command, taken, model_folder, tmp_path):
+    Image.new("RGB", (64, 48)).save(image := tmp_path / "demo.png")
+    arguments = {
+        "segment": ["segment", str(image), "--labels", "sky, road", "--model", str(model_folder)],
+        "demo": ["demo"],
+    }[command]
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / f"demo{taken}").write_bytes(MINE)
+    for _ in range(2):
+        assert main([*arguments, "--output", str(folder)]) == 0
+        found = files_of(folder)
+        assert found.pop(f"demo{taken}") == MINE
+        # The second run replaces the results of the first
+        assert sorted(found) == sorted(
+            f"demo-2{ending}"
+            for ending in ("_overlay.png", "_labels.png", ".json", *([".png"] if command == "demo" else []))
+        )
+
+
+def test_a_demo_leaves_an_image_of_its_name_alone(tmp_path):
+    (tmp_path / "demo.png").write_bytes(MINE)
+    assert main(["demo", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "demo.png").read_bytes() == MINE
+    assert (tmp_path / "demo-2.png").exists()
+
+
 @pytest.mark.parametrize("command", ["evaluate", "contact-sheet", "segment-dataset"])
 def test_a_command_may_be_given_again(command, dataset, tmp_path):
     assert run(command, dataset, tmp_path) == 0

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise CommandError('the page needs Gradio, which is not installed: pip install ".[app]"') from error
+        raise CommandError('the page needs Gradio, which is not installed: pip install "modeling-san[app]"') from error
     if args.space is not None:
         return _write_space(args)
     from modeling_san.hub_card.app import serve
@@ -61,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_libraries()
     labels = read_labels(args)
+    say("loading the model")
     loaded = load_model(args.model, pick_device(args.device))
+    say("starting the page")
     if args.share:
         warn("anybody who learns the page's address can use it, and images pass through Gradio's servers")
     try:

@@ -3,6 +3,7 @@
 import argparse
 import json
 from contextlib import suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
 
     from modeling_san.builtin import format_results, load_examples, words
     from modeling_san.processing.device import pick_device
-    from modeling_san.processing.results import write_results
+    from modeling_san.processing.files import replacing_file
+    from modeling_san.processing.results import replaces_results_only, write_results
     from modeling_san.training.metrics import RESULTS_FILE
 
     from .models import load_model, quiet_libraries
@@ -50,12 +52,15 @@ def run(args: argparse.Namespace) -> int:
     folder = make_folder(args.output)
     example = load_examples(enlargement=4)[0]
     names = example.labels
-    image_path = folder / "demo.png"
-    example.image.save(image_path)
+    candidates = chain(["demo"], (f"demo-{number}" for number in count(2)))
+    name = next(name for name in candidates if replaces_results_only(folder, name, f"{name}.png"))
+    image_path = folder / f"{name}.png"
+    with replacing_file(image_path) as beside:
+        example.image.save(beside, format="PNG")
 
     vocabulary = loaded.vocabulary([*names, *(name for name in _DISTRACTORS if name not in names)])
     [segmentation] = loaded.segmenter(example.image, vocabulary)
-    overlay = write_results(segmentation, example.image, folder, "demo", source=str(image_path), model=loaded.name)
+    overlay = write_results(segmentation, example.image, folder, name, source=str(image_path), model=loaded.name)
     right = (segmentation.label_map.numpy() == np.asarray(example.label_map)).mean()
     say(f"image: {image_path}, drawn with {', '.join(names)}")
     say(f"labels:  {', '.join(segmentation.labels)}")

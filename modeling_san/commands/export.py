@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         embeds, what = vocabulary.class_embeds.clone(), f"{len(vocabulary.labels)} labels"
     size = _recommended_size(processor, args.size)
 
-    say(f"exporting {loaded.name}; this takes a minute or more")
+    say(f"tracing {loaded.name}, which takes a minute or more")
     program = export_program(
         loaded.model,
         embeds,
@@ -136,7 +136,9 @@ def run(args: argparse.Namespace) -> int:
         return [compare(path, images, loaded, vocabulary, args.class_embeds_input) for images in batches]
 
     with replacing_file(output) as partial:
+        say("writing it as ONNX")
         opset = write_onnx(program, partial, metadata, args.opset)
+        say("running it in onnxruntime beside PyTorch")
         agreements = check(partial)
         for agreement in agreements:
             agreement.require()
@@ -146,6 +148,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.int8:
         smaller = output.with_suffix(f".int8{_ENDING}")
+        say("making the weights 8 bits small")
         with replacing_file(smaller) as partial:
             quantize_onnx(output, partial)
         int8_size = smaller.stat().st_size
@@ -265,7 +268,7 @@ def _check_libraries() -> None:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise CommandError(f'{error.name or "onnx"} is not installed: pip install ".[onnx]"') from error
+        raise CommandError(f'{error.name or "onnx"} is not installed: pip install "modeling-san[onnx]"') from error
     onnxruntime.set_default_logger_severity(3)
 
 

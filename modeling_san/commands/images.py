@@ -36,9 +36,9 @@ def list_images(arguments: Sequence[str]) -> list[Path]:
 def output_names(paths: Sequence[Path], folder: Path) -> list[str]:
     """
     A name for each image to write its results under: its own without the ending, and with a number behind where
-    several have the same, or where a result in the folder would replace one of the images.
+    several have the same, or where a result in the folder would replace one of the images or a file that is no result.
     """
-    from modeling_san.processing.results import RESULT_ENDINGS
+    from modeling_san.processing.results import RESULT_ENDINGS, replaces_results_only
 
     endings = RESULT_ENDINGS.values()
     images = {_place(path) for path in paths}
@@ -48,7 +48,8 @@ def output_names(paths: Sequence[Path], folder: Path) -> list[str]:
     numbers: dict[str, Iterator[int]] = defaultdict(lambda: count(2))
 
     def is_free(name: str) -> bool:
-        return name.casefold() not in used and images.isdisjoint(_place(folder / (name + one)) for one in endings)
+        places = {_place(folder / (name + ending)) for ending in endings}
+        return name.casefold() not in used and images.isdisjoint(places) and replaces_results_only(folder, name)
 
     names = []
     for stem in (path.stem for path in paths):

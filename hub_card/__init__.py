@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """What accompanies a model on the Hub. The names load on first use, as they take most of the package with them."""
 
 import importlib

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """The demo page: an image, any words, and every pixel with its word. Needs the extra "app"."""
 
 from __future__ import annotations

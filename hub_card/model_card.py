@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """The model card: filled from what lies in a model's folder, so that it says nothing that has no source."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Publishing: what of a model's folder belongs on the Hub, and sending it there in one commit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Write a Space: the demo page of one model, ready to be uploaded to the Hub."""
 
 from __future__ import annotations

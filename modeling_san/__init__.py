@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Side Adapter Network: label every pixel of an image with any words.
 
 Importing the package makes the models known to transformers' Auto classes and to `pipeline`; see `auto.py`. Within the

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """How a mask becomes a question to CLIP: attention biases that steer [SLS] tokens (paper, section 3.2).
 
 CLIP recognises a whole image through its [CLS] token. A [SLS] token is a shadow copy of [CLS] that looks at one

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Which models there are: known to transformers' Auto classes and to `pipeline`, and found by the type in a config."""
 
 import functools

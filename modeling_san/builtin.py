@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """The small model that ships with the package: its folder, its example images, and the words it was made with."""
 
 from __future__ import annotations

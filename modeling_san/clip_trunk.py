@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """How a CLIP is laid out: prefix tokens, layers, final norm and projection, and its text side. Nothing else knows.
 
 CLIP's own modules do all the work, each through its own call: what hooks, wraps, shards, offloads, adapts or quantises

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """What all configurations share: a CLIP, labels that may be stored, and the code that a folder carries."""
 
 import os

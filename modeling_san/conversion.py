@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Checkpoints of the original implementation, and OpenMMLab's edition of them, as [`SANForOpenVocabSegmentation`]."""
 
 import math

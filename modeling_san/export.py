@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """SAN as one program for other runtimes: images in, label maps and scores out.
 
 [`SegmentationProgram`] puts all that happens between the bytes of an image and the labels of its pixels around the

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Mask2Former's loss, fitted to vocabularies of any length and images of several sizes (paper, section 3.4)."""
 
 from collections.abc import Sequence

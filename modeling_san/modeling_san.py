@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """SAN: CLIP recognises, a side adapter says where (paper, section 3)."""
 
 import copy

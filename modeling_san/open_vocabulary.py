@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """What every model here shares, whatever its network: words in, class embeddings out, and batches of any sizes.
 
 A sibling derives from [`OpenVocabularyModel`], names the parameters that are its own, and has a `forward` that takes

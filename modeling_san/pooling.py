@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Maps on other grids: adaptive pooling of attention biases, and linear resizing whose sizes a tracer can follow."""
 
 import functools

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Many prompts through CLIP's text encoder at once, without computing anything twice.
 
 CLIP's text encoder is causal: prompts that begin alike, as those of one template do, have the same hidden states as

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """The side adapter: a light transformer that proposes masks and tells CLIP where to look (paper, section 3.1)."""
 
 import math

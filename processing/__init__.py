@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Images and words in, tensors out, and back again. The public names load on first use."""
 
 import importlib

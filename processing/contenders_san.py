@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Which classes may win in a part of an image: bounds that spare most of the products, and change no result.
 
 A tile lies between the centres of a few mask cells, its corners, and interpolation stays between their lowest and

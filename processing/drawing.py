@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Segmentations for people to look at: overlays with names and a legend, and indexed label images."""
 
 import colorsys

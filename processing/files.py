@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Files and folders that appear complete or not at all, and never in the place of somebody's own.
 
 What is deleted or replaced has a name that the package gives, in a folder that a file of its own marks.

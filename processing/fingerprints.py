@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Short names of what a result depends on: equal where the same would come out, different where it would not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Image processors of SAN: images in, padded batches out, and segmentations back.
 
 There are two, as of every model of transformers: one resizes with PIL, the other with torchvision, on any device.

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Whatever people pass as images and label maps, turned into numpy arrays of one form.
 
 Images become (height, width, 3) arrays of uint8, or of float32 where floats were given; label maps become

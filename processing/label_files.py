@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Files with class names: a JSON list, a JSON object, a table, or one name per line."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Pipeline of SAN: images and any words in, one mask for each word that is there out."""
 
 from __future__ import annotations

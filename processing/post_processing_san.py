@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """From mask and class logits to a label per pixel, in tiles that need little memory.
 
 SAN paper, section 3: the score of class c at a pixel is the sum over the queries of (probability that the query's

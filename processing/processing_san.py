@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Processor of SAN: images and labels in, one set of model inputs out."""
 
 import os

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """The files that a segmentation is kept in: an overlay to look at, an indexed label image, and a summary."""
 
 from __future__ import annotations

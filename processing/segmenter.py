@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """The one place of inference: this model, with this vocabulary, labels these images."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Prompt templates: the sentences that labels are put into before they are encoded."""
 
 from collections.abc import Iterable, Mapping

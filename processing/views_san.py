@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Several views of one image, their scores averaged: other sizes, mirror images, overlapping windows.
 
 Test-time augmentation (SAN paper, section 4.1) sees the whole image six times, each with its mirror image; windows see

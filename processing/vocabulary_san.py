@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Class lists of the evaluation sets, prompt templates, and the names that a user's labels can be extended by."""
 
 import json

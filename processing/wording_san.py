@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """How messages shorten what others said and what is long, and tame what came from anywhere."""
 
 import re

@@ -66,3 +66,9 @@ def test_imports_follow_the_arrows():
 def test_modules_import_each_other_in_no_circle():
     graph = {name: imports_of(name) - MEETING_PLACES for name in MODULES if name not in MEETING_PLACES}
     list(TopologicalSorter(graph).static_order())  # a circle raises CycleError, which names it
+
+
+def test_each_module_says_whose_it_is_and_under_which_licence():
+    head = "# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0."
+    texts = {name: path.read_text(encoding="utf-8") for name, (_, path) in MODULES.items()}
+    assert [name for name, text in texts.items() if text and text.splitlines()[0] != head] == []

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Random views of labelled images for training (paper, section 4.1: scale, crop, colours, flip)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """What a training run is made of, by its recipe: Accelerate, model, batches, optimizer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """What goes on beside the steps of a training run: figures, drawings, signals."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Contact sheets: augmented images beside the same with their labels painted over, for people to check."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Labelled images for training: decoding, checking, augmenting, ordering, collating."""
 
 from __future__ import annotations

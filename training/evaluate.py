@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Evaluation on labelled images: streamed, shared between processes, continued where it was cut."""
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from hashlib import blake2b
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -421,10 +423,8 @@ def _fingerprint(
 ) -> str:
     """Says whether two runs would count the same: hash of the model, the data set and the options."""
     on_damage = (lambda index, error: None) if options["skip_damaged"] else None
-    first = [
-        digest_json([image.tobytes(), label_map.tobytes()])
-        for _, image, label_map in read_examples(images, label_set, range(1), source=source, on_damage=on_damage)
-    ]
+    examples = read_examples(images, label_set, range(1), source=source, on_damage=on_damage)
+    first = [blake2b(image.tobytes() + label_map.tobytes()).hexdigest() for _, image, label_map in examples]
     return digest_json(
         {
             "config": segmenter.model.config.to_json_string(use_diff=False),

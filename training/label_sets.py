@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """What the values of a data set's label maps mean: names, the value for "no label", and ways to store them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Mean intersection over union, counted as images pass by: what is kept are counts of pairs, never an image."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Where the official archives of the benchmarks keep things, and what their stored values mean, by `presets.yaml`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Plots of training and evaluation, drawn with matplotlib where it is installed."""
 
 from __future__ import annotations

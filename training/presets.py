@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """The six benchmark label sets that official archives can be turned into: `presets.yaml`, as objects."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """What a training run is made of: a recipe, as a YAML file and options that change it."""
 # ruff: noqa: RUF009 - `_option` makes a field, which the linter cannot see
 

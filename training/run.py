@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """A training run: the parts that it is made of, what it keeps in its folder, and how it goes on from there."""
 
 from __future__ import annotations

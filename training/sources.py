@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Opening data sets of labelled images, in whatever form they are kept."""
 
 from __future__ import annotations

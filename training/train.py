@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """
 Training with Accelerate: devices, processes, mixed precision and accumulation are its; the recipe is the paper's.
 

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """What users of transformers' `Trainer` may add to it: parameter groups, seeds, a metric that keeps no images."""
 
 from __future__ import annotations

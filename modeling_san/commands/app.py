@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """`san app`: a page in the browser to segment images with."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """`san contact-sheet`: augmented images of a data set with their labels drawn over, to check by eye."""
 
 from __future__ import annotations

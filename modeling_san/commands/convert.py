@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """`san convert`: the original's released checkpoints as model folders."""
 
 from __future__ import annotations

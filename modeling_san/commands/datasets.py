@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Data sets as they are given on the command line."""
 
 from __future__ import annotations

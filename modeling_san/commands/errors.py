@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """What a command says: results on standard output, and in one line what it cannot do, with what to do instead."""
 
 import logging

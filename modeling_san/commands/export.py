@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """`san export`: a model with its labels as one ONNX file."""
 
 from __future__ import annotations

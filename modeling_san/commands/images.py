@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Image files that a command reads, and the names of what it writes for each."""
 
 from __future__ import annotations

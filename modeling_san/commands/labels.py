@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Labels and prompt templates as they are given on the command line."""
 
 import argparse

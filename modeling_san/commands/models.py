@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Load a model for a command, and say in one sentence why it cannot be loaded."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """`san push`: publish a model on the Hub, in one commit."""
 
 import argparse

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """`san segment-dataset`: label every pixel of a whole data set."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """`san train`: train by a recipe, on one process or many."""
 
 from __future__ import annotations

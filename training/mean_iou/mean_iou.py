@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling-san authors. Licensed under the Apache License, Version 2.0.
 """Mean intersection over union as a metric of the `evaluate` library, in memory that does not grow."""
 
 from __future__ import annotations

@@ -246,12 +246,17 @@ def _prepare_folder(run: Run) -> None:
     if step and (changes := _changes(run.folder / RECIPE_FILE, recipe)):
         warn(f"the run continues with another recipe: {'; '.join(changes)}")
     write_text(run.folder / RECIPE_FILE, _RECIPE_HEAD + recipe.to_yaml())
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in run.unwrapped.parameters()]
-    trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+    sizes: dict[bool, int] = {True: 0, False: 0}
+    parts: dict[str, set[bool]] = {}
+    for name, parameter in run.unwrapped.named_parameters():
+        sizes[parameter.requires_grad] += parameter.numel()
+        parts.setdefault(name.partition(".")[0], set()).add(parameter.requires_grad)
+    trained = [name if trains == {True} else f"part of {name}" for name, trains in parts.items() if True in trains]
     processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
     say(
-        f"training {trained / 1e6:.2f} of {total / 1e6:.2f} M parameters from step {step} to {recipe.steps}: "
-        f"{processes}, {accelerator.device.type}, mixed precision {accelerator.mixed_precision}"
+        f"training {sizes[True] / 1e6:.2f} of {sum(sizes.values()) / 1e6:.2f} M parameters, {', '.join(trained)}, from "
+        f"step {step} to {recipe.steps}: {processes}, {accelerator.device.type}, mixed precision "
+        f"{accelerator.mixed_precision}"
     )
 
 

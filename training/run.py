@@ -254,8 +254,8 @@ def _prepare_folder(run: Run) -> None:
     trained = [name if trains == {True} else f"part of {name}" for name, trains in parts.items() if True in trains]
     processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
     say(
-        f"training {sizes[True] / 1e6:.2f} of {sum(sizes.values()) / 1e6:.2f} M parameters, {', '.join(trained)}, from "
-        f"step {step} to {recipe.steps}: {processes}, {accelerator.device.type}, mixed precision "
+        f"training {sizes[True] / 1e6:.2f} of {sum(sizes.values()) / 1e6:.2f} M parameters, {', '.join(trained)}, "
+        f"from step {step} to {recipe.steps}: {processes}, {accelerator.device.type}, mixed precision "
         f"{accelerator.mixed_precision}"
     )
 

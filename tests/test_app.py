@@ -26,6 +26,8 @@ pytest.importorskip("gradio")
 from modeling_san.hub_card.app import MAX_BYTES, make_page, open_upload, read_upload, read_words, segment_upload
 from modeling_san.hub_card.space import PACKAGES, write_space
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 WAIT = 30_000

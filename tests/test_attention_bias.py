@@ -445,6 +445,7 @@ def shallow_model(make_model):
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_it_compiles_with_what_the_processor_makes_for_images_of_one_size(shallow_model, processor):
     images = [torch.randint(0, 256, (3, 90, 120), dtype=torch.uint8) for _ in range(2)]

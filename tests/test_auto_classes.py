@@ -9,6 +9,8 @@ import pytest
 
 from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANImageProcessor, SANProcessor
 
+pytestmark = pytest.mark.slow
+
 # What each Auto class and each task gives, as {"name": class, ...}; every load is also tried with each answer to the
 # question whether a folder's code may run.
 REPORT_CLASSES = """

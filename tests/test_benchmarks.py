@@ -18,6 +18,8 @@ from benchmarks.report import Report
 from benchmarks.settings import Settings
 from modeling_san import BUILTIN_MODEL
 
+pytestmark = pytest.mark.slow
+
 TINY = ("--model", str(BUILTIN_MODEL), "--size", "64", "--classes", "3", "--target", "48", "64", "--rounds", "1")
 NETWORK_STAGES = ("text", "clip", "side_adapter", "recognition", "network")
 OTHER_STAGES = ("preprocessing", "pil", "post_processing", "end_to_end", "full_scores")

@@ -447,6 +447,7 @@ def test_an_interrupted_command_ends_quietly(segment, image, monkeypatch):
     assert segment(image) == (130, [], [])
 
 
+@pytest.mark.slow
 def test_the_console_command_does_what_main_does(model_folder, image, tmp_path):
     arguments = [image, "missing.png", "--labels", "sky", "--model", model_folder, "--output", tmp_path / "out"]
     command = [sys.executable, "-m", "modeling_san.commands.main", "segment", *arguments, "--device", "cpu"]

@@ -20,6 +20,8 @@ from transformers.utils import is_torchvision_available
 from drawn_world.world import draw_scene
 from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor
 
+pytestmark = pytest.mark.slow
+
 INSTALLED = ("transformers", "torch", "pillow")
 """All that a user of a folder has to install; what these require comes with them."""
 

@@ -305,6 +305,7 @@ def test_views_are_normalised_as_the_processor_does():
     assert example["labels"].tolist() == [[0] * 6 + [1] * 6] * 8
 
 
+@pytest.mark.slow
 def test_views_do_not_depend_on_who_makes_them():
     images = training_images(make_dataset(5, first=60), VARIED, seed=3)
     order = list(range(10))
@@ -359,6 +360,7 @@ def test_an_order_goes_on_from_any_place(start):
     assert [next(whole) for _ in range(20)] == [next(rest) for _ in range(20)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_shards", [1, 2, 5, 23])
 @pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 0), (3, 0), (5, 0), (8, 0), (40, 0), (2, 2)])
 def test_processes_and_workers_share_every_epoch_without_overlap_or_loss(num_shards, processes, workers):

@@ -168,6 +168,7 @@ def test_the_tokenizer_reloads_from_a_small_folder(tokenizer, tmp_path):
     assert (loaded.pad_token_id, loaded.model_max_length) == (tokenizer.pad_token_id, 48)
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_the_same_in_every_process(tokenizer):
     program = "from drawn_world.tokenizer import *; print(build_tokenizer().backend_tokenizer.to_str(), end='')"
     environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}

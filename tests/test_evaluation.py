@@ -28,6 +28,8 @@ from modeling_san.training.evaluate import evaluate, format_table, model_index, 
 from modeling_san.training.label_sets import LabelSet, load_label_set
 from modeling_san.training.plots import plot_class_iou
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("sky", "road", "car", "tree")
 SIZE = {"shortest_edge": 32, "longest_edge": 128}
 

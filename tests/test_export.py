@@ -23,7 +23,7 @@ from modeling_san.commands.main import main
 from modeling_san.export import SegmentationProgram, export_program, write_onnx
 from modeling_san.pooling import longest_window, pool_attention_bias, whole_scale
 
-pytestmark = pytest.mark.export
+pytestmark = [pytest.mark.slow, pytest.mark.export]
 
 # All of this file, what needs PyTorch alone included: tracing takes long
 onnx = pytest.importorskip("onnx")
@@ -143,7 +143,7 @@ def assert_same(result, expected):
 def test_the_command_leaves_only_its_files_and_says_what_it_measured(exported):
     assert exported.code == 0, exported.lines
     assert exported.files == ["demo.int8.onnx", "demo.onnx", "output.txt"]
-    _, wrote, wrote_int8 = exported.lines
+    wrote, wrote_int8 = (line for line in exported.lines if line.startswith("wrote "))
     size, opset = re.search(r"demo\.onnx: ([\d.]+)MB, opset (\d+), 38 labels; ", wrote).groups()
     assert float(size) == pytest.approx(exported.path.stat().st_size / 1e6, abs=0.06)
     assert 18 <= int(opset) <= 25
@@ -386,9 +386,16 @@ def test_a_file_of_another_model_fails_the_check(san, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_file_is_replaced(san, tmp_path):
+@pytest.mark.parametrize("name", ["demo.onnx", "demo.int8.onnx"])
+def test_a_file_of_another_origin_is_left_alone(san, tmp_path, name):
+    (tmp_path / name).write_bytes(b"mine")
+    assert_refused(san("built-in", tmp_path / "demo.onnx", "--int8"), f"{name} is there already")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
+
+
+def test_an_older_export_is_replaced(san, exported, tmp_path):
     output = tmp_path / "demo.onnx"
-    output.write_text("older")
+    output.write_bytes(exported.path.read_bytes())
     code, out, err = san("built-in", output, "--size", 64)
     assert (code, err) == (0, "")
     assert "on 1 x 64 x 85" in out

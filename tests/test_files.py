@@ -69,6 +69,7 @@ def files_of(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_replaces_what_it_wrote_and_nothing_else(command, dataset, tmp_path, capsys):
     written = tmp_path / "written"
@@ -121,6 +122,7 @@ def test_a_demo_leaves_an_image_of_its_name_alone(tmp_path):
     assert (tmp_path / "demo-2.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["evaluate", "contact-sheet", "segment-dataset"])
 def test_a_command_may_be_given_again(command, dataset, tmp_path):
     assert run(command, dataset, tmp_path) == 0
@@ -152,6 +154,7 @@ with locked_folder(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_holds_nobody_up(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", HOLDING, tmp_path], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"

@@ -18,6 +18,8 @@ from modeling_san.training.build import make_accelerator
 from modeling_san.training.recipe import Recipe
 from modeling_san.training.train import compute_gradients
 
+pytestmark = pytest.mark.slow
+
 
 def spread(policy, recipe, *trackers):
     """Accelerate with FSDP on a CPU, which it takes for a GPU's business until it is told otherwise."""

@@ -382,6 +382,7 @@ def shallow(build):
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_class", [SANForSemanticSegmentation], indirect=True)
 @torch.no_grad()
 def test_the_model_for_semantic_segmentation_compiles_in_one_graph(shallow, image):
@@ -391,6 +392,7 @@ def test_the_model_for_semantic_segmentation_compiles_in_one_graph(shallow, imag
     assert_close(ours.logits, expected.logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_class", [SANForOpenVocabSegmentation], indirect=True)
 @torch.no_grad()
 def test_a_compiled_model_has_hidden_states_and_attentions(shallow, image):

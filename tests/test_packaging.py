@@ -11,6 +11,8 @@ import pytest
 
 from modeling_san import __version__
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCES = ("modeling_san", "processing", "training", "hub_card", "pyproject.toml", "README.md", "LICENSE")
 DECOYS = ("processing", "training", "hub_card")

@@ -367,6 +367,7 @@ print(before, after)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read on Linux")
 def test_847_classes_at_1024_pixels_stay_far_below_a_gigabyte():
     ran = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True, timeout=500)

@@ -307,6 +307,7 @@ def kill_at(name, source, output):
     assert finished.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     source, output = make_ade(tmp_path / "in", range(30)), tmp_path / "out"
 

@@ -258,6 +258,7 @@ def said(hub, folder, sharded, tmp_path_factory):
     return said
 
 
+@pytest.mark.slow
 def test_what_arrives_is_byte_for_byte_the_folders_model_in_one_commit(hub, said, folder):
     assert said["private"]["code"] == said["open"]["code"] == 0, said["private"]["err"]
     assert hub.repositories["me/private"]["private"]

@@ -17,6 +17,8 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerHung
 
 from modeling_san.conversion import convert_checkpoint
 
+pytestmark = pytest.mark.slow
+
 CASES = ["tiny_128x128", "tiny_96x150", "vit_b_16_427x640", "vit_b_16_640x640", "vit_l_14_640x640"]
 
 

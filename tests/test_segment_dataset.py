@@ -28,7 +28,7 @@ from modeling_san.training.label_sets import load_label_set
 from modeling_san.training.sources import load_images
 
 # In every test: the segmenter is shared by all, and keeps the vocabulary as the first of them encoded it
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 LABELS = ("sky", "road", "red truck")
 SIZES = ((90, 60), (60, 90), (70, 70), (90, 60))

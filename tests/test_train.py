@@ -42,7 +42,7 @@ from modeling_san.training.run import prepare_run
 from modeling_san.training.train import NonFiniteLossError, compute_gradients, train
 from modeling_san.training.trainer import SANTrainer, SeedEachStep, StreamingMeanIoU
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 LABELS = ["dark", "light"]
 SIZE = (48, 64)

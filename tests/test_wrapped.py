@@ -16,6 +16,8 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor
 from modeling_san.side_adapter import SideAdapterLayer
 
+pytestmark = pytest.mark.slow
+
 LABELS = ["sky", "road", "red car", "tree", "truck"]
 LAYERS = (CLIPEncoderLayer, SideAdapterLayer)
 

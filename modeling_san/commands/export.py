@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help=f"folder of a model, or name of a Hub repository, or {BUILT_IN}"
     )
-    parser.add_argument("output", metavar="OUT.onnx", help="file to write; an existing one is replaced")
+    parser.add_argument("output", metavar="OUT.onnx", help="file to write; an older export there is replaced")
     add_label_options(parser)
     add_templates_option(parser)
     parser.add_argument(
@@ -95,6 +96,9 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("--class-embeds-input takes the labels with each image: leave --labels out")
     make_folder(output.parent, "pass another OUT.onnx")
     _check_libraries()
+    smaller = output.with_suffix(f".int8{_ENDING}")
+    for path in (output, smaller) if args.int8 else (output,):
+        _refuse_other_files(path)
     import torch
     from tqdm import tqdm
 
@@ -148,7 +152,6 @@ def run(args: argparse.Namespace) -> int:
         f"against PyTorch: {'; '.join(map(str, agreements))}"
     )
     if args.int8:
-        smaller = output.with_suffix(f".int8{_ENDING}")
         say("making the weights 8 bits small")
         with replacing_file(smaller) as partial:
             quantize_onnx(output, partial)
@@ -271,6 +274,19 @@ def _check_libraries() -> None:
     except ImportError as error:
         raise CommandError(f'{error.name or "onnx"} is not installed: pip install "modeling-san[onnx]"') from error
     onnxruntime.set_default_logger_severity(3)
+
+
+def _refuse_other_files(path: Path) -> None:
+    """Only what the command wrote itself may be replaced; the metadata tells."""
+    if not path.exists():
+        return
+    import onnx
+
+    # Damaged files raise many kinds
+    with suppress(Exception):
+        if any(entry.key == "model" for entry in onnx.load(path, load_external_data=False).metadata_props):
+            return
+    raise CommandError(f"{path} is there already and was not written by this command: pass another OUT.onnx")
 
 
 def _any_vocabulary(loaded: LoadedModel) -> Vocabulary:

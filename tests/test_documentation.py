@@ -18,6 +18,8 @@ from modeling_san.commands.main import main, make_parser
 from modeling_san.commands.train import parse_recipe
 from modeling_san.training.label_sets import load_label_set
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 PATTERNS = ("*.md", "docs/*.md", "training/*.md", "hub_card/README.md", "benchmarks/*.md", "examples/**/*.md")
 PAGES = sorted({path.relative_to(REPOSITORY) for pattern in PATTERNS for path in REPOSITORY.glob(pattern)})

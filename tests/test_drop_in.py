@@ -31,6 +31,8 @@ from drawn_world.world import CLASS_NAMES, draw_scene, world_dataset
 from modeling_san import BUILTIN_MODEL, SANForOpenVocabSegmentation, SANProcessor
 from modeling_san.training.mean_iou import MEAN_IOU
 
+pytestmark = pytest.mark.slow
+
 # Not the order in which the built-in model stores them: the vocabulary is what the code asks for
 NAMES = ("water", "red plain", "grass", "blue striped", "yellow dotted")
 DRAWN = {"combinations": NAMES[1::2] + NAMES[4:], "backgrounds": NAMES[:3:2], "max_regions": 2}

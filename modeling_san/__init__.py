@@ -16,6 +16,9 @@ from .builtin import BUILTIN_MODEL
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BridgeConfig": "modeling_san.configuration_bridge",
+    "BridgeForOpenVocabSegmentation": "modeling_san.modeling_bridge",
+    "BridgeOutput": "modeling_san.modeling_bridge",
     "SANConfig": "modeling_san.configuration_san",
     "SANForOpenVocabSegmentation": "modeling_san.modeling_san",
     "SANForSemanticSegmentation": "modeling_san.modeling_san",
@@ -28,6 +31,9 @@ _HOMES = {
 
 __all__ = [
     "BUILTIN_MODEL",
+    "BridgeConfig",
+    "BridgeForOpenVocabSegmentation",
+    "BridgeOutput",
     "SANConfig",
     "SANForOpenVocabSegmentation",
     "SANForSemanticSegmentation",
@@ -39,7 +45,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from modeling_san.configuration_bridge import BridgeConfig
     from modeling_san.configuration_san import SANConfig
+    from modeling_san.modeling_bridge import BridgeForOpenVocabSegmentation, BridgeOutput
     from modeling_san.modeling_san import (
         SANForOpenVocabSegmentation,
         SANForSemanticSegmentation,

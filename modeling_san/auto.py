@@ -22,12 +22,15 @@ def register() -> None:
     from transformers import AutoModel
     from transformers.pipelines import PIPELINE_REGISTRY
 
+    from .configuration_bridge import BridgeConfig
     from .configuration_open_vocabulary import CUSTOM_PIPELINES
     from .configuration_san import SANConfig
+    from .modeling_bridge import BridgeForOpenVocabSegmentation
     from .modeling_san import SANForOpenVocabSegmentation, SANForSemanticSegmentation
     from .processing.pipeline_san import OpenVocabularySegmentationPipeline
 
     register_model(SANConfig, SANForOpenVocabSegmentation, SANForSemanticSegmentation)
+    register_model(BridgeConfig, BridgeForOpenVocabSegmentation)
     for task, entry in CUSTOM_PIPELINES.items():
         PIPELINE_REGISTRY.register_pipeline(
             task, pipeline_class=OpenVocabularySegmentationPipeline, pt_model=AutoModel, type=entry["type"]

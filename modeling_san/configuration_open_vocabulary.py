@@ -75,7 +75,17 @@ class OpenVocabularyConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Turn dictionaries into CLIP's config classes and fill in what follows from them."""
+        """Turn dictionaries into config classes and fill in what follows from them."""
+        self.make_part_configs()
+        # JSON knows lists only; one form makes a saved and loaded config equal to the original.
+        self.trainable_clip_parameters = list(self.trainable_clip_parameters)
+        self.id2label, self.label2id = _label_maps(self.id2label, self.label2id)
+        if not _CARRIED:
+            kwargs.pop("custom_pipelines", None)
+        super().__post_init__(**kwargs)
+
+    def make_part_configs(self) -> None:
+        """Turn dictionaries and None into configs of the image and the text encoder; CLIP's, but in siblings."""
         if self.vision_config is None:
             self.vision_config = CLIPVisionConfig(patch_size=16)
         elif isinstance(self.vision_config, dict):
@@ -84,12 +94,6 @@ class OpenVocabularyConfig(PreTrainedConfig):
             self.text_config = CLIPTextConfig()
         elif isinstance(self.text_config, dict):
             self.text_config = CLIPTextConfig(**self.text_config)
-        # JSON knows lists only; one form makes a saved and loaded config equal to the original.
-        self.trainable_clip_parameters = list(self.trainable_clip_parameters)
-        self.id2label, self.label2id = _label_maps(self.id2label, self.label2id)
-        if not _CARRIED:
-            kwargs.pop("custom_pipelines", None)
-        super().__post_init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

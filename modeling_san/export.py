@@ -13,6 +13,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.onnx import OnnxExporterError
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .pooling import scale_linearly
+from .processing.post_processing_san import as_masks
 
 if TYPE_CHECKING:
     from modeling_san import SANForOpenVocabSegmentation
@@ -88,8 +90,8 @@ class SegmentationProgram(nn.Module):
         """
         class_embeds = self.class_embeds if class_embeds is None else class_embeds
         [outputs] = self.model.segment(self.prepare(images), class_embeds.float())
-        masks, logits = outputs["masks_queries_logits"].float(), outputs["class_queries_logits"]
-        return self.label_pixels(masks, logits, images.shape[-2], images.shape[-1])
+        masks, logits = as_masks(SimpleNamespace(**outputs))
+        return self.label_pixels(masks.float(), logits, images.shape[-2], images.shape[-1])
 
     def prepare(self, images: Tensor) -> Tensor:
         """Normalise `(batch, 3, height, width)` and pad it with 0 to multiples of the size divisor."""
@@ -99,7 +101,9 @@ class SegmentationProgram(nn.Module):
         rows, columns = ((side + divisor - 1) // divisor * divisor for side in (height, width))
         return nn.functional.pad(pixels, (0, columns - width, 0, rows - height)).to(self.model.dtype)
 
-    def label_pixels(self, mask_logits: Tensor, class_logits: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
+    def label_pixels(
+        self, mask_logits: Tensor, class_logits: Tensor | None, height: int, width: int
+    ) -> tuple[Tensor, ...]:
         """
         From masks to labels: masks are enlarged, cropped, and weighed with their classes' probabilities.
 
@@ -108,15 +112,17 @@ class SegmentationProgram(nn.Module):
 
         Args:
             mask_logits: `(batch, queries, h, w)` of the padded image.
-            class_logits: `(batch, queries, classes + 1)`.
+            class_logits: `(batch, queries, classes + 1)`; None where each mask is a class.
             height, width: of the image.
         """
         stride = self.model.config.mask_stride
-        probabilities = class_logits.softmax(dim=-1)[..., :-1].transpose(1, 2)
+        probabilities = None if class_logits is None else class_logits.softmax(dim=-1)[..., :-1].transpose(1, 2)
         masks = scale_linearly(mask_logits, stride, width, -1)
         parts = []
         for rows in _enlarge_rows(masks, stride):
-            scores = (probabilities @ rows.sigmoid().flatten(2)).unflatten(-1, rows.shape[-2:])
+            scores = rows.sigmoid()
+            if probabilities is not None:
+                scores = (probabilities @ scores.flatten(2)).unflatten(-1, rows.shape[-2:])
             best_score, best = scores.max(dim=1)
             parts.append((best, best_score, scores) if self.all_scores else (best, best_score))
         # (..., h, stride, width) -> (..., height, width); picked by index, as a slice's length would be hard to follow

@@ -254,7 +254,7 @@ class OpenVocabularyModel(PreTrainedModel):
         Args:
             input_ids: `(classes, prompts, tokens)`, or `(classes, tokens)` for one prompt each.
             attention_mask: same shape; a prompt whose row is all 0 is left out of its class's average. Padding needs
-                no mask: CLIP's text encoder is causal, and what follows the end-of-text token changes nothing.
+                no mask where the text encoder is causal, as CLIP's: what follows the end-of-text token changes nothing.
 
         Returns:
             unit vectors `(classes, projection_dim)`.
@@ -277,14 +277,15 @@ class OpenVocabularyModel(PreTrainedModel):
                 'one of each, as processor(text=["sky", "road"]) makes them.'
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_text_encoder()):
-            chunks = input_ids.long().flatten(0, 1).split(TEXT_BATCH_SIZE)
-            prompts = torch.cat([self.encode_prompts(chunk) for chunk in chunks])
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            chunks = (part.long().flatten(0, 1).split(TEXT_BATCH_SIZE) for part in (input_ids, mask))
+            prompts = torch.cat([self.encode_prompts(*chunk) for chunk in zip(*chunks, strict=True)])
             prompts = nn.functional.normalize(prompts.float(), dim=-1).view(*input_ids.shape[:2], -1)
             if attention_mask is not None:
                 prompts = prompts * attention_mask.any(-1, keepdim=True)
             return nn.functional.normalize(prompts.sum(1), dim=-1)
 
-    def encode_prompts(self, input_ids: Tensor) -> Tensor:
+    def encode_prompts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """What the text encoder makes of `(prompts, tokens)`: `(prompts, projection_dim)`, of any length."""
         return self.text_projection(encode_prompts(self.text_model, input_ids))  # type: ignore[operator]
 

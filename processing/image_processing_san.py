@@ -32,7 +32,7 @@ from .images_san import (
     side_by_side,
     to_byte_scale,
 )
-from .post_processing_san import MaskGeometry, score_map, segment
+from .post_processing_san import MaskGeometry, as_masks, score_map, segment
 
 try:
     from transformers.image_processing_outputs import (
@@ -309,10 +309,12 @@ class BaseSANImageProcessor(BaseImageProcessor):
             features.to(device)
         return features
 
-    def _images_of(self, outputs: Any, target_sizes: Any) -> list[tuple[torch.Tensor, torch.Tensor, MaskGeometry]]:
+    def _images_of(
+        self, outputs: Any, target_sizes: Any
+    ) -> list[tuple[torch.Tensor, torch.Tensor | None, MaskGeometry]]:
         """Mask logits, class logits and geometry of each image in a batch of outputs."""
-        masks, classes = outputs.masks_queries_logits, outputs.class_queries_logits
-        if classes.shape[-1] < 2:
+        masks, classes = as_masks(outputs)
+        if classes is not None and classes.shape[-1] < 2:
             raise ValueError(
                 f"class_queries_logits has shape {tuple(classes.shape)}: expected (batch, queries, classes + 1) with "
                 "at least one class beside the last, which is no object"
@@ -321,7 +323,8 @@ class BaseSANImageProcessor(BaseImageProcessor):
         sizes = _size_list(getattr(outputs, "image_sizes", None), batch, "image_sizes of the outputs")
         targets = _size_list(target_sizes, batch, "target_sizes")
         geometries = [self._geometry((height, width), sizes[i], targets[i]) for i in range(batch)]
-        return [(masks[i], classes[i], geometry) for i, geometry in enumerate(geometries)]
+        of_each = [None] * batch if classes is None else classes
+        return list(zip(masks, of_each, geometries, strict=True))
 
     def _geometry(
         self, mask_size: tuple[int, int], image: tuple[int, int] | None, target: tuple[int, int] | None

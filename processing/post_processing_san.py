@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -46,15 +46,30 @@ class MaskGeometry:
     target: tuple[int, int]
 
 
+def as_masks(outputs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The masks of a model's outputs, and what they are.
+
+    Args:
+        outputs: with `masks_queries_logits` and `class_queries_logits`; or with `logits` (batch, classes, h, w) alone,
+            of a model that has no masks: each class is one then, as probable as the softmax says.
+
+    Returns:
+        Mask logits (batch, masks, h, w), and class logits (batch, masks, classes + 1), None where masks are classes.
+    """
+    if (class_logits := getattr(outputs, "class_queries_logits", None)) is not None:
+        return outputs.masks_queries_logits, class_logits
+    return torch.logit(outputs.logits.float().softmax(dim=1), eps=1e-6), None
+
+
 @torch.no_grad()
 def segment(
-    mask_logits: torch.Tensor, class_logits: torch.Tensor, geometry: MaskGeometry
+    mask_logits: torch.Tensor, class_logits: torch.Tensor | None, geometry: MaskGeometry
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Best class of every pixel and its score.
 
     Args:
         mask_logits: (queries, h, w), any float type; computed in float32.
-        class_logits: (queries, classes + 1), the last one being "no object".
+        class_logits: (queries, classes + 1), the last one being "no object"; None where each mask is a class.
         geometry: the image's place in the mask map, and the output size.
 
     Returns:
@@ -64,7 +79,14 @@ def segment(
     best = torch.empty(geometry.target, dtype=torch.int64, device=device)
     best_score = torch.empty(geometry.target, dtype=torch.float32, device=device)
     with torch.autocast(device.type, enabled=False):
-        tiling, probabilities = _Tiling(mask_logits, geometry), _class_probabilities(class_logits)
+        tiling = _Tiling(mask_logits, geometry)
+        if class_logits is None:
+            at_once = (BLOCK_FLOATS if device.type == "cpu" else _DEVICE_FLOATS) // (len(mask_logits) * tiling.pixels)
+            for band in tiling.bands(at_once):
+                score, label = band.mask_logits(slice(None)).max(dim=1)
+                best[band.rows], best_score[band.rows] = band.join(label), band.join(score.sigmoid_())
+            return best, best_score
+        probabilities = _class_probabilities(class_logits)
         blocks: Callable[[torch.Tensor, torch.Tensor, int], Iterator[Block]]
         if device.type == "cpu":
             blocks, at_once = contending_blocks, BLOCK_FLOATS // (len(probabilities) + tiling.pixels)
@@ -82,17 +104,18 @@ def segment(
 
 
 @torch.no_grad()
-def score_map(mask_logits: torch.Tensor, class_logits: torch.Tensor, geometry: MaskGeometry) -> torch.Tensor:
+def score_map(mask_logits: torch.Tensor, class_logits: torch.Tensor | None, geometry: MaskGeometry) -> torch.Tensor:
     """Scores of every class at every pixel, (classes, height, width) float32: as large as it sounds.
 
     The arguments are those of `segment`.
     """
-    classes = class_logits.shape[-1] - 1
+    classes = len(mask_logits) if class_logits is None else class_logits.shape[-1] - 1
     full = torch.empty((classes, *geometry.target), dtype=torch.float32, device=mask_logits.device)
     with torch.autocast(mask_logits.device.type, enabled=False):
-        probabilities = _class_probabilities(class_logits)
+        probabilities = None if class_logits is None else _class_probabilities(class_logits)
         for band in _Tiling(mask_logits, geometry).bands(1):
-            full[:, band.rows] = band.join(probabilities @ band.masks(slice(None)))
+            masks = band.masks(slice(None))
+            full[:, band.rows] = band.join(masks if probabilities is None else probabilities @ masks)
     return full
 
 
@@ -142,11 +165,15 @@ class _Band(NamedTuple):
 
     def masks(self, tiles: torch.Tensor | slice) -> torch.Tensor:
         """Probabilities (tiles, queries, pixels) of some of the tiles."""
+        return self.mask_logits(tiles).sigmoid_()
+
+    def mask_logits(self, tiles: torch.Tensor | slice) -> torch.Tensor:
+        """Mask logits (tiles, queries, pixels) of some of the tiles."""
         corners = self.corners[tiles]
         # Products of whole tiles: rows for (corners across * queries), then columns for (queries * height)
         rows = torch.bmm(corners.flatten(2).mT, self.row_weights[tiles])
         pixels = torch.bmm(rows.view(len(corners), corners.shape[2], -1).mT, self.column_weights[tiles])
-        return pixels.view(len(corners), corners.shape[3], -1).sigmoid_()
+        return pixels.view(len(corners), corners.shape[3], -1)
 
     def join(self, values: torch.Tensor) -> torch.Tensor:
         """Put the values of all tiles (tiles, n, pixels) where they lie in the output, (n, height, width)."""
@@ -243,4 +270,4 @@ def _slices(length: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-__all__ = ["MaskGeometry", "resize_matrix", "score_map", "segment"]
+__all__ = ["MaskGeometry", "as_masks", "resize_matrix", "score_map", "segment"]

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import CLIPTokenizer
+from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BatchFeature
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 from transformers.utils import TensorType
 
@@ -41,7 +42,7 @@ class SANProcessor(ProcessorMixin):
 
     Args:
         image_processor: prepares the images; None makes one with the defaults.
-        tokenizer: CLIP's tokenizer, or one of its kind.
+        tokenizer: of the model's text encoder, such as CLIP's.
         templates: name of a set of templates ("vild", "imagenet"), or templates that each hold one `{}`. They are
             saved with the processor word for word. A saved form `{"name": ..., "prompts": [...]}` is taken as well.
 
@@ -60,7 +61,7 @@ class SANProcessor(ProcessorMixin):
     def __init__(
         self,
         image_processor: BaseSANImageProcessor | None = None,
-        tokenizer: CLIPTokenizer | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         templates: Templates = DEFAULT_TEMPLATES,
     ) -> None:
         """Take the two halves and resolve the templates."""
@@ -227,7 +228,10 @@ class SANProcessor(ProcessorMixin):
         places = {
             key: value for key, value in kwargs.items() if key not in SANImageProcessor.valid_kwargs.__annotations__
         }
-        tokenizer = CLIPTokenizer.from_pretrained(pretrained_model_name_or_path, **places)
+        named = get_tokenizer_config(pretrained_model_name_or_path, **places).get("tokenizer_class")
+        # Not looked up where it is CLIP's: that would ask for the model's config as well
+        tokenizer_class: Any = CLIPTokenizer if named is None or named.startswith("CLIP") else AutoTokenizer
+        tokenizer = tokenizer_class.from_pretrained(pretrained_model_name_or_path, **places)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             # The library makes a tokenizer that knows no word, and says nothing
             raise OSError(

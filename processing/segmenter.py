@@ -201,14 +201,16 @@ class Segmentation:
         if self._segmenter is None:
             raise ValueError("a segmentation averaged over views has no heat maps: ask for it without tta and window")
         classes, own = len(self.vocabulary.labels), self.vocabulary.num_own
-        chosen = torch.zeros(classes + 1, dtype=torch.bool)
+        # The classes of masks have "no object" behind them; where masks are classes, these lie along another dimension
+        name, dim = ("class_queries_logits", -1) if hasattr(self._outputs, "class_queries_logits") else ("logits", 1)
+        chosen = torch.zeros(classes + (dim == -1), dtype=torch.bool)
         chosen[:own][index : index + 1] = True
         if self.vocabulary.is_extended and index == self.vocabulary.other_index:
             chosen[own:classes] = True
         # Two classes, the chosen and the rest: the probabilities stay, and no map of all classes is needed
-        logits = self._outputs.class_queries_logits.float()
-        pair = torch.stack([logits[..., chosen].logsumexp(-1), logits[..., ~chosen].logsumexp(-1)], dim=-1)
-        outputs = SimpleNamespace(**vars(self._outputs) | {"class_queries_logits": pair})
+        logits = getattr(self._outputs, name).float().movedim(dim, -1)
+        pair = torch.stack([logits[..., chosen].logsumexp(-1), logits[..., ~chosen].logsumexp(-1)], dim=dim)
+        outputs = SimpleNamespace(**vars(self._outputs) | {name: pair})
         [scores] = self._segmenter.processor.post_process_semantic_scores(outputs, target_sizes=[self.size])
         return scores[0].clamp_(max=1)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .post_processing_san import resize_matrix
+from .post_processing_san import as_masks, resize_matrix
 
 VIEW_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """Sizes of the views, in proportion to the processor's own."""
@@ -58,7 +58,7 @@ class View:
 
     Attributes:
         masks: mask logits, `(queries, h, w)`.
-        probabilities: of the classes, `(classes, queries)`.
+        probabilities: of the classes, `(classes, queries)`; None where each mask is a class.
         rows: of the image that it shows.
         columns: of the image that it shows.
         down: brings the masks' rows to the image's, `(rows, h)`.
@@ -66,11 +66,16 @@ class View:
     """
 
     masks: torch.Tensor
-    probabilities: torch.Tensor
+    probabilities: torch.Tensor | None
     rows: Span
     columns: Span
     down: torch.Tensor
     across: torch.Tensor
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the view has scores of."""
+        return len(self.masks if self.probabilities is None else self.probabilities)
 
 
 def view_sizes(size: Mapping[str, int]) -> list[dict[str, int]]:
@@ -114,24 +119,25 @@ def make_views(
     Views from the outputs of a batch of images of one size.
 
     Args:
-        outputs: with `masks_queries_logits`, `class_queries_logits` and `image_sizes`.
+        outputs: what `as_masks` takes, with `image_sizes`.
         padded_size: height and width of the network's input.
         parts: rows and columns of the image that each shows.
         mirrored: whether they are mirror images.
         share: how much each counts among the views of its part.
     """
-    device = outputs.masks_queries_logits.device
+    masks, classes = as_masks(outputs)
+    probabilities = None if classes is None else classes.float().softmax(-1)[..., :-1].mT
+    device, grid = masks.device, masks.shape[-2:]
     height, width = outputs.image_sizes[0].tolist()
-    grid = outputs.masks_queries_logits.shape[-2:]
     views = []
     for index, (rows, columns) in enumerate(parts):
         down = resize_matrix(grid[0], padded_size[0], height, len(rows.weights)).to(device)
         across = resize_matrix(grid[1], padded_size[1], width, len(columns.weights)).to(device)
         views.append(
             View(
-                masks=outputs.masks_queries_logits[index].float(),
-                probabilities=outputs.class_queries_logits[index].float().softmax(-1)[:, :-1].T * share,
-                rows=rows,
+                masks=masks[index].float(),
+                probabilities=None if probabilities is None else probabilities[index],
+                rows=Span(rows.start, rows.weights * share),
                 columns=columns,
                 down=down,
                 across=(across.flip(0) if mirrored else across).T,
@@ -171,7 +177,7 @@ def segment_views(views: Iterable[View], target_size: tuple[int, int]) -> tuple[
 
 def _blocks(views: Sequence[View], rows: slice, width: int) -> Iterator[slice]:
     """Rows whose scores and masks take little memory together."""
-    step = max(1, _BLOCK_FLOATS // (sum(views[0].probabilities.shape) * width))
+    step = max(1, _BLOCK_FLOATS // ((views[0].num_classes + len(views[0].masks)) * width))
     for start in range(rows.start, rows.stop, step):
         yield slice(start, min(start + step, rows.stop))
 
@@ -179,7 +185,7 @@ def _blocks(views: Sequence[View], rows: slice, width: int) -> Iterator[slice]:
 def _mean_scores(views: Sequence[View], block: slice, width: int) -> torch.Tensor:
     """Scores of all classes at some rows, `(classes, rows, width)`, of the views that show all of these."""
     device = views[0].masks.device
-    scores = torch.zeros(len(views[0].probabilities), block.stop - block.start, width, device=device)
+    scores = torch.zeros(views[0].num_classes, block.stop - block.start, width, device=device)
     with torch.autocast(device.type, enabled=False):
         for view in views:
             own = slice(block.start - view.rows.start, block.stop - view.rows.start)
@@ -191,7 +197,7 @@ def _mean_scores(views: Sequence[View], block: slice, width: int) -> torch.Tenso
                 masks *= view.columns.weights.to(device)
             masks *= view.rows.weights[own, None].to(device)
             part = scores[..., view.columns.pixels]
-            part += (view.probabilities @ masks.flatten(1)).view(part.shape)
+            part += masks if view.probabilities is None else (view.probabilities @ masks.flatten(1)).view(part.shape)
     return scores
 
 

@@ -17,16 +17,25 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import CLIPModel, CLIPTokenizer, get_polynomial_decay_schedule_with_warmup
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_san import BUILTIN_MODEL
 from modeling_san.auto import classes_of, classes_of_type
 from modeling_san.open_vocabulary import OpenVocabularyModel
-from modeling_san.processing import SANProcessor, template_names
+from modeling_san.pretrained_parts import load_backbone, load_text_encoder
+from modeling_san.processing import SANImageProcessor, SANProcessor, template_names
 from modeling_san.processing.device import pick_device_and_dtype
 from modeling_san.processing.wording_san import one_line
 from modeling_san.training.augmentation import Augmentation
 from modeling_san.training.callbacks import ignore_stop_signals
-from modeling_san.training.data import Collator, EndlessOrder, StreamedImages, TrainingImages, read_examples
+from modeling_san.training.data import (
+    CachedViews,
+    Collator,
+    EndlessOrder,
+    StreamedImages,
+    TrainingImages,
+    read_examples,
+)
 from modeling_san.training.label_sets import LabelSet
 from modeling_san.training.recipe import TRAINABLE, Recipe
 
@@ -77,7 +86,7 @@ def load_model(recipe: Recipe, checkpoint: Path | None) -> tuple[OpenVocabularyM
     Raises:
         ValueError: where it cannot be loaded.
     """
-    source = str(checkpoint or recipe.clip or recipe.model or BUILTIN_MODEL)
+    source = str(checkpoint or recipe.clip or recipe.backbone or recipe.model or BUILTIN_MODEL)
     templates = _templates(recipe)
     options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
     try:
@@ -90,6 +99,8 @@ def load_model(recipe: Recipe, checkpoint: Path | None) -> tuple[OpenVocabularyM
             for name in ("size_divisor", "mask_stride"):
                 setattr(processor.image_processor, name, getattr(model.config, name))
             return model, processor
+        if checkpoint is None and recipe.backbone is not None:
+            return _join_parts(recipe, templates)
         _, model_class, processor_class = classes_of(source)
         model = model_class.from_pretrained(source, **options)
         processor = processor_class.from_pretrained(source)
@@ -99,6 +110,20 @@ def load_model(recipe: Recipe, checkpoint: Path | None) -> tuple[OpenVocabularyM
     if templates is not None:
         processor = type(processor)(processor.image_processor, processor.tokenizer, templates=templates)
     return model, processor
+
+
+def _join_parts(recipe: Recipe, templates: Any) -> tuple[OpenVocabularyModel, SANProcessor]:
+    """A new model between a backbone and a text encoder, and a processor that makes ImageNet's kind of pixels."""
+    _, model_class, processor_class = classes_of_type(recipe.model_type)
+    backbone, (text_model, tokenizer) = (
+        load_backbone(str(recipe.backbone)),
+        load_text_encoder(str(recipe.text_encoder)),
+    )
+    torch.manual_seed(recipe.seed)
+    model = model_class.from_parts(backbone, text_model, **recipe.new_config)
+    sizes = {name: getattr(model.config, name) for name in ("size_divisor", "mask_stride")}
+    pixels = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+    return model, processor_class(SANImageProcessor(**pixels, **sizes), tokenizer, templates or "{}")
 
 
 def load_setting(recipe: Recipe) -> tuple[Any, SANProcessor]:
@@ -243,6 +268,8 @@ def make_batches(
         )
     else:
         dataset = TrainingImages(*views, skip_damaged=recipe.skip_damaged)
+        if recipe.cached_views:
+            dataset = CachedViews(dataset, model, recipe.cached_views)
         order = EndlessOrder(len(dataset), recipe.seed, start=step * recipe.batch_size, **shares)
     prompts = {}
     if model.trains_text_encoder():
@@ -252,7 +279,8 @@ def make_batches(
         dataset,
         batch_size=batch_size,
         sampler=order,
-        num_workers=recipe.workers,
+        # What is cached is cached in this process
+        num_workers=0 if recipe.cached_views else recipe.workers,
         collate_fn=Collator(prompts),
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=ignore_stop_signals,

@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import get_worker_info
+from torch.utils.data import default_collate, get_worker_info
 
 from modeling_san.processing import SANImageProcessor
 from modeling_san.processing.images_san import open_image, read_byte_image
@@ -309,6 +309,47 @@ class TrainingImages(torch.utils.data.Dataset):
         raise ImageError("no image of the data set can be used.")
 
 
+class CachedViews(torch.utils.data.Dataset):
+    """
+    A few views of each image, seen in turn, with what a frozen backbone says of them instead of their pixels: it is
+    computed when a view is met for the first time, and kept in half precision.
+
+    Args:
+        images: to take views of.
+        model: with `encode_images`, none of whose backbone trains.
+        views: of each image.
+
+    Raises:
+        ValueError: the model has no such backbone.
+    """
+
+    def __init__(self, images: TrainingImages, model: Any, views: int) -> None:
+        if not hasattr(model, "encode_images"):
+            raise ValueError(f"cached_views need a backbone, which a model of type {model.config.model_type} lacks.")
+        if any(parameter.requires_grad for parameter in model.vision_model.parameters()):
+            raise ValueError("cached_views keep the features of a frozen backbone, and this one trains: set it to 0.")
+        self.images = images
+        self.model = model
+        self.views = views
+        self._kept: dict[int, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        """How many images there are."""
+        return len(self.images)
+
+    @torch.no_grad()
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """`feature_maps`, `labels` and `index` of a sample number as of `TrainingImages`."""
+        view = number % (self.views * len(self.images))
+        if view not in self._kept:
+            item: dict[str, Any] = self.images[view]
+            pixels = item.pop("pixel_values")[None].to(self.model.device)
+            maps = tuple(features[0].half().cpu() for features in self.model.encode_images(pixels))
+            self._kept[view] = {**item, "feature_maps": maps, "labels": item["labels"].int()}
+        kept = self._kept[view]
+        return {**kept, "labels": kept["labels"].long()}
+
+
 class StreamedImages(torch.utils.data.IterableDataset):
     """
     Augmented views of labelled images that are read one after the other, without end and without a known length.
@@ -484,11 +525,11 @@ class Collator:
 
     def __call__(self, examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Stack the tensors of each name along a new first dimension."""
-        batch = {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
-        return {**batch, **self.prompts}
+        return {**default_collate(list(examples)), **self.prompts}
 
 
 __all__ = [
+    "CachedViews",
     "Collator",
     "EndlessOrder",
     "ImageError",

@@ -17,6 +17,7 @@ _FOLDER = Path(__file__).parent / "recipes"
 TRAINABLE: dict[str, list[str]] = {
     "paper": ["vision_model.embeddings.position_embedding"],
     "side-adapter": [],
+    "own": [],
     "prompts": [],
     "everything": ["vision_model", "visual_projection", "text_model", "text_projection", "logit_scale"],
 }
@@ -26,7 +27,7 @@ MIXED_PRECISION = ("auto", "no", "bf16", "fp16")
 
 
 _AT_LEAST = {
-    0: "weight_decay warmup_steps power workers overlays seed flip",
+    0: "cached_views weight_decay warmup_steps power workers overlays seed flip",
     1: "num_clip_prompts shuffle_buffer validation_limit crop_size short_sides max_long_side short_side steps "
     "batch_size gradient_accumulation_steps log_every evaluate_every checkpoint_every keep_checkpoints",
 }
@@ -58,12 +59,14 @@ class Recipe:
 
     model: str | None = _option(None, "model to start from: folder or Hub id (default: the built-in model)")
     clip: str | None = _option(None, "start a new model around this CLIP instead: folder or Hub id")
-    model_type: str = _option("san", "kind of the new model that is put around a CLIP")
+    model_type: str = _option("san", "kind of the new model")
+    backbone: str | None = _option(None, "start a new lightweight model from this backbone and text_encoder instead")
+    text_encoder: str | None = _option(None, "all-MiniLM-L6-v2, or folder or Hub id of a text model of transformers")
     config_overrides: str = _option("{}", "fields of its config that differ from the defaults, as JSON")
     trainable: str = _option(
         "paper",
-        "paper (side adapter and CLIP's position embedding), side-adapter, prompts (side adapter, and learned prompt "
-        "tokens in CLIP's last layers), everything, or parts of parameter names of CLIP, separated by commas",
+        "paper (side adapter and CLIP's position embedding), side-adapter, own (what is new beside pretrained parts), "
+        "prompts (side adapter, and learned prompt tokens in CLIP's last layers), everything, or parts of parameter names of CLIP, separated by commas",
     )
     num_clip_prompts: int = _option(16, "prompt tokens in each layer where trainable is prompts")
     templates: list[str] = _option([], "prompt templates: vild, imagenet, a file, or templates (default: the model's)")
@@ -87,6 +90,7 @@ class Recipe:
     short_sides: list[int] = _option([], "short sides to draw from in training (default: 0.75 to 1.5 of short_side)")
     max_long_side: int | None = _option(None, "longest side of scaled images in pixels (default: 4 short sides)")
     crop_size: list[int] = _option([], "crops' height and width, or side (default: the first image at short_side)")
+    cached_views: int = _option(0, "views of each image, whose features are kept; 0: always new ones")
     photometric: bool = _option(True, "whether brightness, contrast, saturation and hue vary")
     flip: float = _option(0.5, "share of images that are mirrored")
 
@@ -150,8 +154,20 @@ class Recipe:
                 "both model and clip are given: start from a model or from a CLIP.",
             ),
             (
-                bool(self.new_config) and self.clip is None,
-                "config_overrides describe a new model: give the clip that it goes around.",
+                bool(self.new_config) and self.clip is None and self.backbone is None,
+                "config_overrides describe a new model: give the clip that it goes around, or its backbone.",
+            ),
+            (
+                (self.backbone is None) != (self.text_encoder is None),
+                "of backbone and text_encoder one is given: a new model has both.",
+            ),
+            (
+                self.backbone is not None and not (self.model is None and self.clip is None),
+                "backbone is given with model or clip: start from one of them.",
+            ),
+            (
+                bool(self.cached_views) and self.streaming,
+                "cached_views keep the features of images, of which a stream has too many: leave one out.",
             ),
         ):
             if is_wrong:

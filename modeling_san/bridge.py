@@ -131,7 +131,8 @@ class Bridge(nn.Module):
             and their cosines with each pixel `(batch, classes, height, width)`.
         """
         pixels = self.pixels_in(features)
-        words = self.words_in(class_embeds).expand(len(features), -1, -1)
+        # Neither `len` nor `expand`, which would fix an exported program's batch
+        words = self.words_in(class_embeds).repeat(features.shape[0], 1, 1)
         for block in self.blocks:
             pixels, words = block(pixels, words)
         image_embeds = nn.functional.normalize(class_embeds + self.gain * self.words_out(words), dim=-1)
@@ -175,10 +176,10 @@ class Decoder(nn.Module):
             top = smooth(top + lateral(features))
         # Embeddings are three times as wide as what they are made of, where products and lengths are found as well:
         # t . E f = (t E) . f and |E f|^2 = f . (E'E) f
-        pixels, weight = top.flatten(2).float(), self.embed.weight.float()
-        squares = (pixels * (weight.T @ weight @ pixels)).sum(1, keepdim=True)
-        products = class_embeds.float() @ weight @ pixels
-        return (products * squares.clamp(min=1e-12).rsqrt()).unflatten(2, top.shape[-2:])
+        top, weight = top.float(), self.embed.weight.float()
+        squares = (top * nn.functional.conv2d(top, (weight.T @ weight)[..., None, None])).sum(1, keepdim=True)
+        products = (class_embeds.float() @ weight @ top.flatten(2)).unflatten(2, top.shape[-2:])
+        return products * squares.clamp(min=1e-12).rsqrt()
 
 
 def cosines(pixels: Tensor, class_embeds: Tensor) -> Tensor:

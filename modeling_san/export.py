@@ -13,7 +13,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +23,6 @@ from torch.onnx import OnnxExporterError
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .pooling import scale_linearly
-from .processing.post_processing_san import as_masks
 
 if TYPE_CHECKING:
     from modeling_san import SANForOpenVocabSegmentation
@@ -90,8 +88,13 @@ class SegmentationProgram(nn.Module):
         """
         class_embeds = self.class_embeds if class_embeds is None else class_embeds
         [outputs] = self.model.segment(self.prepare(images), class_embeds.float())
-        masks, logits = as_masks(SimpleNamespace(**outputs))
-        return self.label_pixels(masks.float(), logits, images.shape[-2], images.shape[-1])
+        class_logits = outputs.get("class_queries_logits")
+        if class_logits is None:
+            # Each class is a mask, as in post-processing
+            masks = torch.logit(outputs["logits"].float().softmax(dim=1), eps=1e-6)
+        else:
+            masks = outputs["masks_queries_logits"].float()
+        return self.label_pixels(masks, class_logits, images.shape[-2], images.shape[-1])
 
     def prepare(self, images: Tensor) -> Tensor:
         """Normalise `(batch, 3, height, width)` and pad it with 0 to multiples of the size divisor."""

@@ -254,7 +254,7 @@ class OpenVocabularyModel(PreTrainedModel):
         Args:
             input_ids: `(classes, prompts, tokens)`, or `(classes, tokens)` for one prompt each.
             attention_mask: same shape; a prompt whose row is all 0 is left out of its class's average. Padding needs
-                no mask where the text encoder is causal, as CLIP's: what follows the end-of-text token changes nothing.
+                no mask for CLIP's text encoder, which is causal: what follows the end-of-text token changes nothing.
 
         Returns:
             unit vectors `(classes, projection_dim)`.

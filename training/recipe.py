@@ -66,7 +66,8 @@ class Recipe:
     trainable: str = _option(
         "paper",
         "paper (side adapter and CLIP's position embedding), side-adapter, own (what is new beside pretrained parts), "
-        "prompts (side adapter, and learned prompt tokens in CLIP's last layers), everything, or parts of parameter names of CLIP, separated by commas",
+        "prompts (side adapter, and learned prompt tokens in CLIP's last layers), everything, or parts of parameter "
+        "names of CLIP, separated by commas",
     )
     num_clip_prompts: int = _option(16, "prompt tokens in each layer where trainable is prompts")
     templates: list[str] = _option([], "prompt templates: vild, imagenet, a file, or templates (default: the model's)")

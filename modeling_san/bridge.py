@@ -21,9 +21,8 @@ class ToWords(nn.Module):
 
     def forward(self, words: Tensor, pixels: Tensor) -> Tensor:
         """Words `(batch, classes, size)` that have seen `pixels` `(batch, size, height, width)`."""
-        keys = _heads(pixels.flatten(2).mT, self.heads)
-        gathered = nn.functional.scaled_dot_product_attention(_heads(self.query(words), self.heads), keys, keys)
-        return self.norm(words + self.output(gathered.transpose(1, 2).flatten(2)))
+        keys = pixels.flatten(2).mT
+        return self.norm(words + self.output(_attend(self.query(words), keys, keys, self.heads)))
 
 
 class AmongWords(nn.Module):
@@ -39,9 +38,7 @@ class AmongWords(nn.Module):
 
     def forward(self, words: Tensor) -> Tensor:
         """Words `(batch, classes, size)` that have seen each other."""
-        keys = _heads(words, self.heads)
-        gathered = nn.functional.scaled_dot_product_attention(_heads(self.query(words), self.heads), keys, keys)
-        words = self.norm(words + self.output(gathered.transpose(1, 2).flatten(2)))
+        words = self.norm(words + self.output(_attend(self.query(words), words, words, self.heads)))
         return self.mlp_norm(words + self.mlp(words))
 
 
@@ -55,10 +52,8 @@ class ToPixels(nn.Module):
 
     def forward(self, pixels: Tensor, words: Tensor) -> Tensor:
         """Pixels `(batch, size, height, width)` that have seen `words` `(batch, classes, size)`."""
-        keys, values = (_heads(layer(words), self.heads) for layer in (self.key, self.value))
-        queries = _heads(pixels.flatten(2).mT, self.heads)
-        gathered = nn.functional.scaled_dot_product_attention(queries, keys, values)
-        return pixels + gathered.transpose(1, 2).flatten(2).mT.unflatten(2, pixels.shape[-2:])
+        gathered = _attend(pixels.flatten(2).mT, self.key(words), self.value(words), self.heads)
+        return pixels + gathered.mT.unflatten(2, pixels.shape[-2:])
 
 
 class BridgeBlock(nn.Module):
@@ -131,8 +126,8 @@ class Bridge(nn.Module):
             and their cosines with each pixel `(batch, classes, height, width)`.
         """
         pixels = self.pixels_in(features)
-        # Neither `len` nor `expand`, which would fix an exported program's batch
-        words = self.words_in(class_embeds).repeat(features.shape[0], 1, 1)
+        # A sum: `expand` and `repeat` would fix the sizes of an exported program
+        words = self.words_in(class_embeds) + features.new_zeros(features.shape[0], 1, 1)
         for block in self.blocks:
             pixels, words = block(pixels, words)
         image_embeds = nn.functional.normalize(class_embeds + self.gain * self.words_out(words), dim=-1)
@@ -178,14 +173,14 @@ class Decoder(nn.Module):
         # t . E f = (t E) . f and |E f|^2 = f . (E'E) f
         top, weight = top.float(), self.embed.weight.float()
         squares = (top * nn.functional.conv2d(top, (weight.T @ weight)[..., None, None])).sum(1, keepdim=True)
-        products = (class_embeds.float() @ weight @ top.flatten(2)).unflatten(2, top.shape[-2:])
+        products = torch.bmm(class_embeds.float() @ weight, top.flatten(2)).unflatten(2, top.shape[-2:])
         return products * squares.clamp(min=1e-12).rsqrt()
 
 
 def cosines(pixels: Tensor, class_embeds: Tensor) -> Tensor:
     """Of pixels `(batch, dim, height, width)` with unit vectors `(batch, classes, dim)`."""
     units = nn.functional.normalize(pixels.float(), dim=1)
-    return (class_embeds.float() @ units.flatten(2)).unflatten(2, pixels.shape[-2:])
+    return torch.bmm(class_embeds.float(), units.flatten(2)).unflatten(2, pixels.shape[-2:])
 
 
 def _separable(size: int) -> nn.Sequential:
@@ -194,9 +189,14 @@ def _separable(size: int) -> nn.Sequential:
     return nn.Sequential(*(layer for pair in pairs for layer in pair))
 
 
-def _heads(tokens: Tensor, heads: int) -> Tensor:
-    """`(batch, tokens, size)` as `(batch, heads, tokens, size / heads)`, which attention scales by."""
-    return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
+    """What `(batch, queries, size)` gather, with scores that are scaled by the width of a head."""
+    # Copies whatever the layout, and products that ask for none: so an exported program's sizes stay free
+    split = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (queries, keys, values))
+    query, key, value = (each.clone(memory_format=torch.contiguous_format).flatten(0, 1) for each in split)
+    shares = (torch.bmm(query, key.mT) * query.shape[-1] ** -0.5).softmax(-1)
+    gathered = torch.bmm(shares, value).unflatten(0, (-1, heads)).transpose(1, 2)
+    return gathered.clone(memory_format=torch.contiguous_format).flatten(2)
 
 
 __all__ = ["AmongWords", "Bridge", "BridgeBlock", "Decoder", "ToPixels", "ToWords", "cosines"]

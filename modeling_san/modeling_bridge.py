@@ -259,7 +259,7 @@ class BridgeForOpenVocabSegmentation(BridgePreTrainedModel):
         *maps, smallest = feature_maps
         pixels, image_embeds, score_map = self.bridge(smallest, class_embeds.to(smallest.dtype))
         shares = (score_map / self.config.auxiliary_temperature).softmax(1)
-        found = torch.einsum("bkhw,bkd->bdhw", shares, image_embeds.float()).to(smallest.dtype)
+        found = torch.bmm(image_embeds.float().mT, shares.flatten(2)).unflatten(2, shares.shape[2:]).to(smallest.dtype)
         top = torch.cat([smallest, pixels, self.evidence(found)], dim=1)
         maps = maps if self.config.decoder_stride == 4 else maps[1:]
         logits = self.logit_scale.float().exp() * self.decoder([*maps, top], image_embeds)

@@ -221,8 +221,9 @@ def _names(model: EfficientNetLite) -> Iterator[tuple[str, str]]:
     yield from pair("stem", "_conv_stem", "_bn0", model.stem)
     yield from pair("head", "_conv_head", "_bn1", model.head)
     number = 0
-    for position, stage in enumerate(model.stages):
-        for index, block in enumerate(stage):  # type: ignore[arg-type]
+    stages: Any = model.stages
+    for position, stage in enumerate(stages):
+        for index, block in enumerate(stage):
             for part, (conv, norm) in _PARTS.items():
                 layers = getattr(block, part)
                 if isinstance(layers, ConvNorm):

@@ -217,8 +217,9 @@ class BridgeForOpenVocabSegmentation(BridgePreTrainedModel):
         if (pixel_values is None) == (feature_maps is None):
             raise ValueError("pass pixel_values, or feature_maps of encode_images instead.")
         class_embeds = self.choose_class_embeds(input_ids, attention_mask, class_embeds)
-        if feature_maps is not None:
-            outputs: Mapping[str, Any] = self.decode([each.to(self.dtype) for each in feature_maps], class_embeds)
+        if pixel_values is None:
+            maps = [each.to(self.dtype) for each in feature_maps or ()]
+            outputs: Mapping[str, Any] = self.decode(maps, class_embeds)
         else:
             self._check_pixel_values(pixel_values)
             batches: Any = split_by_padded_size(pixel_values, image_sizes, self.config.size_divisor)
@@ -289,7 +290,7 @@ class BridgeForOpenVocabSegmentation(BridgePreTrainedModel):
         return total / (labels != ignored).sum().clamp(min=1)
 
     def _merge(self, parts: Sequence[Mapping[str, Tensor]], batches: Any, frame: Any) -> dict[str, Any]:
-        merged = {}
+        merged: dict[str, Any] = {}
         for name, stride in (("logits", self.config.decoder_stride), ("score_map", 32)):
             grid = (frame[0] // stride, frame[1] // stride)
             merged |= merge_batches([{name: part[name]} for part in parts], batches, (name,), grid)

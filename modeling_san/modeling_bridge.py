@@ -54,8 +54,13 @@ class BridgeOutput(ModelOutput):
     loss_dict: dict[str, Tensor] | None = None
 
 
-class BridgePreTrainedModel(OpenVocabularyModel):
-    """Initialisation and what transformers knows of the lightweight models."""
+class BridgeForOpenVocabSegmentation(OpenVocabularyModel):
+    """
+    Label every pixel with one of the names in a vocabulary that is given with the call.
+
+    Args:
+        config ([`BridgeConfig`]): shapes and choices.
+    """
 
     config: BridgeConfig
     config_class = BridgeConfig
@@ -64,30 +69,6 @@ class BridgePreTrainedModel(OpenVocabularyModel):
     input_modalities = ["image", "text"]
     _supports_sdpa = True
     _no_split_modules = ["InvertedResidual", "BridgeBlock"]
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, Bridge):
-            init.constant_(module.gain, module.initial_gain)
-        elif isinstance(module, nn.Conv2d):
-            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, BridgeForOpenVocabSegmentation):
-            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
-            if module.stored_class_embeds is not None:
-                init.zeros_(module.stored_class_embeds)
-
-
-class BridgeForOpenVocabSegmentation(BridgePreTrainedModel):
-    """
-    Label every pixel with one of the names in a vocabulary that is given with the call.
-
-    Args:
-        config ([`BridgeConfig`]): shapes and choices.
-    """
-
     # A saved model carries this code, so that it loads where the package is not installed.
     _auto_class = "AutoModel"  # type: ignore[assignment]
     own_parameters = ("bridge.", "decoder.", "evidence.")
@@ -124,6 +105,20 @@ class BridgeForOpenVocabSegmentation(BridgePreTrainedModel):
         self.register_buffer("stored_class_embeds", stored)
         self.post_init()
         self.apply_trainable()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Bridge):
+            init.constant_(module.gain, module.initial_gain)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, BridgeForOpenVocabSegmentation):
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+            if module.stored_class_embeds is not None:
+                init.zeros_(module.stored_class_embeds)
 
     @classmethod
     def from_parts(
@@ -305,4 +300,4 @@ class BridgeForOpenVocabSegmentation(BridgePreTrainedModel):
             )
 
 
-__all__ = ["BridgeForOpenVocabSegmentation", "BridgeOutput", "BridgePreTrainedModel"]
+__all__ = ["BridgeForOpenVocabSegmentation", "BridgeOutput"]
